@@ -1,0 +1,40 @@
+"""The exceptions that a user may meet. Each text says what is wrong, where, and what to do; values are in the text.
+
+Every one of them ends a command with its message on stderr and exit code 2.
+"""
+
+
+class QmoeError(Exception):
+    """Base of all errors that are the input's fault, not the program's."""
+
+
+class SourceError(QmoeError):
+    """A source checkpoint is missing, incomplete, inconsistent or of an unsupported kind."""
+
+
+class UnsupportedModelError(SourceError):
+    """A model type, layout or option that is not supported; nothing is guessed."""
+
+
+class CalibrationError(QmoeError):
+    """Calibration text that is too short or unusable, or non-finite activations."""
+
+
+class NonFiniteError(QmoeError):
+    """NaN or Inf in weights, activations or Hessians; the text names the tensor."""
+
+
+class OutputError(QmoeError):
+    """The output directory exists, is in use, or cannot be written."""
+
+
+class CorruptError(QmoeError):
+    """Compressed data that fails validation or a checksum; the text names file and tensor."""
+
+
+class FormatVersionError(QmoeError):
+    """A compressed checkpoint written in a format version that this release does not read."""
+
+
+class CapacityError(QmoeError):
+    """The run does not fit in the memory or disk it was given; the text has both numbers."""
