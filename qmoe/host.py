@@ -11,6 +11,7 @@ It knows nothing about quantization, calibration text or the output.
 import copy
 import re
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
 
 from qmoe.checkpoint import Checkpoint
 from qmoe.errors import NonFiniteError, SourceError, UnsupportedModelError
 from qmoe.families.base import ExpertsLayout
-from qmoe.families.layouts import KINDS
+from qmoe.families.layouts import KINDS, find_experts
 
 _EXPERT_NUMBER = re.compile(r"experts?[._](\d+)\.")
 
@@ -58,6 +60,7 @@ class Host:
         model: the transformers model, parameters on meta until loaded; buffers (rotary tables) are real.
         config: its config, without any `quantization_config` of the source.
         sources: module parameter name -> {disk name: pattern of the converter that reads it, or None}.
+        experts: (layout, module) of every experts module.
         unused: disk tensors that no module of the model takes (multi-token-prediction layers, say).
     """
 
@@ -88,6 +91,7 @@ class Host:
         self._mapping = get_model_conversion_mapping(self.model, None, None)
         self._map_names()
         self.block_lists = _block_lists(self.model)
+        self.experts = find_experts(self.model)
         self._check_complete()
 
     def _map_names(self) -> None:
@@ -153,7 +157,8 @@ class Host:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=self._mapping,
         )
-        info, _ = convert_and_load_state_dict_in_model(self.model, chosen, config)
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, chosen, config)
         if info.mismatched_keys:
             name, disk, expected = sorted(info.mismatched_keys)[0]
             raise SourceError(
@@ -240,9 +245,48 @@ class Host:
         result = next(iter(made.values()))
         return result[0] if isinstance(result, list) else result
 
-    def stored_dtype(self, target: str) -> torch.dtype:
-        """The dtype that a dense parameter has on disk (its first source's), in which it is written again."""
-        return self.checkpoint.dtype(next(iter(sorted(self.sources[target]))))
+    def experts_of(self, block: BlockRef) -> list[tuple[ExpertsLayout, nn.Module]]:
+        """The experts modules of a block in the order in which its forward calls them."""
+        inside = f"{block.name}."
+        return [(layout, m) for layout, m in self.experts if layout.path.startswith(inside)]
+
+    def encoded_names(self, block: BlockRef) -> set[str]:
+        """Names of the parameters that the encoded experts of a block replace."""
+        return {
+            f"{layout.path}.{name}"
+            for layout, module in self.experts_of(block)
+            for name in KINDS[layout.kind].encoded(module)
+        }
+
+    def dense(self, want: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Resident parameters and persistent buffers by module name, in the dtype that they have on disk.
+
+        Tied copies are left out: the model ties them again when it is loaded.
+        """
+        tied = {name for name, _ in _tied(self.model)}
+        out = {}
+        for name, tensor in self.model.state_dict().items():
+            if want(name) and not tensor.is_meta and name not in tied:
+                out[name] = tensor.to(self._stored_dtype(name, tensor))
+        return out
+
+    def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        disks = sorted(self.sources.get(name, ()))
+        return self.checkpoint.dtype(disks[0]) if disks else self.config.dtype or tensor.dtype
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar, which would be drawn anew for every block."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class _StandIn:
