@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qmoe.calib.experts import Parked, second_moment
-from qmoe.codec import encode_group
+from qmoe.codec import EncodedGroup, encode_group, ideal_bits
 from qmoe.errors import NonFiniteError
 from qmoe.families.base import ExpertsLayout, Projection
 from qmoe.families.layouts import expert_forward
@@ -128,14 +128,15 @@ def _add(
     report: ProjectionReport,
     projection: Projection,
     matrices: list[QuantizedMatrix],
-    encoded: "object",
+    encoded: EncodedGroup,
     tokens: list[int],
     notes: list[str],
     group: range,
 ) -> None:
     report.weights += len(matrices) * projection.rows * projection.cols
     report.zeros += sum(int((m.codes == 0).sum()) for m in matrices)
-    report.bits += 8.0 * (encoded.tables.numel() + sum(b.numel() for b in encoded.matrices))  # type: ignore[attr-defined]
+    report.bits += 8.0 * (encoded.tables.numel() + sum(b.numel() for b in encoded.matrices))
+    report.ideal_bits += ideal_bits(matrices)
     report.tokens += tokens
     report.notes |= {str(e): n for e, n in zip(group, notes, strict=True) if n}
 

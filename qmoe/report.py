@@ -1,0 +1,93 @@
+"""What `qmoe compress` says at the end: size, time, memory and which experts were starved."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmoe.inspect import inspect_checkpoint
+from qmoe.layer import ProjectionReport
+
+FEW_TOKENS = 64  # below this an expert is called starved in the report
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """The result of a compression.
+
+    Attributes:
+        out: the directory written.
+        seconds: wall time.
+        peak_rss_bytes: peak resident memory of this process.
+        sizes: what `qmoe inspect` says.
+        experts: number of experts in the model.
+        without_tokens: experts that no calibration token reached.
+        starved: experts with fewer than FEW_TOKENS tokens, those without any not counted.
+        notes: what was done about unusual experts: text -> how many matrices.
+    """
+
+    out: Path
+    seconds: float
+    peak_rss_bytes: int
+    sizes: dict[str, Any]
+    experts: int
+    without_tokens: int
+    starved: int
+    notes: dict[str, int]
+
+    @classmethod
+    def of(cls, out: Path, seconds: float, peak: int, reports: list[ProjectionReport]) -> "CompressReport":
+        """Collects the per-projection reports of a finished run."""
+        tokens: dict[str, list[int]] = {}
+        notes: dict[str, int] = {}
+        for r in reports:
+            tokens.setdefault(r.module, r.tokens)
+            for note in r.notes.values():
+                notes[note] = notes.get(note, 0) + 1
+        flat = [n for per_expert in tokens.values() for n in per_expert]
+        return cls(
+            out,
+            seconds,
+            peak,
+            inspect_checkpoint(out),
+            len(flat),
+            sum(n == 0 for n in flat),
+            sum(0 < n < FEW_TOKENS for n in flat),
+            notes,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of `qmoe compress`."""
+        return {
+            "out": str(self.out),
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "experts": self.experts,
+            "experts_without_tokens": self.without_tokens,
+            "experts_starved": self.starved,
+            "notes": self.notes,
+            **{
+                k: self.sizes[k]
+                for k in (
+                    "bits_per_weight",
+                    "ideal_bits_per_weight",
+                    "model_bits_per_weight",
+                    "expert_weights",
+                    "stored_bytes",
+                    "source_bytes",
+                )
+            },
+        }
+
+    def text(self) -> str:
+        """The result for people."""
+        s = self.sizes
+        lines = [
+            f"{self.out}: {s['stored_bytes'] / 2**20:.2f} MiB from {s['source_bytes'] / 2**20:.2f} MiB, "
+            f"experts at {s['bits_per_weight']:.3f} stored bits per weight "
+            f"(ideal {s['ideal_bits_per_weight']:.3f}), whole model {s['model_bits_per_weight']:.3f}",
+            f"{self.seconds:.0f} s, peak memory {self.peak_rss_bytes / 2**20:.0f} MiB",
+            f"coverage: {self.experts} experts, {self.without_tokens} saw no token, "
+            f"{self.starved} fewer than {FEW_TOKENS}",
+        ]
+        lines += [f"  {count} matrices: {note}" for note, count in sorted(self.notes.items())]
+        return "\n".join(lines)
