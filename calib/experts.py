@@ -1,11 +1,12 @@
 """What the experts of one layer see: parked routing decisions, rows per expert, Hessians.
 
-The router of a layer runs once over all calibration batches; its decisions and the hidden states are parked. Then experts
-are taken one bounded group at a time, each read from disk once, and their outputs are stored per (token, slot) so that the
-sum over slots has one order, whatever the grouping. Knows nothing about solvers or the codec.
+The router of a layer runs once over all calibration batches; its decisions and the hidden states
+are parked. Then experts are taken one bounded group at a time, each read from disk once, and their
+outputs are stored per (token, slot) so that the sum over slots has one order, whatever the
+grouping. Knows nothing about solvers or the codec.
 
-Memory: the parked hidden states [tokens, hidden] and outputs [tokens, slots, hidden] live in the `ActivationStore`; beyond
-that, one expert's rows at a time.
+Memory: the parked hidden states [tokens, hidden] and outputs [tokens, slots, hidden] live in the
+`ActivationStore`; beyond that, one expert's rows at a time.
 """
 
 from collections.abc import Iterator
@@ -66,7 +67,9 @@ class Parked:
             store.release(t)
 
 
-def park(walk: Walk, block: BlockRef, path: str, module: nn.Module, width: int, store: ActivationStore) -> Parked:
+def park(
+    walk: Walk, block: BlockRef, path: str, module: nn.Module, width: int, store: ActivationStore
+) -> Parked:
     """Runs every batch up to the experts of `block` and keeps what the router hands them.
 
     Args:
@@ -88,7 +91,9 @@ def park(walk: Walk, block: BlockRef, path: str, module: nn.Module, width: int, 
                 f"{path}: NaN or Inf among the activations that reach the experts; "
                 "the source is damaged or the compute dtype overflows"
             )
-        weights = torch.ones(call.index.shape) if call.weights is None else call.weights.float().cpu()
+        weights = (
+            torch.ones(call.index.shape) if call.weights is None else call.weights.float().cpu()
+        )
         seen.append((store.keep(call.hidden), call.index.to(torch.int32).cpu(), weights))
         stop_forward()
 
@@ -111,7 +116,9 @@ def park(walk: Walk, block: BlockRef, path: str, module: nn.Module, width: int, 
 
 @contextmanager
 def plugged(walk: Walk, module: nn.Module, parked: Parked) -> Iterator[None]:
-    """While the context is open, the experts answer with the parked outputs (batches in the order of `walk`)."""
+    """While the context is open, the experts answer with the parked outputs (batches in the order
+    of `walk`).
+    """
     starts = [0]
     for n in parked.rows:
         starts.append(starts[-1] + n)
@@ -132,7 +139,8 @@ def plugged(walk: Walk, module: nn.Module, parked: Parked) -> Iterator[None]:
 def second_moment(x: Tensor, y: Tensor | None = None, device: torch.device | None = None) -> Tensor:
     """X^T Y (X^T X without `y`) as float64 [cols, cols], summed over fixed chunks of rows in order.
 
-    The chunk size never depends on memory, threads or processes, so the result is the same everywhere.
+    The chunk size never depends on memory, threads or processes, so the result is the same
+    everywhere.
     """
     y = x if y is None else y
     total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=device or x.device)

@@ -1,6 +1,8 @@
-"""Room for calibration activations: memory while a budget lasts, then files that are mapped into memory.
+"""Room for calibration activations: memory while a budget lasts, then files that are mapped into
+memory.
 
-The files are unlinked by their owner (`close`), and hold raw values of one tensor each. Knows nothing about models.
+The files are unlinked by their owner (`close`), and hold raw values of one tensor each. Knows
+nothing about models.
 """
 
 import os
@@ -17,14 +19,17 @@ from qmoe.errors import OutputError
 
 
 class ActivationStore:
-    """Hands out tensors that outlive one batch; at most `budget` bytes of them are in anonymous memory.
+    """Hands out tensors that outlive one batch; at most `budget` bytes of them are in anonymous
+    memory.
 
-    Mapped tensors behave as ordinary ones; the kernel writes them back and drops their pages under pressure, so peak
-    resident memory does not grow with the calibration set.
+    Mapped tensors behave as ordinary ones; the kernel writes them back and drops their pages under
+    pressure, so peak resident memory does not grow with the calibration set.
     """
 
     def __init__(self, budget: int, directory: Path | None = None) -> None:
-        """Args: budget in bytes; directory for the files (default: the system's temporary directory)."""
+        """Args: budget in bytes; directory for the files (default: the system's temporary
+        directory).
+        """
         self.budget, self.used, self.spilled = budget, 0, 0
         self._parent, self._folder, self._count = directory, None, 0
         self._folder: Path | None
@@ -76,6 +81,9 @@ class ActivationStore:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()

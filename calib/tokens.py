@@ -1,4 +1,5 @@
-"""Calibration and evaluation batches from text, for decoder-only and encoder-decoder models, and what of them to learn from.
+"""Calibration and evaluation batches from text, for decoder-only and encoder-decoder models, and
+what of them to learn from.
 
 Knows nothing about experts or solvers.
 """
@@ -14,12 +15,15 @@ from qmoe.calib.text import span_corruption, windows
 SPAN_WINDOW = 180  # tokens of text behind one span-corruption sample where the context allows it
 
 
-def prepare(tokenizer: Any, config: Any, source: str, tokens: int, ctx: int, seed: int) -> dict[str, Tensor]:
+def prepare(
+    tokenizer: Any, config: Any, source: str, tokens: int, ctx: int, seed: int
+) -> dict[str, Tensor]:
     """One batch of all samples: the model's inputs and `labels` (-100 where nothing is scored).
 
     Args:
         tokenizer: of the model.
-        config: the model's config; decides between windows (decoder-only) and span corruption (encoder-decoder).
+        config: the model's config; decides between windows (decoder-only) and span corruption
+            (encoder-decoder).
         source: text file or data set, see `qmoe.calib.text`.
         tokens: at most this many tokens of text.
         ctx: tokens of a window.
@@ -41,7 +45,8 @@ def inputs_only(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def learnable(batches: Sequence[dict[str, Tensor]], tokenizer: Any, decoder: bool) -> list[Tensor]:
-    """For every batch, bool [tokens]: False at special and padding tokens, which no Hessian should see.
+    """For every batch, bool [tokens]: False at special and padding tokens, which no Hessian should
+    see.
 
     Args:
         batches: inputs of the forward.

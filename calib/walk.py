@@ -1,8 +1,9 @@
 """Block by block through a model that does not fit in memory, replaying the model's own forward.
 
-No mask, position or rotary table is rebuilt here: every pass calls the model's forward, in which finished blocks hand on
-their stored output, the current block runs, and an exception ends the pass. The method follows the observation that the
-forward of every transformers model is the only complete description of what its blocks receive.
+No mask, position or rotary table is rebuilt here: every pass calls the model's forward, in which
+finished blocks hand on their stored output, the current block runs, and an exception ends the pass.
+The method follows the observation that the forward of every transformers model is the only complete
+description of what its blocks receive.
 
 Knows nothing about weights, solvers or experts.
 """
@@ -30,9 +31,11 @@ def stop_forward() -> None:
 
 
 class Walk:
-    """Activations of every batch at the last finished block of each block list, for one stream of the model.
+    """Activations of every batch at the last finished block of each block list, for one stream of
+    the model.
 
-    Two walks over one host (the original model's stream and the quantized one's) may be interleaved block by block.
+    Two walks over one host (the original model's stream and the quantized one's) may be interleaved
+    block by block.
     """
 
     def __init__(self, host: Host, batches: Sequence[Batch], store: ActivationStore) -> None:
@@ -45,7 +48,8 @@ class Walk:
 
         Args:
             block: the block after the last finished one of its list.
-            keep: store the block's outputs, which makes it a finished block; otherwise they are dropped.
+            keep: store the block's outputs, which makes it a finished block; otherwise they are
+                dropped.
         """
         current: dict[str, Any] = {}
         with self._stubs(block, current), torch.no_grad():

@@ -1,7 +1,8 @@
 """The command line: parse, call, print. No logic lives here.
 
-Every command's last line with `--json` is one JSON object. Errors of the input are one sentence on stderr, exit code 2.
-Imports of torch and transformers happen inside the commands, so that `qmoe --help` is instant.
+Every command's last line with `--json` is one JSON object. Errors of the input are one sentence on
+stderr, exit code 2. Imports of torch and transformers happen inside the commands, so that `qmoe
+--help` is instant.
 """
 
 import json
@@ -31,8 +32,12 @@ def main() -> None:
     """Mixture-of-experts models below one bit per expert weight, run without unpacking."""
 
 
-_json = click.option("--json", "as_json", is_flag=True, help="The last line of the output is one JSON object.")
-_device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+_json = click.option(
+    "--json", "as_json", is_flag=True, help="The last line of the output is one JSON object."
+)
+_device = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
 
 
 def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
@@ -42,33 +47,73 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @main.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--method", type=click.Choice(["rd", "qmoe", "rtn", "gptq2", "gptq3", "gptq4"]), default="rd", show_default=True)
-@click.option("--bits", type=float, default=None, help="Stored bits per expert weight to hit (rd); default 0.8.")
-@click.option("--delta", type=float, default=None, help="The raw global step of rd, instead of --bits.")
-@click.option("--calib", "calib", type=str, required=True, help="Calibration text: .txt, .jsonl, .parquet or a datasets name.")
+@click.option(
+    "--method",
+    type=click.Choice(["rd", "qmoe", "rtn", "gptq2", "gptq3", "gptq4"]),
+    default="rd",
+    show_default=True,
+)
+@click.option(
+    "--bits",
+    type=float,
+    default=None,
+    help="Stored bits per expert weight to hit (rd); default 0.8.",
+)
+@click.option(
+    "--delta", type=float, default=None, help="The raw global step of rd, instead of --bits."
+)
+@click.option(
+    "--calib",
+    "calib",
+    type=str,
+    required=True,
+    help="Calibration text: .txt, .jsonl, .parquet or a datasets name.",
+)
 @click.option("--calib-tokens", type=click.IntRange(1), default=131072, show_default=True)
-@click.option("--ctx", type=click.IntRange(2), default=None, help="Window length; default: the model's, at most 2048.")
+@click.option(
+    "--ctx",
+    type=click.IntRange(2),
+    default=None,
+    help="Window length; default: the model's, at most 2048.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--memory", default="4GiB", show_default=True, help="Room for activations in memory; the rest goes to mapped files.")
+@click.option(
+    "--memory",
+    default="4GiB",
+    show_default=True,
+    help="Room for activations in memory; the rest goes to mapped files.",
+)
 @_device
-@click.option("--trust-remote-code", is_flag=True, help="Run model code that the source brings along.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run model code that the source brings along."
+)
 @click.option("--fresh", is_flag=True, help="Discard an unfinished earlier run on OUT.")
 @_json
 def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     """Compress SOURCE (a directory or a hub id) into the directory OUT."""
     from qmoe.compress import Settings, compress_checkpoint
 
-    report = compress_checkpoint(source, out, Settings.from_options(**options), progress=sys.stderr.isatty())
+    report = compress_checkpoint(
+        source, out, Settings.from_options(**options), progress=sys.stderr.isatty()
+    )
     _show(report.as_dict(), as_json, report.text())
 
 
 @main.command(name="eval")
 @click.argument("model")
-@click.option("--text", required=True, help="Evaluation text: .txt, .jsonl, .parquet or a datasets name.")
-@click.option("--reference", default=None, help="Another checkpoint to compare with, usually the source.")
+@click.option(
+    "--text", required=True, help="Evaluation text: .txt, .jsonl, .parquet or a datasets name."
+)
+@click.option(
+    "--reference", default=None, help="Another checkpoint to compare with, usually the source."
+)
 @click.option("--ctx", type=click.IntRange(2), default=1024, show_default=True)
-@click.option("--tokens", type=click.IntRange(2), default=None, help="Use at most this many tokens.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option(
+    "--tokens", type=click.IntRange(2), default=None, help="Use at most this many tokens."
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
+)
 @_device
 @_json
 def evaluate(model: str, as_json: bool, **options: Any) -> None:
@@ -99,13 +144,19 @@ def verify(out: Path, as_json: bool) -> None:
     from qmoe.verify import verify_checkpoint
 
     found = verify_checkpoint(out, progress=sys.stderr.isatty())
-    _show(found, as_json, f"{out}: sound ({found['files']} files, {found['matrices']} matrices decoded)")
+    _show(
+        found,
+        as_json,
+        f"{out}: sound ({found['files']} files, {found['matrices']} matrices decoded)",
+    )
 
 
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True
+)
 @_json
 def export(out: Path, dest: Path, dtype: str, as_json: bool) -> None:
     """Write OUT back as a plain safetensors checkpoint that any runtime reads."""
@@ -123,7 +174,9 @@ def bench() -> None:
 @bench.command(name="codec")
 @_json
 def bench_codec(as_json: bool) -> None:
-    """Rate against the entropy and speed against memory bandwidth of the entropy coder, on one core."""
+    """Rate against the entropy and speed against memory bandwidth of the entropy coder, on one
+    core.
+    """
     from qmoe.codec.bench import run
 
     run(as_json)

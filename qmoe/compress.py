@@ -1,7 +1,9 @@
-"""The write path: source -> calibration -> solver -> codec -> container, one block of the model at a time.
+"""The write path: source -> calibration -> solver -> codec -> container, one block of the model at
+a time.
 
-Peak memory: one block without its experts, one group of experts with its Hessians, and the activations that `--memory`
-allows; never the model. docs/scale.md has the arithmetic and the measurements.
+Peak memory: one block without its experts, one group of experts with its Hessians, and the
+activations that `--memory` allows; never the model. docs/scale.md has the arithmetic and the
+measurements.
 """
 
 import resource
@@ -75,7 +77,9 @@ class Settings:
         return out
 
 
-def compress_checkpoint(source: str, out: Path, settings: Settings, progress: bool = False) -> CompressReport:
+def compress_checkpoint(
+    source: str, out: Path, settings: Settings, progress: bool = False
+) -> CompressReport:
     """Compresses a checkpoint.
 
     Args:
@@ -85,7 +89,8 @@ def compress_checkpoint(source: str, out: Path, settings: Settings, progress: bo
         progress: draw bars.
 
     Raises:
-        QmoeError: the input's fault, see qmoe.errors; the source is never written to and `out` never half-made.
+        QmoeError: the input's fault, see qmoe.errors; the source is never written to and `out`
+            never half-made.
     """
     start = time.monotonic()
     device = pick_device(settings.device)
@@ -95,7 +100,12 @@ def compress_checkpoint(source: str, out: Path, settings: Settings, progress: bo
         host = Host(checkpoint, trust_remote_code=settings.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
         data = prepare(
-            tokenizer, host.config, settings.calib, settings.calib_tokens, _context(host.config, settings), settings.seed
+            tokenizer,
+            host.config,
+            settings.calib,
+            settings.calib_tokens,
+            _context(host.config, settings),
+            settings.seed,
         )
         batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
         run = _Run(host, method, batches, tokenizer, device, settings, progress)
@@ -103,7 +113,9 @@ def compress_checkpoint(source: str, out: Path, settings: Settings, progress: bo
         inside = tuple(f"{name}." for name, _ in host.block_lists)
         writer.write_block("rest", host.dense(lambda n: not n.startswith(inside)), [])
         with run.store:
-            for block in tqdm(list(host.blocks()), desc="blocks", unit="block", disable=not progress):
+            for block in tqdm(
+                list(host.blocks()), desc="blocks", unit="block", disable=not progress
+            ):
                 tensors, reports = run.block(block)
                 writer.write_block(block.name, tensors, [asdict(r) for r in reports])
                 run.reports += reports
@@ -129,7 +141,9 @@ def _method(settings: Settings) -> Method:
     if name == "rd":
         params = {"delta": settings.delta or 8.0}
     elif settings.bits is not None or settings.delta is not None:
-        raise QmoeError(f"--method {settings.method} has a fixed grid; --bits and --delta belong to --method rd")
+        raise QmoeError(
+            f"--method {settings.method} has a fixed grid; --bits and --delta belong to --method rd"
+        )
     return get_method(name, **params)
 
 
@@ -172,11 +186,16 @@ class _Run:
             streams = []
             for walk, plugs in zip(walks, done, strict=True):
                 with _plugged(walk, plugs):
-                    parked = park(walk, block, layout.path, module, layout.projections[-1].rows, self.store)
+                    parked = park(
+                        walk, block, layout.path, module, layout.projections[-1].rows, self.store
+                    )
                 plugs.append((module, parked))
                 streams.append(Stream(parked, self._keep(block, parked)))
             layer = self._quantize(layout, module, streams)
-            tensors[f"{layout.path}.stream"], tensors[f"{layout.path}.offsets"] = layer.stream, layer.offsets
+            tensors[f"{layout.path}.stream"], tensors[f"{layout.path}.offsets"] = (
+                layer.stream,
+                layer.offsets,
+            )
             reports += layer.reports
         for walk, plugs in zip(walks, done, strict=True):
             with _plugged(walk, plugs):
@@ -186,22 +205,43 @@ class _Run:
         host.free(block)
         return tensors, reports
 
-    def _quantize(self, layout: ExpertsLayout, module: nn.Module, streams: list[Stream]) -> EncodedLayer:
+    def _quantize(
+        self, layout: ExpertsLayout, module: nn.Module, streams: list[Stream]
+    ) -> EncodedLayer:
         original = streams[1] if len(streams) > 1 else None
-        with tqdm(total=layout.experts, desc=layout.path, unit="expert", leave=False, disable=not self.progress) as bar:
+        with tqdm(
+            total=layout.experts,
+            desc=layout.path,
+            unit="expert",
+            leave=False,
+            disable=not self.progress,
+        ) as bar:
             return quantize_layer(
-                self.host, layout, module, self.method, streams[0], original, self.device, bar.update
+                self.host,
+                layout,
+                module,
+                self.method,
+                streams[0],
+                original,
+                self.device,
+                bar.update,
             )
 
     def _keep(self, block: BlockRef, parked: Parked) -> Tensor:
-        """Which of the parked rows statistics are taken from; rows that are no tokens in order are all kept."""
+        """Which of the parked rows statistics are taken from; rows that are no tokens in order are
+        all kept.
+        """
         config = self.host.config
         decoder = config.is_encoder_decoder and "decoder" in block.list_name
         masks = learnable(self.batches, self.tokenizer, decoder)
         parts = []
         for rows, mask in zip(parked.rows, masks, strict=True):
             times = rows // len(mask)
-            parts.append(mask.repeat(times) if times * len(mask) == rows else torch.ones(rows, dtype=torch.bool))
+            parts.append(
+                mask.repeat(times)
+                if times * len(mask) == rows
+                else torch.ones(rows, dtype=torch.bool)
+            )
         return torch.cat(parts)
 
 

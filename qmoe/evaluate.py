@@ -1,7 +1,8 @@
 """Perplexity of a model on text, and its KL divergence from a reference, in one pass over both.
 
-Decoder-only models are scored on every token of a window but its first; encoder-decoder models on the tokens of masked
-spans (T5's span corruption). All arithmetic of the scores is float32 with float64 sums.
+Decoder-only models are scored on every token of a window but its first; encoder-decoder models on
+the tokens of masked spans (T5's span corruption). All arithmetic of the scores is float32 with
+float64 sums.
 """
 
 import math
@@ -28,7 +29,8 @@ class Score:
         tokens: predicted tokens.
         reference_nll: the reference model's, or None without one.
         kl: mean KL(reference || model) in nats per predicted token, or None.
-        top1_agreement: share of positions at which both models' most likely token is the same, or None.
+        top1_agreement: share of positions at which both models' most likely token is the same, or
+            None.
     """
 
     nll: float
@@ -44,7 +46,11 @@ class Score:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `qmoe eval`."""
-        out: dict[str, Any] = {"perplexity": self.perplexity, "nll": self.nll, "tokens": self.tokens}
+        out: dict[str, Any] = {
+            "perplexity": self.perplexity,
+            "nll": self.nll,
+            "tokens": self.tokens,
+        }
         if self.reference_nll is not None:
             out |= {
                 "reference_perplexity": math.exp(self.reference_nll),
@@ -66,8 +72,9 @@ def evaluate(
 
     Args:
         model: a transformers model (AutoModelForCausalLM or AutoModelForSeq2SeqLM) in eval mode.
-        batches: keyword arguments of the model's forward, each with `labels`: [B, T] token ids with -100 where nothing is
-            scored. Decoder-only labels are the inputs themselves (shifted here); encoder-decoder ones are the targets.
+        batches: keyword arguments of the model's forward, each with `labels`: [B, T] token ids with
+            -100 where nothing is scored. Decoder-only labels are the inputs themselves (shifted
+            here); encoder-decoder ones are the targets.
         reference: a second model with the same vocabulary, run on the same batches.
         progress: draw a bar.
 
@@ -90,7 +97,11 @@ def evaluate(
     if reference is None:
         return Score(sums["nll"] / tokens, tokens)
     return Score(
-        sums["nll"] / tokens, tokens, sums["reference"] / tokens, sums["kl"] / tokens, sums["same"] / tokens
+        sums["nll"] / tokens,
+        tokens,
+        sums["reference"] / tokens,
+        sums["kl"] / tokens,
+        sums["same"] / tokens,
     )
 
 
@@ -111,8 +122,12 @@ def _predictions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return logits, labels[scored]
 
 
-def split_batches(batch: dict[str, Tensor], tokens_at_once: int = _TOKENS_AT_ONCE) -> list[dict[str, Tensor]]:
-    """Cuts one big batch [n, T] into batches of at most about `tokens_at_once` tokens (at least one row each)."""
+def split_batches(
+    batch: dict[str, Tensor], tokens_at_once: int = _TOKENS_AT_ONCE
+) -> list[dict[str, Tensor]]:
+    """Cuts one big batch [n, T] into batches of at most about `tokens_at_once` tokens (at least one
+    row each).
+    """
     rows = max(1, tokens_at_once // max(1, max(v.shape[1] for v in batch.values())))
     parts = {k: v.split(rows) for k, v in batch.items()}
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]

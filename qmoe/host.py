@@ -1,9 +1,11 @@
-"""transformers as the host of a streamed checkpoint: a model on the meta device whose blocks come and go.
+"""transformers as the host of a streamed checkpoint: a model on the meta device whose blocks come
+and go.
 
-This is the only module of the write path that uses private transformers API (the v5 weight converters); it was written
-against transformers 5.23 and `tests/test_host.py` names every private symbol, so that a moved one fails there and not in a
-user's run. Nothing here is specific to a model family: disk names are mapped to module parameters by transformers' own
-renaming and conversion rules, so any model that `from_pretrained` loads can be streamed.
+This is the only module of the write path that uses private transformers API (the v5 weight
+converters); it was written against transformers 5.23 and `tests/test_host.py` names every private
+symbol, so that a moved one fails there and not in a user's run. Nothing here is specific to a model
+family: disk names are mapped to module parameters by transformers' own renaming and conversion
+rules, so any model that `from_pretrained` loads can be streamed.
 
 It knows nothing about quantization, calibration text or the output.
 """
@@ -39,7 +41,9 @@ _EXPERT_NUMBER = re.compile(r"experts?[._](\d+)\.")
 
 @dataclass(frozen=True)
 class BlockRef:
-    """One transformer block: the module list it lives in ("model.layers"), its index there and its module."""
+    """One transformer block: the module list it lives in ("model.layers"), its index there and its
+    module.
+    """
 
     list_name: str
     index: int
@@ -57,25 +61,32 @@ class Host:
     Memory: what `load_*` materialised and `free` has not released; nothing else.
 
     Attributes:
-        model: the transformers model, parameters on meta until loaded; buffers (rotary tables) are real.
+        model: the transformers model, parameters on meta until loaded; buffers (rotary tables) are
+            real.
         config: its config, without any `quantization_config` of the source.
-        sources: module parameter name -> {disk name: pattern of the converter that reads it, or None}.
+        sources: module parameter name -> {disk name: pattern of the converter that reads it, or
+            None}.
         experts: (layout, module) of every experts module.
         unused: disk tensors that no module of the model takes (multi-token-prediction layers, say).
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
     ) -> None:
         """Builds the empty model.
 
         Args:
             checkpoint: the open source.
-            dtype: compute dtype of materialised weights; parameters that the family keeps in float32 stay so.
+            dtype: compute dtype of materialised weights; parameters that the family keeps in
+                float32 stay so.
             trust_remote_code: run model code that the checkpoint brings along.
 
         Raises:
-            UnsupportedModelError: a model type that transformers does not know, or no block lists in the model.
+            UnsupportedModelError: a model type that transformers does not know, or no block lists
+                in the model.
             SourceError: a parameter of the model that no tensor of the checkpoint feeds.
         """
         self.checkpoint, self.dtype = checkpoint, dtype
@@ -85,7 +96,8 @@ class Host:
                 self.config, dtype=dtype
             )
         self.model.eval()
-        # the two calls by which from_pretrained rebuilds non-persistent buffers; parameters stay on meta
+        # the two calls by which from_pretrained rebuilds non-persistent buffers; parameters stay on
+        # meta
         self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
         self.model._initialize_missing_keys(is_quantized=False)
         self._mapping = get_model_conversion_mapping(self.model, None, None)
@@ -114,7 +126,9 @@ class Host:
 
     def _check_complete(self) -> None:
         tied = {k for pair in _tied(self.model) for k in pair}
-        missing = [n for n, p in self.model.named_parameters() if n not in self.sources and n not in tied]
+        missing = [
+            n for n, p in self.model.named_parameters() if n not in self.sources and n not in tied
+        ]
         # a converter with several targets (a fused qkv on disk) names only the first of them
         several = {
             t
@@ -122,7 +136,9 @@ class Host:
             if len(c.target_patterns) > 1
             for t in c.target_patterns
         }
-        missing = [n for n in missing if not any(re.search(t.replace("*", r"\d+"), n) for t in several)]
+        missing = [
+            n for n in missing if not any(re.search(t.replace("*", r"\d+"), n) for t in several)
+        ]
         if missing:
             raise SourceError(
                 f"{self.checkpoint.directory}: no tensor on disk for {missing[0]} ({len(missing)} parameters of "
@@ -136,7 +152,8 @@ class Host:
                 yield BlockRef(name, i, module)
 
     def load(self, want: Callable[[str], bool]) -> None:
-        """Materialises the parameters and persistent buffers whose module name satisfies `want`, checking for NaN and Inf.
+        """Materialises the parameters and persistent buffers whose module name satisfies `want`,
+        checking for NaN and Inf.
 
         Raises:
             SourceError: shapes that disagree with the config, or a failed conversion.
@@ -167,7 +184,9 @@ class Host:
             )
         if info.conversion_errors:
             name, text = next(iter(info.conversion_errors.items()))
-            raise SourceError(f"{self.checkpoint.directory}: cannot convert {name}: {str(text).strip()}")
+            raise SourceError(
+                f"{self.checkpoint.directory}: cannot convert {name}: {str(text).strip()}"
+            )
         for name, tensor in _named_tensors(self.model):
             if want(name) and not tensor.is_meta and tensor.is_floating_point():
                 check_finite(name, tensor)
@@ -186,7 +205,9 @@ class Host:
         """Puts a block's weights back on the meta device."""
         block.module.to("meta")
 
-    def read_expert(self, layout: ExpertsLayout, module: nn.Module, expert: int) -> dict[str, Tensor]:
+    def read_expert(
+        self, layout: ExpertsLayout, module: nn.Module, expert: int
+    ) -> dict[str, Tensor]:
         """One expert's matrices, read from disk without its siblings.
 
         Args:
@@ -195,7 +216,8 @@ class Host:
             expert: index.
 
         Returns:
-            projection -> canonical matrix [rows, cols] (rows are outputs) in the compute dtype, contiguous.
+            projection -> canonical matrix [rows, cols] (rows are outputs) in the compute dtype,
+            contiguous.
 
         Raises:
             SourceError: a tensor is missing. NonFiniteError: NaN or Inf, with the tensor's name.
@@ -222,7 +244,9 @@ class Host:
         return tensor
 
     def _rows(self, target: str, expert: int, rows: int) -> Tensor:
-        """Rows [expert * rows, (expert + 1) * rows) of a parameter that holds all experts, through its converter."""
+        """Rows [expert * rows, (expert + 1) * rows) of a parameter that holds all experts, through
+        its converter.
+        """
         converter, collected = None, {}
         collected: dict[str, list[Tensor]]
         for disk, pattern in sorted(self.sources[target].items()):
@@ -236,7 +260,9 @@ class Host:
                 converter = converter or copy.deepcopy(self._converter[pattern])
             collected.setdefault(pattern or disk, []).append(tensor)
         if not collected:
-            raise SourceError(f"{self.checkpoint.directory}: no tensor for expert {expert} of {target}")
+            raise SourceError(
+                f"{self.checkpoint.directory}: no tensor for expert {expert} of {target}"
+            )
         if converter is None:
             return next(iter(collected.values()))[0]
         for pattern, tensors in collected.items():
@@ -259,7 +285,8 @@ class Host:
         }
 
     def dense(self, want: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Resident parameters and persistent buffers by module name, in the dtype that they have on disk.
+        """Resident parameters and persistent buffers by module name, in the dtype that they have on
+        disk.
 
         Tied copies are left out: the model ties them again when it is loaded.
         """
@@ -290,7 +317,9 @@ def _quiet() -> Iterator[None]:
 
 
 class _StandIn:
-    """Answers like an experts module that has only the parameters put into it; everything else is the real module's."""
+    """Answers like an experts module that has only the parameters put into it; everything else is
+    the real module's.
+    """
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -313,21 +342,31 @@ class _StandIn:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises NonFiniteError if a tensor holds NaN or Inf; the sum is non-finite exactly then (up to overflow, re-checked)."""
+    """Raises NonFiniteError if a tensor holds NaN or Inf; the sum is non-finite exactly then (up to
+    overflow, re-checked).
+    """
     if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
-        raise NonFiniteError(f"{name}: {bad} of {tensor.numel()} values are NaN or Inf; the source is damaged")
+        raise NonFiniteError(
+            f"{name}: {bad} of {tensor.numel()} values are NaN or Inf; the source is damaged"
+        )
 
 
 def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     kind = checkpoint.config.get("model_type")
-    if "auto_map" in checkpoint.config and kind not in transformers.CONFIG_MAPPING and not trust_remote_code:
+    if (
+        "auto_map" in checkpoint.config
+        and kind not in transformers.CONFIG_MAPPING
+        and not trust_remote_code
+    ):
         raise UnsupportedModelError(
             f"{checkpoint.directory}: model type {kind!r} brings its own code; "
             "read it, then pass --trust-remote-code to run it"
         )
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            checkpoint.directory, trust_remote_code=trust_remote_code
+        )
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
             f"{checkpoint.directory}: model type {kind!r} is not known to transformers {transformers.__version__}"
@@ -342,7 +381,9 @@ def _model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -
     cls = getattr(transformers, names[0], None) if names else None
     if cls is None:
         auto = (
-            transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+            transformers.AutoModelForSeq2SeqLM
+            if config.is_encoder_decoder
+            else transformers.AutoModelForCausalLM
         )
         if type(config) in auto._model_mapping:
             cls = auto._model_mapping[type(config)]
@@ -361,7 +402,9 @@ def _model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -
 
 
 def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The module lists whose members are all of a type that the model declares as not to be split: its blocks."""
+    """The module lists whose members are all of a type that the model declares as not to be split:
+    its blocks.
+    """
     kinds = set(model._no_split_modules or [])  # type: ignore[arg-type]
     found = [
         (n, m)

@@ -1,10 +1,12 @@
-"""Quantize the experts of one layer: statistics of two streams, solver, encoder, outputs of the quantized experts.
+"""Quantize the experts of one layer: statistics of two streams, solver, encoder, outputs of the
+quantized experts.
 
-The quantized stream carries the inputs that the experts will see in the compressed model; the original stream (only for
-methods with drift correction) carries those of the source. Groups of experts are a function of their shape alone, so bytes
-do not depend on memory, threads or processes.
+The quantized stream carries the inputs that the experts will see in the compressed model; the
+original stream (only for methods with drift correction) carries those of the source. Groups of
+experts are a function of their shape alone, so bytes do not depend on memory, threads or processes.
 
-Memory: the matrices, Hessians and codes of one group, one chunk of rows, and what the `ActivationStore` holds.
+Memory: the matrices, Hessians and codes of one group, one chunk of rows, and what the
+`ActivationStore` holds.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +35,8 @@ class Stream:
 
     Attributes:
         parked: see `qmoe.calib.experts.Parked`.
-        keep: bool [N], False for special and padding tokens: they pass through, but no statistics are taken from them.
+        keep: bool [N], False for special and padding tokens: they pass through, but no statistics
+            are taken from them.
     """
 
     parked: Parked
@@ -42,7 +45,9 @@ class Stream:
 
 @dataclass
 class ProjectionReport:
-    """What was done to one projection of one layer, summed over experts; `inspect --layers` prints it."""
+    """What was done to one projection of one layer, summed over experts; `inspect --layers` prints
+    it.
+    """
 
     module: str
     projection: str
@@ -62,7 +67,8 @@ class EncodedLayer:
 
     Attributes:
         stream: uint8 [bytes], group headers and matrices.
-        offsets: int64 [E, projections, 4]: start and end of the group header, start and end of the matrix.
+        offsets: int64 [E, projections, 4]: start and end of the group header, start and end of the
+            matrix.
         reports: one per projection.
     """
 
@@ -163,19 +169,30 @@ class _Work:
         self.layer = self._layer_moment()
 
     def _layer_moment(self) -> tuple[Tensor, int]:
-        """Hessian of all tokens together (each slot counted) and the number of (token, slot) pairs behind it."""
+        """Hessian of all tokens together (each slot counted) and the number of (token, slot) pairs
+        behind it.
+        """
         p, keep = self.quantized.parked, self.quantized.keep
         used = (p.index < self.layout.experts) & keep[:, None]
         mass = (used * (p.weight.square() if self.method.weighted else 1.0)).sum(1).sqrt()
-        total = torch.zeros(p.hidden.shape[1], p.hidden.shape[1], dtype=torch.float64, device=self.device)
+        total = torch.zeros(
+            p.hidden.shape[1], p.hidden.shape[1], dtype=torch.float64, device=self.device
+        )
         for x, m in zip(p.hidden.split(ROWS), mass.split(ROWS), strict=True):
             total += second_moment(x.to(self.device).float() * m[:, None].to(self.device))
         return total, int(used.sum())
 
-    def solve(self, group: range) -> Iterator[tuple[Projection, list[QuantizedMatrix], list[int], list[str]]]:
-        """Yields every projection of a group, solved; afterwards the group's outputs are in the streams."""
+    def solve(
+        self, group: range
+    ) -> Iterator[tuple[Projection, list[QuantizedMatrix], list[int], list[str]]]:
+        """Yields every projection of a group, solved; afterwards the group's outputs are in the
+        streams.
+        """
         weights = [
-            {k: w.float().to(self.device) for k, w in self.host.read_expert(self.layout, self.module, e).items()}
+            {
+                k: w.float().to(self.device)
+                for k, w in self.host.read_expert(self.layout, self.module, e).items()
+            }
             for e in group
         ]
         decoded: list[dict[str, Tensor]] = [{} for _ in group]
@@ -218,7 +235,9 @@ class _Work:
         stacked = torch.stack(hessians)
         name = f"{self.layout.path} ({projection.name})"
         if not torch.isfinite(stacked).all():
-            raise NonFiniteError(f"{name}: a Hessian overflowed; activations are too large for this compute dtype")
+            raise NonFiniteError(
+                f"{name}: a Hessian overflowed; activations are too large for this compute dtype"
+            )
         layer, layer_tokens = (stacked.sum(0), sum(tokens)) if projection.inner else self.layer
         return Problem(
             weight=torch.stack([w[projection.name] for w in weights]),
@@ -230,9 +249,17 @@ class _Work:
         )
 
     def _inputs(
-        self, stream: Stream, e: int, token: Tensor, slot: Tensor, projection: Projection, matrices: dict[str, Tensor]
+        self,
+        stream: Stream,
+        e: int,
+        token: Tensor,
+        slot: Tensor,
+        projection: Projection,
+        matrices: dict[str, Tensor],
     ) -> Tensor:
-        """Rows [n, cols] that a projection sees, times the quantized stream's routing weight if the method wants that."""
+        """Rows [n, cols] that a projection sees, times the quantized stream's routing weight if the
+        method wants that.
+        """
         x = stream.parked.hidden[token].to(self.device).float()
         if projection.inner:
             x = self._activation(e, x, matrices)

@@ -35,7 +35,9 @@ class CompressReport:
     notes: dict[str, int]
 
     @classmethod
-    def of(cls, out: Path, seconds: float, peak: int, reports: list[ProjectionReport]) -> "CompressReport":
+    def of(
+        cls, out: Path, seconds: float, peak: int, reports: list[ProjectionReport]
+    ) -> "CompressReport":
         """Collects the per-projection reports of a finished run."""
         tokens: dict[str, list[int]] = {}
         notes: dict[str, int] = {}

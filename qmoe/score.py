@@ -1,4 +1,6 @@
-"""`qmoe eval`: load a checkpoint, compressed or not, and score it on a text, beside a reference if asked."""
+"""`qmoe eval`: load a checkpoint, compressed or not, and score it on a text, beside a reference if
+asked.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,11 @@ def load_any(model: str, dtype: str, device: torch.device) -> Any:
     if not is_compressed(model):
         check_source(model)
     config = AutoConfig.from_pretrained(model)
-    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    auto = (
+        transformers.AutoModelForSeq2SeqLM
+        if config.is_encoder_decoder
+        else transformers.AutoModelForCausalLM
+    )
     loaded = auto.from_pretrained(model, dtype=getattr(torch, dtype))
     if not is_compressed(model):
         repair(loaded)
@@ -68,12 +74,16 @@ def load_any(model: str, dtype: str, device: torch.device) -> Any:
 
 def score_text(score: Score) -> str:
     """The result for people."""
-    lines = [f"perplexity {score.perplexity:.3f}   ({score.nll:.4f} nats over {score.tokens} tokens)"]
+    lines = [
+        f"perplexity {score.perplexity:.3f}   ({score.nll:.4f} nats over {score.tokens} tokens)"
+    ]
     if score.reference_nll is not None:
         found = score.as_dict()
         rise = 100 * (score.perplexity / found["reference_perplexity"] - 1)
         lines.append(f"reference  {found['reference_perplexity']:.3f}   ({rise:+.2f} %)")
-        lines.append(f"KL {score.kl:.5f} nats   same most likely token {100 * (score.top1_agreement or 0):.1f} %")
+        lines.append(
+            f"KL {score.kl:.5f} nats   same most likely token {100 * (score.top1_agreement or 0):.1f} %"
+        )
     return "\n".join(lines)
 
 

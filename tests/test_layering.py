@@ -1,4 +1,6 @@
-"""A module imports only from lower layers (docs: CONTRIBUTING, "Layers"). Imports are read with ast; nothing is run."""
+"""A module imports only from lower layers (docs: CONTRIBUTING, "Layers"). Imports are read with
+ast; nothing is run.
+"""
 
 import ast
 import importlib.util
@@ -56,7 +58,12 @@ def _layer(module):
 def _imports(path):
     """Imports that run when the module is imported (not those inside functions)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inner = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
+    inner = {
+        id(n)
+        for f in ast.walk(tree)
+        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
+        for n in ast.walk(f)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and id(node) not in inner:
             yield node.module
@@ -70,11 +77,19 @@ def test_imports_point_downwards(module, path):
         if not target.startswith("qmoe.") or module in ("qmoe.cli", "qmoe"):
             continue
         package = module.rsplit(".", 1)[0]
-        same = target.startswith(package + ".") or target == package or target.split(".")[1] == module.split(".")[1]
-        assert same or _layer(target) <= _layer(module), f"{module} (layer {_layer(module)}) imports {target}"
+        same = (
+            target.startswith(package + ".")
+            or target == package
+            or target.split(".")[1] == module.split(".")[1]
+        )
+        assert same or _layer(target) <= _layer(module), (
+            f"{module} (layer {_layer(module)}) imports {target}"
+        )
         for prefix, banned in FORBIDDEN.items():
             if module == prefix or module.startswith(prefix + "."):
-                assert not any(target == b or target.startswith(b + ".") for b in banned), f"{module} -> {target}"
+                assert not any(target == b or target.startswith(b + ".") for b in banned), (
+                    f"{module} -> {target}"
+                )
 
 
 def test_the_two_folders_are_found_under_qmoe():
@@ -84,9 +99,12 @@ def test_the_two_folders_are_found_under_qmoe():
 
 
 def test_repository_root_does_not_shadow_the_hub_kernels_package():
-    # transformers probes for a package called `kernels`; a regular package of that name in the root would break it
+    # transformers probes for a package called `kernels`; a regular package of that name in the root
+    # would break it
     code = "import sys; sys.path.insert(0, '.'); from transformers.utils import import_utils as i; print(i.is_kernels_available())"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     installed = importlib.util.find_spec("kernels")
     real = installed is not None and installed.origin is not None
     assert out.stdout.strip() == str(real)

@@ -55,7 +55,9 @@ def round_to_grid(weight: Tensor, grid: Grid) -> Tensor:
     return q.clamp(grid.low[:, :, None], grid.high[:, :, None]).to(torch.int8)
 
 
-def feed_back(weight: Tensor, factor: Tensor, grid: Grid, *, compiled: bool | None = None) -> Tensor:
+def feed_back(
+    weight: Tensor, factor: Tensor, grid: Grid, *, compiled: bool | None = None
+) -> Tensor:
     """Quantize column by column, pushing every column's error onto the columns behind it.
 
     Args:
@@ -68,7 +70,11 @@ def feed_back(weight: Tensor, factor: Tensor, grid: Grid, *, compiled: bool | No
         int8 [E, rows, cols].
     """
     experts, rows, cols = weight.shape
-    inner = _block_torch if not (weight.device.type == "cpu" if compiled is None else compiled) else _block_compiled
+    inner = (
+        _block_torch
+        if not (weight.device.type == "cpu" if compiled is None else compiled)
+        else _block_compiled
+    )
     u = factor.float()
     w = weight.transpose(1, 2).contiguous()
     codes = torch.empty(experts, cols, rows, dtype=torch.int8, device=w.device)
@@ -81,7 +87,9 @@ def feed_back(weight: Tensor, factor: Tensor, grid: Grid, *, compiled: bool | No
     return codes.transpose(1, 2).contiguous()
 
 
-def _block_torch(w: Tensor, u: Tensor, col: Tensor, grid: Grid, codes: Tensor, error: Tensor) -> None:
+def _block_torch(
+    w: Tensor, u: Tensor, col: Tensor, grid: Grid, codes: Tensor, error: Tensor
+) -> None:
     """One block of columns; w, codes, error are [E, block, rows] and written in place. This is the definition."""
     for k in range(w.shape[1]):
         v = w[:, k]
@@ -94,7 +102,9 @@ def _block_torch(w: Tensor, u: Tensor, col: Tensor, grid: Grid, codes: Tensor, e
         error[:, k] = e
 
 
-def _block_compiled(w: Tensor, u: Tensor, col: Tensor, grid: Grid, codes: Tensor, error: Tensor) -> None:
+def _block_compiled(
+    w: Tensor, u: Tensor, col: Tensor, grid: Grid, codes: Tensor, error: Tensor
+) -> None:
     _block_kernel(
         w.numpy(),
         np.ascontiguousarray(u.numpy()),

@@ -54,7 +54,11 @@ class Settings:
     fit_rows: bool = True
 
     def __post_init__(self) -> None:
-        if not self.delta > 0 or not 0 <= self.drift <= 1 or min(self.damping, self.shrinkage, self.slope) < 0:
+        if (
+            not self.delta > 0
+            or not 0 <= self.drift <= 1
+            or min(self.damping, self.shrinkage, self.slope) < 0
+        ):
             raise ValueError(f"rd settings out of range: {self}")
 
 
@@ -145,4 +149,9 @@ def _matrices(codes: Tensor, row_index: Tensor, col_index: Tensor) -> list[Quant
 def method(delta: float = 8.0, **knobs: float) -> Method:
     """The `rd` method; keyword arguments are fields of `Settings`."""
     settings = Settings(delta, **knobs)  # type: ignore[arg-type]
-    return Method(f"rd(delta={delta:g})", weighted=True, drift=settings.drift, solve=partial(solve, settings=settings))
+    return Method(
+        f"rd(delta={delta:g})",
+        weighted=True,
+        drift=settings.drift,
+        solve=partial(solve, settings=settings),
+    )
