@@ -1,0 +1,52 @@
+"""Fixtures that several test files share."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def _tiny() -> ModuleType:
+    """tests/tiny.py by path: with importlib mode, test files cannot import each other."""
+    name = "qmoe_tests_tiny"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "tiny.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """A test that takes `family` without parametrizing it runs for every family."""
+    named = {
+        n.strip()
+        for mark in metafunc.definition.iter_markers("parametrize")
+        for n in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
+    }
+    if "family" in metafunc.fixturenames and "family" not in named:
+        metafunc.parametrize("family", _tiny().FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """Tiny models of every family and source format: tests/tiny.py."""
+    return _tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """``tiny_checkpoint(family)``: directory of a float32 checkpoint, made once per session; do
+    not write to it.
+    """
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = _tiny().save(family, tmp_path_factory.mktemp("tiny") / family)
+        return made[family]
+
+    return get
