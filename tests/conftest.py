@@ -39,8 +39,8 @@ def tiny() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
-    """``tiny_checkpoint(family)``: directory of a float32 checkpoint, made once per session; do
-    not write to it.
+    """``tiny_checkpoint(family)``: directory of a float32 checkpoint, made once per session; do not
+    write to it.
     """
     made: dict[str, Path] = {}
 

@@ -157,8 +157,8 @@ FAMILIES = tuple(CONFIGS)
 
 
 def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
-    """A random model; deterministic, and no parameter is left at a constant where that would hide
-    a mistake.
+    """A random model; deterministic, and no parameter is left at a constant where that would hide a
+    mistake.
     """
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**CONFIGS[family], **changes})
