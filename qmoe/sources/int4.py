@@ -21,7 +21,7 @@ WIDTHS = (2, 4, 8)  # divisors of 32: no integer straddles two words
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """Unsigned integers of words, lowest bits first: int32 [..., n] -> int32 [..., n * 32 // bits]."""
+    """Unsigned integers of words, lowest bits first: int32 [..., n * 32 // bits] of [..., n]."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
