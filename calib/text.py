@@ -1,9 +1,7 @@
-"""Calibration and evaluation text: files and datasets <-> windows of token ids. Knows nothing
-about models.
+"""Calibration and evaluation text: files and datasets -> windows of token ids. Knows no models.
 
 A window never straddles two documents, unless documents are packed with the end-of-text token
-between them. Sources are read
-only as far as the windows need.
+between them. Sources are read only as far as the windows need.
 """
 
 import importlib
@@ -39,16 +37,14 @@ def windows(
     """The first ``tokens // ctx`` windows of a text.
 
     A plain text file is one document, cut from its beginning. In jsonl, parquet and datasets every
-    row is a document: its windows
-    lie back to back, at an offset drawn from what does not fill a window; rows shorter than a
-    window are passed over. With `pack`,
-    documents are joined with the end-of-text token and cut like one. No special tokens are added.
+    row is a document: its windows lie back to back, at an offset drawn from what does not fill a
+    window; rows shorter than a window are passed over. With `pack`, documents are joined with the
+    end-of-text token and cut like one. No special tokens are added.
 
     Args:
         tokenizer: a transformers tokenizer.
         source: ``.txt``, ``.jsonl`` or ``.parquet`` file, or the name of a dataset on the hub, as
-            "owner/name", "owner/name:split" or
-            "owner/name:configuration:split" (needs `datasets`).
+            "owner/name", "owner/name:split" or "owner/name:configuration:split" (needs `datasets`).
         tokens: how many tokens are wanted; fewer are returned if the source ends.
         ctx: tokens per window.
         seed: of the offsets.
@@ -61,8 +57,8 @@ def windows(
         int64 [n, ctx], 1 <= n <= tokens // ctx.
 
     Raises:
-        CalibrationError: no such source, an unreadable row, an optional library that is missing,
-            or less text than one window.
+        CalibrationError: no such source, an unreadable row, an optional library that is missing, or
+            less text than one window.
     """
     if ctx < 2 or tokens < ctx:
         raise CalibrationError(
@@ -105,10 +101,9 @@ def span_corruption(
     """T5's span corruption, the task that Switch Transformers were trained on.
 
     The encoder sees each window with every masked span replaced by ``<extra_id_0>``,
-    ``<extra_id_1>``, … and ``</s>`` at the end;
-    the labels are sentinel, span, sentinel, span, …, a closing sentinel, ``</s>``. Span lengths
-    and gaps are drawn like cuts of a stick
-    (Raffel et al. 2020, section 3.1.4), so that all windows have equal lengths.
+    ``<extra_id_1>``, … and ``</s>`` at the end; the labels are sentinel, span, sentinel, span, …, a
+    closing sentinel, ``</s>``. Span lengths and gaps are drawn like cuts of a stick (Raffel et al.
+    2020, section 3.1.4), so that all windows have equal lengths.
 
     Args:
         ids: int64 [n, window].

@@ -1,11 +1,8 @@
-"""Source checkpoints as plain dense tensors, read lazily: whatever the files hold, a reader sees
-bf16/fp16/fp32 by dense name.
+"""Source checkpoints as plain dense tensors, read lazily, whatever the files hold.
 
 A checkpoint is a local directory or a model id of the hub, with safetensors (one file or sharded
-with an index) or torch .bin files.
-Quantized sources (fp8, MXFP4, packed int4, GPTQ) appear under their dense names, decoded while
-read. Nothing is ever
-written to a local source.
+with an index) or torch .bin files. Quantized sources (fp8, MXFP4, packed int4, GPTQ) appear under
+their dense names, decoded while read. Nothing is ever written to a local source.
 """
 
 import hashlib
@@ -176,8 +173,8 @@ class Checkpoint:
 
         Args:
             name: dense tensor name.
-            selection: int, slice, ``...`` or a tuple of them; ``slice(e, e + 1)`` of a fused
-                expert tensor reads expert e alone.
+            selection: int, slice, ``...`` or a tuple of them; ``slice(e, e + 1)`` of a fused expert
+                tensor reads expert e alone.
 
         Returns:
             A tensor on the CPU that owns its memory.

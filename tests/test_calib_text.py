@@ -79,7 +79,7 @@ def test_windows_do_not_straddle_documents(tmp_path, tokenizer):
 def test_packing_puts_the_end_token_between(tmp_path, tokenizer):
     path = jsonl(tmp_path / "a.jsonl", {"text": "w1 w2"}, "", {"text": "w3 w4 w5"})
     got = windows(tokenizer, path, 100, 7, pack=True)
-    assert got.tolist() == [number(tokenizer, *"w1 w2 </s> w3 w4 w5 </s>".split())]
+    assert got.tolist() == [number(tokenizer, *["w1", "w2", "</s>", "w3", "w4", "w5", "</s>"])]
 
 
 def test_chat_template(tmp_path, tokenizer):
@@ -90,7 +90,9 @@ def test_chat_template(tmp_path, tokenizer):
     tokenizer.chat_template = CHAT
     got = windows(tokenizer, path, 100, 8, chat=True)
     tokenizer.chat_template = None
-    assert got.tolist() == [number(tokenizer, *["w0", "w5", "w1", "</s>", "w0", "w6", "w1", "</s>"])]
+    assert got.tolist() == [
+        number(tokenizer, *["w0", "w5", "w1", "</s>", "w0", "w6", "w1", "</s>"])
+    ]
 
 
 @pytest.mark.parametrize(

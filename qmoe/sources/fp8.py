@@ -1,13 +1,11 @@
 """8-bit floating point weights with scales per block, row, or tensor.
 
 DeepSeek-V3's layout: ``X.weight`` F8_E4M3 [R, C] and ``X.weight_scale_inv`` [ceil(R/bm),
-ceil(C/bn)]; W = weight * scale, every
-scale valid for its block of bm x bn, blocks at the right and bottom edge cropped. The grid is laid
-out from the block size and not
-from R // scale_rows, which differ when R is no multiple of bm (DeepSeek-V3's 576 rows have 5
-scales of 128, not of 115).
-Scales are float32 or bf16, or powers of two alone (ue8m0: byte b means 2^(b - 127)), as F8_E8M0 or
-as plain bytes.
+ceil(C/bn)]; W = weight * scale, every scale valid for its block of bm x bn, blocks at the right and
+bottom edge cropped. The grid is laid out from the block size and not from R // scale_rows, which
+differ when R is no multiple of bm (DeepSeek-V3's 576 rows have 5 scales of 128, not of 115). Scales
+are float32 or bf16, or powers of two alone (ue8m0: byte b means 2^(b - 127)), as F8_E8M0 or as
+plain bytes.
 """
 
 import torch
@@ -42,8 +40,7 @@ def dequantize(
     Args:
         weight: float8 [rows, cols], a range of rows of the whole matrix.
         scale: with `block`, [n, ceil(cols / block[1])] beginning at the block that holds
-            `first_row`; without, anything that
-            broadcasts to [rows, cols].
+            `first_row`; without, anything that broadcasts to [rows, cols].
         block: rows and columns of a block.
         first_row: index of ``weight[0]`` in the whole matrix.
 

@@ -1,8 +1,7 @@
 """Weight files on the Hugging Face hub, downloaded when first read.
 
 Headers come by range requests, so names and shapes of a model of a terabyte cost a few megabytes.
-Files that are already in the
-hub's cache are used from there, also with HF_HUB_OFFLINE=1.
+Files that are already in the hub's cache are used from there, also with HF_HUB_OFFLINE=1.
 """
 
 import hashlib
@@ -18,8 +17,10 @@ from huggingface_hub.errors import (
     NotASafetensorsRepoError,
     SafetensorsParsingError,
 )
+from torch import Tensor
 
 from qmoe.errors import SourceError
+from qmoe.sources.selection import Selection
 from qmoe.sources.shard import Entry, SafetensorsShard, parse_header
 
 WEIGHTS = (
@@ -49,8 +50,7 @@ class Repository:
     Args:
         repo: "owner/name".
         revision: branch, tag or commit; None for the default branch. Resolved once to a commit, so
-            that a push to the
-            repository in the middle of a run changes nothing.
+            that a push to the repository in the middle of a run changes nothing.
         cache: directory for the weight files of this run, each deleted by `HubShard.discard`; None
             for the hub's own cache, where files stay.
 
@@ -61,31 +61,20 @@ class Repository:
 
     def __init__(self, repo: str, revision: str | None, cache: Path | None) -> None:
         self.repo, self.cache = repo, cache
-        self.sizes: dict[str, int] = {}
+        try:  # without a connection this falls back to what is cached
+            snapshot = snapshot_download(repo, revision=revision, ignore_patterns=list(WEIGHTS))
+        except _FAILURES as e:
+            raise SourceError(
+                f"{repo!r} is neither a local directory nor a model that the hub gives us "
+                f"({_short(e)}); check the name, the connection and, for a gated model, `hf auth "
+                "login`"
+            ) from e
+        self.directory = Path(snapshot)
+        self.revision = self.directory.name  # snapshots are named by commit
         try:
-            info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-            self.revision = info.sha or revision or "main"
+            info = HfApi().model_info(repo, revision=self.revision, files_metadata=True)
             self.sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-            self.directory = Path(
-                snapshot_download(repo, revision=self.revision, ignore_patterns=list(WEIGHTS))
-            )
-        except _FAILURES as online:
-            try:
-                self.directory = Path(
-                    snapshot_download(
-                        repo,
-                        revision=revision,
-                        ignore_patterns=list(WEIGHTS),
-                        local_files_only=True,
-                    )
-                )
-            except _FAILURES:
-                raise SourceError(
-                    f"{repo!r} is neither a local directory nor a model that the hub gives us "
-                    f"({_short(online)}); "
-                    "check the name, the connection and, for a gated model, `hf auth login`"
-                ) from online
-            self.revision = self.directory.name  # snapshots are named by commit
+        except _FAILURES:  # offline: what is here must do
             self.sizes = {p.name: p.stat().st_size for p in self.directory.iterdir() if p.is_file()}
 
     def files(self) -> list[str]:
@@ -128,7 +117,7 @@ class HubShard(SafetensorsShard):
         self.name = f"{repository.repo}/{file}"
         self.file = file
         self._repository = repository
-        self._remote: dict[str, Entry] | None = None
+        self._remote: Mapping[str, Entry] | None = None
 
     def path(self) -> Path:
         return self._repository.fetch(self.file)
@@ -159,15 +148,19 @@ class HubShard(SafetensorsShard):
             self._remote = parse_header(header, 0, data, self.name)
         return self._remote
 
+    def read(self, tensor: str, selection: Selection = ...) -> Tensor:
+        if self._entries is None:
+            self._load()  # downloads, and reads the header of what came
+        return super().read(tensor, selection)
+
     def digest(self) -> bytes:
         """The commit names the content, so nothing needs to be downloaded."""
-        return hashlib.sha256(
-            f"{self.name}@{self._repository.revision}:{self.size}".encode()
-        ).digest()
+        return hashlib.sha256(f"{self.name}@{self._repository.revision}".encode()).digest()
 
     def discard(self) -> None:
         """Delete the downloaded file if it lies in this run's own cache directory."""
         if self._repository.cache is not None:
+            self._remote, self._entries = self.entries, None
             (self._repository.cache / self.file).unlink(missing_ok=True)
 
 

@@ -1,17 +1,14 @@
-"""Integers packed in 32-bit words: compressed-tensors' ``pack-quantized`` (as Kimi-K2 ships it)
-and GPTQ.
+"""Integers packed in 32-bit words: compressed-tensors' ``pack-quantized`` (as Kimi-K2 ships it) and
+GPTQ.
 
 Both put ``32 // bits`` integers in a word, the first in the lowest bits. They differ in direction
 and in what zero means:
 
-- pack-quantized: ``X.weight_packed`` int32 [R, ceil(C / n)] along a row, ``X.weight_scale`` [R, C
-  / group] (or [R, 1]),
-  ``X.weight_shape`` = (R, C); symmetric: W = (q - 2^(bits-1)) * scale.
+- pack-quantized: ``X.weight_packed`` int32 [R, ceil(C / n)] along a row, ``X.weight_scale`` [R, C /
+  group] (or [R, 1]), ``X.weight_shape`` = (R, C); symmetric: W = (q - 2^(bits-1)) * scale.
 - GPTQ: ``X.qweight`` int32 [C / n, R] along the inputs, ``X.scales`` [groups, R], ``X.qzeros``
-  int32 [groups, R / n],
-  ``X.g_idx`` int32 [C], the group of each input; W[r, c] = (q - zero) * scale. The first format
-  version ("gptq") stores
-  zero - 1, the second ("gptq_v2") zero itself.
+  int32 [groups, R / n], ``X.g_idx`` int32 [C], the group of each input; W[r, c] = (q - zero) *
+  scale. The first format version ("gptq") stores zero - 1, the second ("gptq_v2") zero itself.
 """
 
 import torch
@@ -24,9 +21,7 @@ WIDTHS = (2, 4, 8)  # divisors of 32: no integer straddles two words
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """Unsigned integers of int32 words: int32 [..., n * 32 // bits] of [..., n], lowest bits
-    first.
-    """
+    """Unsigned integers of words, lowest bits first: int32 [..., n * 32 // bits] of [..., n]."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
@@ -105,8 +100,8 @@ class Packed(Virtual):
 
 
 class Gptq(Virtual):
-    """A GPTQ matrix [R, C] = [out, in]. Rows lie across all words, so any selection reads the
-    whole matrix.
+    """A GPTQ matrix [R, C] = [out, in]. Rows lie across all words, so any selection reads the whole
+    matrix.
     """
 
     def __init__(self, stem: str, bits: int, group: int, zero_offset: int, has_order: bool) -> None:

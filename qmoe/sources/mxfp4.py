@@ -1,11 +1,10 @@
-"""MXFP4: 4-bit floats (E2M1) in blocks of 32 with one power-of-two scale each, as gpt-oss ships
-its experts.
+"""MXFP4: 4-bit floats (E2M1) in blocks of 32 with one power-of-two scale each, as gpt-oss ships its
+experts.
 
 Per experts module ``X_blocks`` U8 [E, out, in/32, 16] and ``X_scales`` U8 [E, out, in/32]; value =
-FP4[nibble] * 2^(scale - 127),
-the low nibble is the even element (OCP Microscaling Formats 1.0). The model's own parameter ``X``
-is [E, in, out]: transposed.
-All values are exact in bf16, whose exponent has the same range.
+FP4[nibble] * 2^(scale - 127), the low nibble is the even element (OCP Microscaling Formats 1.0).
+The model's own parameter ``X`` is [E, in, out]: transposed. All values are exact in bf16, whose
+exponent has the same range.
 """
 
 import torch

@@ -12,8 +12,8 @@ Selection: TypeAlias = Index | tuple[Index, ...]
 
 
 def leading(selection: Selection, shape: tuple[int, ...]) -> tuple[int, int, tuple[Index, ...]]:
-    """Split a selection into a contiguous range of the leading dimension and an index into what
-    was read.
+    """Split a selection into a contiguous range of the leading dimension and an index into what was
+    read.
 
     Args:
         selection: int, slice, ``...`` or a tuple of them, as for a tensor.
@@ -21,8 +21,7 @@ def leading(selection: Selection, shape: tuple[int, ...]) -> tuple[int, int, tup
 
     Returns:
         (start, stop, rest): ``tensor[selection] == tensor[start:stop][rest]``. A tensor without
-        dimensions is (0, 1, (0,)),
-        to be read as one with a leading dimension of 1.
+        dimensions is (0, 1, (0,)), to be read as one with a leading dimension of 1.
 
     Raises:
         IndexError: an integer outside the dimension, or a negative step.

@@ -2,8 +2,8 @@
 own memory map.
 
 Reading by position keeps three promises that a map does not: the address space does not grow with
-the file, resident memory is
-what was asked for, and a file that was replaced under a running job is noticed at the next read.
+the file, resident memory is what was asked for, and a file that was replaced under a running job is
+noticed at the next read.
 """
 
 import hashlib
@@ -92,8 +92,8 @@ def parse_header(header: dict[str, Any], base: int, size: int, file: str) -> dic
         file: for messages.
 
     Raises:
-        SourceError: an entry is malformed, ranges leave holes, overlap, disagree with the shape,
-            or do not end at the file's end.
+        SourceError: an entry is malformed, ranges leave holes, overlap, disagree with the shape, or
+            do not end at the file's end.
     """
     entries: dict[str, Entry] = {}
     for name, item in header.items():
@@ -262,8 +262,8 @@ def _pread(fd: int, into: Any, offset: int, file: str) -> Any:
 
 
 class TorchShard(Shard):
-    """A local ``pytorch_model*.bin``: unpickled with ``weights_only=True``, tensors mapped from
-    the zip file.
+    """A local ``pytorch_model*.bin``: unpickled with ``weights_only=True``, tensors mapped from the
+    zip file.
 
     Files in torch's format from before 1.6 (no zip) cannot be mapped and are read whole when first
     used.
