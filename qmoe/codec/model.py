@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qmoe.codec.huffman import code_lengths
-from qmoe.codec.symbols import symbol_count
+from qmoe.codec.symbols import MAX_ESCAPES, symbol_count, value_bound
 
 MAX_TABLES = 16
 RUNS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 62)
@@ -142,7 +142,7 @@ def choose(histogram: I64, limit: int, max_size: int) -> Model:
     np.cumsum(histogram[contexts][:, used], axis=0, out=prefix[1:])
     cuts = _cut(prefix, MAX_TABLES, float(_TABLE_BITS))
     first = [0, *(int(contexts[c]) for c in cuts[1:])]
-    escapes = min(5, max(max_size - 1, 0).bit_length())
+    escapes = min(MAX_ESCAPES, max(max_size - 1, 0).bit_length())
     kinds, bits = [], 0.0
     for start, stop in zip(first, [*first[1:], histogram.shape[0]], strict=True):
         cost, kind = _best_kind(histogram[start:stop].sum(0).astype(np.float64), limit, escapes)
@@ -158,7 +158,7 @@ def _best_kind(histogram: F64, limit: int, escapes: int) -> tuple[float, tuple[i
     best = (np.inf, (1, 1))
     for run in RUNS:
         for value in VALUES:
-            if symbol_count(run, value, escapes) > 1 << limit:
+            if symbol_count(run, value, escapes) > 1 << limit or value > value_bound(limit):
                 break
             header = 2.0 * run * value
             bits = _kind_cost(histogram, run, value, escapes, limit) * weights + header

@@ -16,7 +16,13 @@ with 0 <= r < R, 1 <= v <= V, 0 <= k < X. R = 1 codes weights singly. A weight b
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_RUN, MAX_VALUE, MAX_ESCAPES = 62, 127, 7
+MAX_RUN, MAX_VALUE, MAX_ESCAPES = 62, 127, 5
+SHORT_LIMIT, SHORT_VALUE = 8, 31  # with codes of 8 bits values fit in 6 bits, so that lookup entries fit in 16
+
+
+def value_bound(limit: int) -> int:
+    """Largest V with codes of at most `limit` bits."""
+    return SHORT_VALUE if limit <= SHORT_LIMIT else MAX_VALUE
 
 
 def symbol_count(run: int, value: int, escapes: int) -> int:

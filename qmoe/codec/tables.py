@@ -20,10 +20,11 @@ from qmoe.codec.sidedata import Field
 from qmoe.codec.symbols import (
     MAX_ESCAPES,
     MAX_RUN,
-    MAX_VALUE,
+    SHORT_LIMIT,
     length_predictor,
     symbol_count,
     symbol_effects,
+    value_bound,
 )
 from qmoe.errors import CorruptError
 
@@ -74,19 +75,14 @@ class Tables:
         """Symbols that share a table: 32 // L, so that they fit in one 32-bit word."""
         return 32 // self.limit
 
-    @property
-    def largest_value(self) -> int:
-        """Largest |value| of one symbol; up to 31 the entries fit in 16 bits, see `lookup16`."""
-        return max(max(v for _, v in self.kinds), 1 << self.escapes >> 1)
-
     def lookup16(self) -> NDArray[np.uint16]:
-        """The lookup tables as uint16 [tables, 2^L]: code length | advance << 4 | (value & 63) << 10.
+        """The lookup tables as uint16 [tables, 256]: code length | advance << 4 | (value & 63) << 10.
 
         Raises:
-            ValueError: a symbol's value does not fit in 6 bits.
+            ValueError: L is not 8; longer codes may have values that do not fit in 6 bits.
         """
-        if self.largest_value > 31:
-            raise ValueError(f"values up to {self.largest_value} do not fit in 16-bit entries")
+        if self.limit != SHORT_LIMIT:
+            raise ValueError(f"16-bit entries need codes of {SHORT_LIMIT} bits, got {self.limit}")
         e = self.lookup
         return (e & 15 | (e >> 8 & 63) << 4 | (e >> 16 & 63) << 10).astype(np.uint16)
 
@@ -196,7 +192,8 @@ def _read_table(
     source: BitReader, limit: int, escapes: int, lookup: NDArray[np.uint32]
 ) -> tuple[tuple[int, int], NDArray[np.uint8]]:
     run, value = source.get(6), source.get(7)
-    if not 1 <= run <= MAX_RUN or not 1 <= value <= MAX_VALUE or symbol_count(run, value, escapes) > 1 << limit:
+    fits = symbol_count(run, value, escapes) <= 1 << limit and value <= value_bound(limit)
+    if not 1 <= run <= MAX_RUN or value < 1 or not fits:
         raise CorruptError(f"table of runs to {run} and values to {value} with codes of {limit} bits")
     lengths = np.zeros(symbol_count(run, value, escapes), np.uint8)
     for symbol, other in enumerate(length_predictor(run, value, escapes)):
