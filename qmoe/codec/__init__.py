@@ -6,6 +6,7 @@
 
 from qmoe.codec.decode import decode_codes, decode_dense, matvec
 from qmoe.codec.encode import EncodedGroup, encode_group
+from qmoe.codec.ideal import ideal_bits
 from qmoe.codec.layout import Layout, parse_matrix
 from qmoe.codec.tables import Tables, parse_tables
 
@@ -16,6 +17,7 @@ __all__ = [
     "decode_codes",
     "decode_dense",
     "encode_group",
+    "ideal_bits",
     "matvec",
     "parse_matrix",
     "parse_tables",

@@ -44,6 +44,11 @@ def block_class_bits(matrices: Sequence[QuantizedMatrix], rounds: int = 20) -> f
     return float(best + 4 * len(blocks))
 
 
+def ideal_bits(matrices: Sequence[QuantizedMatrix]) -> float:
+    """What a perfect block-class coder would need for a group: its integers and its scales."""
+    return block_class_bits(matrices) + scale_bits(matrices)
+
+
 def class_bits(matrices: Sequence[QuantizedMatrix]) -> float:
     """Entropy of the codes given our contexts (row class + column class, one table per context), nothing else counted."""
     total = 0.0
