@@ -30,12 +30,14 @@ class Model:
         kinds: (R, V) per table.
         escapes: X, common to all.
         bits: expected size of the streams.
+        entropy: of the weights given their tables, bits.
     """
 
     first: list[int]
     kinds: list[tuple[int, int]]
     escapes: int
     bits: float
+    entropy: float
 
     def table_of(self, contexts: int) -> NDArray[np.uint8]:
         """Table of each context, uint8 [contexts]."""
@@ -128,42 +130,62 @@ def _kind_cost(histogram: F64, run: int, value: int, escapes: int, limit: int) -
     return (counts * lengths).sum() / advance
 
 
-def choose(histogram: I64, limit: int, max_size: int) -> Model:
-    """Tables for a group.
+def cut(histogram: I64) -> list[int]:
+    """Contexts at which the tables of a group start, first 0.
 
     Args:
         histogram: int64 [contexts, 256], count of q at index q + 128 in each context.
-        limit: longest code, bits.
-        max_size: largest |q| of the group.
     """
     used = np.flatnonzero(histogram.sum(0))
     contexts = np.flatnonzero(histogram.sum(1))
     prefix = np.zeros((contexts.size + 1, used.size))
     np.cumsum(histogram[contexts][:, used], axis=0, out=prefix[1:])
-    cuts = _cut(prefix, MAX_TABLES, float(_TABLE_BITS))
-    first = [0, *(int(contexts[c]) for c in cuts[1:])]
+    return [0, *(int(contexts[c]) for c in _cut(prefix, MAX_TABLES, float(_TABLE_BITS))[1:])]
+
+
+def choose(histogram: I64, first: list[int], limit: int, max_size: int) -> Model:
+    """Kinds of the tables of a group.
+
+    Args:
+        histogram: int64 [contexts, 256], count of q at index q + 128 in each context.
+        first: of `cut`.
+        limit: longest code, bits.
+        max_size: largest |q| of the group.
+    """
     escapes = min(MAX_ESCAPES, max(max_size - 1, 0).bit_length())
-    kinds, bits = [], 0.0
+    kinds, bits, entropy = [], 0.0, 0.0
     for start, stop in zip(first, [*first[1:], histogram.shape[0]], strict=True):
-        cost, kind = _best_kind(histogram[start:stop].sum(0).astype(np.float64), limit, escapes)
+        counts = histogram[start:stop].sum(0).astype(np.float64)
+        cost, kind = _best_kind(counts, limit, escapes)
         kinds.append(kind)
         bits += cost
-    return Model(first, kinds, escapes, bits)
+        some = counts[counts > 0]
+        entropy += float((some * np.log2(some.sum() / some)).sum())
+    return Model(first, kinds, escapes, bits, entropy)
 
 
 def _best_kind(histogram: F64, limit: int, escapes: int) -> tuple[float, tuple[int, int]]:
+    """Cheapest (R, V) and its bits, by descent from a first guess over neighbouring runs and values."""
     weights = histogram.sum()
-    sizes = np.abs(np.flatnonzero(histogram) - 128)
-    top = int(sizes.max())
-    best = (np.inf, (1, 1))
-    for run in RUNS:
-        for value in VALUES:
-            if symbol_count(run, value, escapes) > 1 << limit or value > value_bound(limit):
-                break
-            header = 2.0 * run * value
-            bits = _kind_cost(histogram, run, value, escapes, limit) * weights + header
-            if bits < best[0]:
-                best = bits, (run, value)
-            if value >= top:
-                break
-    return best
+    zeros = min(histogram[128] / weights, 0.999)
+    guess = 1.0 if zeros < 0.1 else float(np.log(0.2) / np.log(zeros))
+    costs: dict[tuple[int, int], float] = {}
+
+    def cost(i: int, j: int) -> float:
+        if not (0 <= i < len(RUNS) and 0 <= j < len(VALUES)):
+            return np.inf
+        if (i, j) not in costs:
+            run, value = RUNS[i], VALUES[j]
+            fits = symbol_count(run, value, escapes) <= 1 << limit and value <= value_bound(limit)
+            bits = _kind_cost(histogram, run, value, escapes, limit) * weights + 2.0 * run * value if fits else np.inf
+            costs[i, j] = bits
+        return costs[i, j]
+
+    at = int(np.searchsorted(RUNS[:-1], guess)), 0
+    while True:
+        i, j = at
+        around = [at, *((i + x, j + y) for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1)))]
+        best = min(around, key=lambda c: cost(*c))
+        if best == at:
+            return cost(*at), (RUNS[i], VALUES[j])
+        at = best
