@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from qmoe import codec
+from qmoe.codec.ideal import block_class_bits, scale_bits
 from qmoe.families.base import ExpertsLayout
 from qmoe.manifest import write_sealed
+from qmoe.stream import ExpertStream
 from qmoe.tensorfile import Spill
 from qmoe.types import QuantizedMatrix
 
@@ -70,7 +72,7 @@ class ExpertsWriter:
             row = [tables, tables + encoded.tables.numel(), at, at + blob.numel()]
             self._offsets[expert, j] = torch.tensor(row)
             total["bytes"] += blob.numel()
-        total["ideal_bits"] += codec.ideal_bits(matrices)
+        total["ideal_bits"] += block_class_bits(matrices) + scale_bits(matrices)
         total["zeros"] += sum(int((m.codes == 0).sum()) for m in matrices)
 
     def finish(
@@ -83,7 +85,7 @@ class ExpertsWriter:
             notes: per expert, "" where nothing is to be said.
 
         Returns:
-            The module's entry in the manifest's report.
+            The module's entry in the report of the manifest.
 
         Raises:
             ValueError: a matrix is missing.
@@ -146,9 +148,21 @@ class BlockWriter:
     ) -> dict[str, Any]:
         """Completes the experts module at `path`; see `ExpertsWriter.finish`."""
         layout, writer = self._experts.pop(path)
-        entry = {"geometry": geometry(layout), "report": writer.finish(tokens, notes)}
-        self._modules[path] = entry
-        return entry
+        report = writer.finish(tokens, notes)
+        self._modules[path] = {"geometry": geometry(layout), "report": report}
+        return report
+
+    def add_encoded(self, streams: ExpertStream, report: dict[str, Any]) -> None:
+        """Stores an experts module that is encoded already, with its entry of the report.
+
+        Args:
+            streams: validated.
+            report: as `finish_experts` returned it.
+        """
+        path = streams.layout.path
+        self._spill.add(f"{path}.stream", streams.stream)
+        self._spill.add(f"{path}.offsets", streams.offsets)
+        self._modules[path] = {"geometry": geometry(streams.layout), "report": report}
 
     def __enter__(self) -> Self:
         return self

@@ -1,23 +1,25 @@
 """The read path: compressed checkpoints as transformers models.
 
-Importing this module (``import qmoe`` does) registers the quantization method "qmoe" with transformers, so that
-``AutoModelForCausalLM.from_pretrained(OUT)`` works as for any checkpoint. The weights are stored under names that transformers
-does not look for by itself: whoever forgets the import gets "no file named model.safetensors" instead of a model with random
-experts. Nothing is compiled or tuned at import.
+Importing this module (``import qmoe`` does) registers the quantization method "qmoe" with
+transformers, so that ``AutoModelForCausalLM.from_pretrained(OUT)`` works as for any checkpoint.
+The weights are stored under names that transformers does not look for by itself: whoever forgets
+the import gets "no file named model.safetensors" instead of a model with random experts. Nothing
+is compiled or tuned at import.
 
-The hooks of `HfQuantizer` are read from transformers 5.23; the order they rely on (config -> `update_attn_implementation` ->
-weight files -> model on meta -> `_process_model_before_weight_loading` -> weights -> `_process_model_after_weight_loading`) is
+The hooks of `HfQuantizer` are read from transformers 5.23; the order they rely on (config ->
+`update_attn_implementation` -> weight files -> model on meta ->
+`_process_model_before_weight_loading` -> weights -> `_process_model_after_weight_loading`) is
 covered by tests/test_load.py.
 """
 
 import os
+from contextvars import ContextVar
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -30,17 +32,19 @@ from qmoe.reader import Container, parse_quantization
 from qmoe.save import save_pretrained
 
 CACHE_VARIABLE = "QMOE_CACHE_BYTES"
+# What `load` has verified, for the quantizer that transformers creates on the way.
+_OPENED: ContextVar[Container | None] = ContextVar("opened", default=None)
 
 
 @register_quantization_config("qmoe")
-class QmoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QmoeConfig(QuantizationConfigMixin):
     """``quantization_config`` of a compressed checkpoint.
 
     Attributes:
         format_version: of the container.
         modules: geometry of every experts module by path, see `qmoe.container.geometry`.
-        cache_bytes: bound of decoded matrices kept in memory; None leaves it to the environment variable QMOE_CACHE_BYTES,
-            else 0.
+        cache_bytes: bound of decoded matrices kept in memory; None leaves it to the environment
+            variable QMOE_CACHE_BYTES, else 0.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class QmoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer("qmoe")
-class QmoeQuantizer(HfQuantizer):  # type: ignore[misc]
+class QmoeQuantizer(HfQuantizer):
     """Swaps encoded experts into a model that transformers is about to load."""
 
     requires_calibration = True  # it cannot quantize on the fly; `qmoe compress` does that
@@ -75,9 +79,12 @@ class QmoeQuantizer(HfQuantizer):  # type: ignore[misc]
         self.container: Container | None = None
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Not about attention: the hook that runs after the config is read and before weight files are resolved."""
+        """Not about attention: the hook that runs after the config is read and before weight files
+        are resolved."""
         parse_quantization(self.quantization_config.to_dict())
-        if os.path.isdir(config._name_or_path):  # before a damaged config can shape a model
+        self.container = _OPENED.get()
+        if self.container is None and os.path.isdir(config._name_or_path):
+            # Now, before a damaged config can shape a model.
             self.container = Container.open(config._name_or_path)
         config.transformers_weights = INDEX
         return config
@@ -86,12 +93,14 @@ class QmoeQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         if not checkpoint_files:
-            raise CorruptError("a compressed checkpoint is loaded from its directory, not from a state dict")
+            raise CorruptError(
+                "a compressed checkpoint is loaded from its directory, not from a state dict"
+            )
         directory = Path(checkpoint_files[0]).parent
         if self.container is None or not directory.samefile(self.container.directory):
             self.container = Container.open(directory)
         caches = Caches(self._cache_bytes())
-        for path, layout in self.container.modules.items():
+        for layout in self.container.modules.values():
             _swap(model, layout, self.container, caches)
         _compare(model, self.container)
 
@@ -108,10 +117,12 @@ class QmoeQuantizer(HfQuantizer):  # type: ignore[misc]
         return []
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        # transformers marks the config as quantized; some families (jamba) then expect quantized Linears.
+        # transformers marks the config as quantized; some families (jamba) then expect quantized
+        # Linears, which there are none of.
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                vars(module.config).pop("_is_quantized", None)
+            config = getattr(module, "config", None)
+            if config is not None:
+                vars(config).pop("_is_quantized", None)
         if self.container is not None:
             model.qmoe_manifest = self.container.manifest
             model.qmoe_directory = str(self.container.directory)
@@ -127,18 +138,56 @@ class QmoeQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
+def skeleton(container: Container, encoded: bool = True) -> Any:
+    """The model that config.json describes, on the meta device, compared with the stored tensors.
+
+    Args:
+        container: opened.
+        encoded: put encoded experts in; otherwise the model keeps its own.
+
+    Raises:
+        CorruptError: config.json and the tensors disagree, or config.json describes no model.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(container.directory)
+        architecture = getattr(transformers, (config.architectures or [""])[0])
+        del config.quantization_config
+        with torch.device("meta"):
+            model = architecture._from_config(config, dtype=config.dtype or torch.float32)
+            twin = architecture._from_config(config, dtype=config.dtype or torch.float32)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, RuntimeError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise CorruptError(f"{container.directory}/config.json describes no model: {reason}") from e
+    with torch.device("meta"):
+        caches = Caches()
+        for layout in container.modules.values():
+            _swap(twin, layout, container, caches)
+    _compare(twin, container)
+    return twin if encoded else model
+
+
 def _swap(model: Any, layout: ExpertsLayout, container: Container, caches: Caches) -> None:
     try:
         host: nn.Module = model.get_submodule(layout.path)
     except AttributeError as e:
-        raise CorruptError(f"config.json lists {layout.path}, which {type(model).__name__} lacks") from e
+        raise CorruptError(
+            f"config.json lists {layout.path}, which {type(model).__name__} lacks"
+        ) from e
     if kind_of(host) is None:
         raise CorruptError(f"config.json lists {layout.path}, which is a {type(host).__name__}")
     found = layout_of(layout.path, host)
     if found != layout:
-        raise CorruptError(f"{layout.path}: the model has {found}, quantization_config has {layout}")
+        raise CorruptError(
+            f"{layout.path}: the model has {found}, quantization_config has {layout}"
+        )
     size = container.tensors[f"{layout.path}.stream"][2].shape[0]
     model.set_submodule(layout.path, EncodedExperts(host, layout, size, caches))
+    # Some families (switch) initialise an experts module's matrices from its parent. Nothing is
+    # left to initialise: `_compare` proves that every tensor is stored.
+    parent = model.get_submodule(layout.path.rpartition(".")[0])
+    parent._is_hf_initialized = True
 
 
 def _compare(model: Any, container: Container) -> None:
@@ -161,8 +210,10 @@ def load(
     """Loads a compressed checkpoint as a transformers model.
 
     Args:
-        directory: the compressed checkpoint, or the id of one on the Hugging Face hub (downloaded whole first).
-        cache_bytes: bound of decoded matrices kept in memory, 0 for none; default: environment variable QMOE_CACHE_BYTES, else 0.
+        directory: the compressed checkpoint, or the id of one on the Hugging Face hub (downloaded
+            whole first).
+        cache_bytes: bound of decoded matrices kept in memory, 0 for none; default: environment
+            variable QMOE_CACHE_BYTES, else 0.
         kwargs: for `from_pretrained`: dtype, device_map, offload_folder, ...
 
     Returns:
@@ -172,19 +223,25 @@ def load(
         CorruptError: any file is not as it was written.
         FormatVersionError: another format version.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
     if not os.path.isdir(directory):
         directory = _download(str(directory), kwargs.get("revision"))
-    Container.open(directory, check=False)  # names a broken manifest or config before transformers meets it
-    config = AutoConfig.from_pretrained(directory)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_pretrained(directory, **kwargs)
+    token = _OPENED.set(Container.open(directory))  # before transformers meets a damaged config
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = auto.from_pretrained(directory, **kwargs)
+    finally:
+        _OPENED.reset(token)
     if cache_bytes is not None:
         set_cache_bytes(model, cache_bytes)
     return model
 
 
 def set_cache_bytes(model: nn.Module, cache_bytes: int) -> None:
-    """Changes the bound of decoded matrices that a loaded model keeps; what it holds now is dropped.
+    """Changes the bound of decoded matrices that a loaded model keeps; what it holds now is
+    dropped.
 
     Raises:
         ValueError: negative.
@@ -203,4 +260,6 @@ def _download(name: str, revision: str | None) -> str:
         return str(snapshot_download(name, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise QmoeError(f"{name} is no directory and cannot be fetched from the hub: {reason}") from e
+        raise QmoeError(
+            f"{name} is no directory and cannot be fetched from the hub: {reason}"
+        ) from e
