@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from qmoe.container import ContainerWriter
 from qmoe.families.layouts import KINDS, find_experts, read_expert, write_expert
