@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from research_tune import distill, loss_gradients
+
 from qmoe.quantize import Method, Problem, get_method
 from qmoe.types import QuantizedMatrix
 
@@ -56,7 +58,8 @@ class Lab:
             for layer in self.layers
         ]
         self.act = self.layers[0].mlp.experts.act_fn
-        self.calib_hidden, _ = self.stream(calib, self.weights)
+        self.calib_hidden, self.calib_final = self.stream(calib, self.weights)
+        self.gradients: list[Tensor] | None = None
         _, self.dev_final = self.stream(dev, self.weights, keep=False)
         self.nll, _ = self.score(self.dev_final)
 
@@ -120,17 +123,42 @@ class Lab:
                 kl += ((p.exp() * (p - q)).sum(1) * ok).sum().item()
         return nll / valid.sum().item(), kl / valid.sum().item()
 
+    def fisher(self) -> list[Tensor]:
+        """Loss gradients at the experts' outputs on the calibration text, [tokens, width] per layer."""
+        if self.gradients is None:
+            self.gradients = loss_gradients(self.model, self.weights, self.calib)
+        return self.gradients
+
     @torch.no_grad()
     def quantize(
-        self, method: Method, importance: list[float] | None = None, row_weights: bool = False
+        self, method: Method, layers: float = 0, rows: float = 0, tokens_power: float = 0, down_rows: float = 0,
+        rows_relative: int = 0,
     ) -> tuple[list[tuple[Tensor, Tensor]], list[list[QuantizedMatrix]], float]:
-        """Quantized weights, the matrices of every group (layer x projection), solver seconds."""
+        """Quantized weights, the matrices of every group (layer x projection), solver seconds.
+
+        Args:
+            method: the solver.
+            layers: power of the mean squared loss gradient as the layer's importance.
+            rows: power of the gate/up rows' effect on the expert's output as row weights.
+            tokens_power: power of each token's squared loss gradient as its weight.
+            rows_relative: row weights have a geometric mean of 1 in each expert.
+            down_rows: power of the mean squared gradient of each residual channel as row weight.
+        """
+        fisher = self.fisher() if layers or tokens_power or down_rows else []
+        square = [g.square().sum(1) for g in fisher]
+        mean = [s.mean().item() for s in square]
         stream = self.model.model.embed_tokens(self.calib).flatten(0, 1)
         weights, groups, seconds = [], [], 0.0
         for n, (layer, (gate_up, down)) in enumerate(zip(self.layers, self.weights, strict=True)):
             into, hidden0 = self.enter(layer, stream), self.calib_hidden[n]
-            weight = importance[n] if importance else 1.0
+            weight = (mean[n] / max(mean)) ** layers if layers else 1.0
             tokens = [into.of(e) for e in range(len(down))]
+            true_gate = [g for _, g in tokens]
+            if tokens_power:
+                factor = (square[n] / mean[n]).pow(tokens_power / 2).clamp(0.1, 10)
+                tokens = [(t, g * factor[t, None]) for t, g in tokens]
+            channel = fisher[n].square().mean(0) if down_rows else torch.ones(down.shape[1])
+            channel = (channel / channel.mean()).pow(down_rows)
 
             def inputs(
                 e: int, into: Layer = into, hidden0: Tensor = hidden0, tokens: list[Any] = tokens
@@ -153,10 +181,13 @@ class Lab:
                 )
 
             sensitivity = None
-            if row_weights:
+            if rows:
+                scaled = down * channel.sqrt()[:, None]
                 sensitivity = torch.stack(
-                    [self.sensitivity(*inputs(e)[1:], gate_up[e], down[e]) for e in range(len(down))]
-                )
+                    [self.sensitivity(*inputs(e)[1:], gate_up[e], scaled[e]) for e in range(len(down))]
+                ).pow(rows)
+                if rows_relative:
+                    sensitivity /= sensitivity.log().mean(1, keepdim=True).exp()
             first = problem(
                 gate_up, ((x * g, x0 * g) for x, x0, g in map(inputs, range(len(down)))), sensitivity
             )
@@ -174,7 +205,7 @@ class Lab:
                     _, x0, g = inputs(e)
                     yield h * g, self.activate(x0, gate_up[e]) * g
 
-            second = problem(down, pairs(), None)
+            second = problem(down, pairs(), channel.expand(len(down), -1) if down_rows else None)
             start = time.perf_counter()
             solution = method.solve(second)
             seconds += time.perf_counter() - start
@@ -182,8 +213,8 @@ class Lab:
             new_down = torch.stack([m.dequantize() for m in solution.matrices])
             weights.append((new_gate_up, new_down))
             stream = into.residual
-            for e, (token, g) in enumerate(tokens):
-                stream.index_add_(0, token, F.linear(active[e], new_down[e]) * g)
+            for e, (token, _) in enumerate(tokens):
+                stream.index_add_(0, token, F.linear(active[e], new_down[e]) * true_gate[e])
         return weights, groups, seconds
 
     def sensitivity(self, x: Tensor, g: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -234,17 +265,24 @@ def ideal_bits(group: list[QuantizedMatrix]) -> tuple[float, float]:
     return entropy(codes, context), side
 
 
-def report(lab: Lab, text: str, loss_weights: dict[str, list[float]]) -> dict[str, Any]:
-    """One run: "method key=value ...". Keys of the harness: rows=1 (row weights), layers=NAME."""
+HARNESS = ("layers", "rows", "tokens_power", "down_rows", "rows_relative")
+
+
+def report(lab: Lab, text: str) -> dict[str, Any]:
+    """One run: "method key=value ..." with the keys of HARNESS and "tune_..." for distillation among the method's."""
     name, *pairs = text.split()
     params: dict[str, Any] = {k: float(v) if "." in v else int(v) for k, v in (p.split("=") for p in pairs)}
-    rows = bool(params.pop("rows", 0))
-    power = params.pop("layers", 0)
-    importance = [w**power for w in loss_weights["gradient"]] if power else None
+    options = {k: params.pop(k) for k in HARNESS if k in params}
+    tune = {k[5:]: params.pop(k) for k in list(params) if k.startswith("tune_")}
     start = time.perf_counter()
-    method = get_method(name, **params)
-    weights, groups, solver = lab.quantize(method, importance, rows)
+    weights, groups, solver = lab.quantize(get_method(name, **params), **options)
+    dense = {k: v.clone() for k, v in lab.model.state_dict().items() if "experts" not in k}
+    if tune:
+        groups = distill(lab.model, lab.calib_final, groups, lab.calib, **tune)
+        dequantized = [torch.stack([m.dequantize() for m in g]) for g in groups]
+        weights = list(zip(dequantized[::2], dequantized[1::2], strict=True))
     _, final = lab.stream(lab.dev, weights, keep=False)
+    lab.model.load_state_dict(dense, strict=False)
     nll, kl = lab.score(final)
     bits = [ideal_bits(g) for g in groups]
     size = [sum(m.codes.numel() for m in g) for g in groups]
@@ -285,7 +323,7 @@ def main() -> None:
     lab = Lab(a.model, calib, windows(tokenizer, a.text, a.windows))
     print(json.dumps({"model": a.model, "seed": a.seed, "ppl": round(math.exp(lab.nll), 3)}), flush=True)
     for text in a.run:
-        print(json.dumps(report(lab, text, {})), flush=True)
+        print(json.dumps(report(lab, text)), flush=True)
 
 
 if __name__ == "__main__":

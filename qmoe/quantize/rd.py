@@ -23,7 +23,9 @@ from qmoe.quantize.descent import descend
 from qmoe.quantize.feedback import Grid, feed_back
 from qmoe.quantize.linalg import damped, inverse_factor, shrunk
 from qmoe.quantize.types import Method, Problem, Solution
-from qmoe.types import SCALE_MAX, SCALE_MIN, QuantizedMatrix, grid_index, grid_scale
+from qmoe.types import QuantizedMatrix, grid_index, grid_scale
+
+LARGEST = 100.0  # |q| of the largest weight of a column; error feedback may add to it, up to 127
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,15 @@ def solve(problem: Problem, settings: Settings) -> Solution:
     target = _target(problem, settings, factor)
 
     delta = settings.delta / problem.importance**0.5
-    col_index = grid_index(delta * factor.diagonal(dim1=-2, dim2=-1), settings.col_step)
     row_index = torch.zeros(w.shape[:2], dtype=torch.int16, device=w.device)
     if problem.row_weight is not None:
         weight = problem.row_weight
         weight = weight.clamp_min(weight.mean(1, keepdim=True).clamp_min(1e-30) * 1e-4)
         row_index = grid_index(weight.rsqrt(), settings.row_step)
+    # a heavy column at a high rate must not leave int8
+    largest = (target.abs() / grid_scale(row_index)[:, :, None]).amax(1)
+    step = torch.maximum(delta * factor.diagonal(dim1=-2, dim2=-1), largest / LARGEST)
+    col_index = grid_index(step, settings.col_step)
     col, row = grid_scale(col_index), grid_scale(row_index)
 
     codes = feed_back(target, factor, Grid.symmetric(col, row))
@@ -140,7 +145,6 @@ def _row_fit(target: Tensor, h: Tensor, codes: Tensor, col: Tensor, row: Tensor,
 
 def _matrices(codes: Tensor, row_index: Tensor, col_index: Tensor) -> list[QuantizedMatrix]:
     codes, row_index, col_index = codes.cpu(), row_index.cpu(), col_index.cpu()
-    assert SCALE_MIN <= int(col_index.min()) and int(col_index.max()) <= SCALE_MAX
     return [
         QuantizedMatrix(q.contiguous(), r.contiguous(), c.contiguous())
         for q, r, c in zip(codes, row_index, col_index, strict=True)

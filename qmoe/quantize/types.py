@@ -71,7 +71,7 @@ class Problem:
 def require_finite(t: Tensor, name: str) -> None:
     """Raises NonFiniteError that names the first expert whose slice of `t` [E, ...] has NaN or Inf."""
     # a sum is finite only if every term is; the exact search runs only on suspicion
-    if t.double().abs().sum().isfinite():
+    if t.sum(dtype=torch.float64).isfinite():
         return
     bad = (~t.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
