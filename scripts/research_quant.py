@@ -2,9 +2,9 @@
 
     python scripts/research_quant.py examples/tiny-mixtral --run qmoe --run "rd delta=8 drift=0.5"
 
-Every run quantizes the model layer by layer on the activations of the already quantized layers, as `qmoe compress`
-does, but writes nothing. One line of JSON per run. Handles models with fused experts (`mlp.experts.gate_up_proj`) that
-fit in memory.
+Every run quantizes the model layer by layer on the activations of the already quantized layers, as
+`qmoe compress` does, but writes nothing. One line of JSON per run. Handles models with fused
+experts (`mlp.experts.gate_up_proj`) that fit in memory.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from research_tune import distill, loss_gradients
 
+from qmoe.codec import encode_group
 from qmoe.quantize import Method, Problem, get_method
 from qmoe.types import QuantizedMatrix
 
@@ -124,14 +125,15 @@ class Lab:
         return nll / valid.sum().item(), kl / valid.sum().item()
 
     def fisher(self) -> list[Tensor]:
-        """Loss gradients at the experts' outputs on the calibration text, [tokens, width] per layer."""
+        """Loss gradients at the experts' outputs on the calibration text, one tensor per layer."""
         if self.gradients is None:
             self.gradients = loss_gradients(self.model, self.weights, self.calib)
         return self.gradients
 
     @torch.no_grad()
     def quantize(
-        self, method: Method, layers: float = 0, rows: float = 0, tokens_power: float = 0, down_rows: float = 0,
+        self, method: Method, layers: float = 0, rows: float = 0, tokens_power: float = 0,
+            down_rows: float = 0,
         rows_relative: int = 0,
     ) -> tuple[list[tuple[Tensor, Tensor]], list[list[QuantizedMatrix]], float]:
         """Quantized weights, the matrices of every group (layer x projection), solver seconds.
@@ -164,7 +166,8 @@ class Lab:
                 e: int, into: Layer = into, hidden0: Tensor = hidden0, tokens: list[Any] = tokens
             ) -> tuple[Tensor, Tensor, Tensor]:
                 token, g = tokens[e]
-                return into.hidden[token], hidden0[token], g if method.weighted else torch.ones_like(g)
+                g = g if method.weighted else torch.ones_like(g)
+                return into.hidden[token], hidden0[token], g
 
             def problem(
                 w: Tensor, pairs: Iterator[tuple[Tensor, Tensor]], row_weight: Tensor | None,
@@ -177,19 +180,22 @@ class Lab:
                 h = torch.stack(hessians)
                 count = torch.tensor([len(t) for t, _ in tokens])
                 return Problem(
-                    w, h, count, h.sum(0), int(count.sum()), torch.stack(crosses), row_weight, weight
+                    w, h, count, h.sum(0), int(count.sum()), torch.stack(crosses), row_weight,
+                    weight
                 )
 
             sensitivity = None
             if rows:
                 scaled = down * channel.sqrt()[:, None]
                 sensitivity = torch.stack(
-                    [self.sensitivity(*inputs(e)[1:], gate_up[e], scaled[e]) for e in range(len(down))]
+                    [self.sensitivity(*inputs(e)[1:], gate_up[e], scaled[e]) for e in
+                    range(len(down))]
                 ).pow(rows)
                 if rows_relative:
                     sensitivity /= sensitivity.log().mean(1, keepdim=True).exp()
             first = problem(
-                gate_up, ((x * g, x0 * g) for x, x0, g in map(inputs, range(len(down)))), sensitivity
+                gate_up, ((x * g, x0 * g) for x, x0, g in map(inputs, range(len(down)))),
+                sensitivity
             )
             start = time.perf_counter()
             solution = method.solve(first)
@@ -226,7 +232,8 @@ class Lab:
             a = a.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.act(a).sum(), a)
         share = g.square() / g.square().sum()
-        of_a, of_b = ((slope * b).square() * share).sum(0), (self.act(a).detach().square() * share).sum(0)
+        of_a = ((slope * b).square() * share).sum(0)
+        of_b = (self.act(a.detach()).square() * share).sum(0)
         return torch.cat([of_a, of_b]) * down.square().sum(0).repeat(2)
 
 
@@ -248,8 +255,8 @@ def entropy(values: Tensor, contexts: Tensor | None = None) -> float:
 def ideal_bits(group: list[QuantizedMatrix]) -> tuple[float, float]:
     """Code and side bits of a group: one histogram per context (row class + column class).
 
-    Classes are half octaves of the mean |q|; all side data is counted: classes, scales, and 7 bits a row for the
-    length of its stream.
+    Classes are half octaves of the mean |q|; all side data is counted: classes, scales, and 7 bits
+    a row for the length of its stream.
     """
     codes = torch.stack([m.codes for m in group])
     size = codes.abs().float()
@@ -265,13 +272,21 @@ def ideal_bits(group: list[QuantizedMatrix]) -> tuple[float, float]:
     return entropy(codes, context), side
 
 
+def stored_bits(group: list[QuantizedMatrix]) -> float:
+    """Every byte that the codec writes for a group, times 8."""
+    encoded = encode_group(group)
+    return 8.0 * (encoded.tables.numel() + sum(m.numel() for m in encoded.matrices))
+
+
 HARNESS = ("layers", "rows", "tokens_power", "down_rows", "rows_relative")
 
 
 def report(lab: Lab, text: str) -> dict[str, Any]:
-    """One run: "method key=value ..." with the keys of HARNESS and "tune_..." for distillation among the method's."""
+    """One run: "method key=value ..."; keys of HARNESS and "tune_..." are not the method's."""
     name, *pairs = text.split()
-    params: dict[str, Any] = {k: float(v) if "." in v else int(v) for k, v in (p.split("=") for p in pairs)}
+    params: dict[str, Any] = {}
+    for key, value in (p.split("=") for p in pairs):
+        params[key] = float(value) if "." in value else int(value)
     options = {k: params.pop(k) for k in HARNESS if k in params}
     tune = {k[5:]: params.pop(k) for k in list(params) if k.startswith("tune_")}
     start = time.perf_counter()
@@ -290,6 +305,7 @@ def report(lab: Lab, text: str) -> dict[str, Any]:
     return {
         "run": text,
         "bits": round(sum(a + b for a, b in bits) / total, 4),
+        "stored": round(sum(stored_bits(g) for g in groups) / total, 4),
         "side": round(sum(b for _, b in bits) / total, 4),
         "ppl": round(math.exp(nll), 3),
         "rise": round(100 * (math.exp(nll - lab.nll) - 1), 2),
@@ -321,7 +337,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     calib = windows(tokenizer, a.calib, a.windows, a.seed * a.windows)
     lab = Lab(a.model, calib, windows(tokenizer, a.text, a.windows))
-    print(json.dumps({"model": a.model, "seed": a.seed, "ppl": round(math.exp(lab.nll), 3)}), flush=True)
+    first = {"model": a.model, "seed": a.seed, "ppl": round(math.exp(lab.nll), 3)}
+    print(json.dumps(first), flush=True)
     for text in a.run:
         print(json.dumps(report(lab, text)), flush=True)
 

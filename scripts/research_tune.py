@@ -1,4 +1,4 @@
-"""Loss gradients at the experts' outputs, and a short distillation of what is left to train after quantization."""
+"""Loss gradients at the experts' outputs, and a short distillation of scales, norms, routers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +89,8 @@ class Tuned(nn.Module):
         col = torch.stack([m.col_scale for m in self.matrices])
         if self.log_col.requires_grad:
             col = grid_index(self.col * self.log_col.detach().exp(), col_step)
-        return [QuantizedMatrix(m.codes, r, c) for m, r, c in zip(self.matrices, row, col, strict=True)]
+        return [QuantizedMatrix(m.codes, r, c) for m, r, c in zip(self.matrices, row, col,
+        strict=True)]
 
 
 def distill(
@@ -106,11 +107,13 @@ def distill(
     row_step: int = 4,
     col_step: int = 16,
 ) -> list[list[QuantizedMatrix]]:
-    """Trains row scales, norms and routers towards the original logits; `model` keeps its new norms and routers.
+    """Trains row scales, norms and routers towards the original logits; `model` keeps its new norms
+    and routers.
 
     Args:
         model: causal model; its own experts are not used.
-        original_final: the original's final normed states on `data`, [tokens, width]; the head is not trained.
+        original_final: the original's final normed states on `data`, [tokens, width]; the head is
+            not trained.
         groups: quantized matrices, gate_up and down of every layer.
         data: calibration token ids [windows, ctx].
         epochs, batch: passes over the data and windows in a step.

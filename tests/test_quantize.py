@@ -1,4 +1,4 @@
-"""Solvers: what they promise on small problems with a hot, a starved, a one-token and an empty expert."""
+"""Solvers on small problems with a hot, a starved, a one-token and an empty expert."""
 
 import math
 
@@ -10,12 +10,14 @@ from qmoe.errors import NonFiniteError
 from qmoe.quantize import METHODS, Problem, Solution, get_method
 from qmoe.types import SCALE_MIN, grid_scale
 
-TOKENS = [600, 300, 0, 1, 5]  # hot, usual, empty, one token, starved
+TOKENS = (600, 300, 0, 1, 5)  # hot, usual, empty, one token, starved
 EMPTY, ONE, STARVED = 2, 3, 4
 CALIBRATED = ["qmoe", "gptq", "rd"]
 
 
-def make_problem(rows: int = 48, cols: int = 70, seed: int = 0, tokens: list[int] = TOKENS) -> Problem:
+def make_problem(
+    rows: int = 48, cols: int = 70, seed: int = 0, tokens: tuple[int, ...] = TOKENS
+) -> Problem:
     g = torch.Generator().manual_seed(seed)
     experts = len(tokens)
     weight = torch.randn(experts, rows, cols, generator=g) * torch.rand(cols, generator=g)
@@ -136,11 +138,11 @@ def test_feedback_beats_rounding(name):
 
 def test_rd_beats_ternary_at_fewer_symbols():
     problem = make_problem(256, 128)
-    ternary, rd = method("qmoe").solve(problem), get_method("rd", delta=60.0, drift=0.0).solve(problem)
-    for e in (0, 1):
-        a, b = ternary.matrices[e].codes, rd.matrices[e].codes
-        assert b.float().abs().mean() < a.float().abs().mean()
-        assert relative_error(problem, rd)[e] < relative_error(problem, ternary)[e]
+    ternary = method("qmoe").solve(problem)
+    rd = get_method("rd", delta=60.0, drift=0.0).solve(problem)
+    mean = [s.matrices[0].codes.float().abs().mean() for s in (ternary, rd)]
+    assert mean[1] < 0.9 * mean[0]
+    assert relative_error(problem, rd)[0] < 0.95 * relative_error(problem, ternary)[0]
 
 
 def test_rd_error_falls_with_delta():
@@ -181,7 +183,7 @@ def test_rd_row_fit_lowers_the_error():
 
 
 def test_rd_drift_moves_towards_the_original_output():
-    """Error against the original model's outputs, X_orig W^T, from inputs X: drift must lower it."""
+    """Against the original model's outputs, X_orig W^T, from inputs X: drift lowers the error."""
     g = torch.Generator().manual_seed(3)
     x = torch.randn(4000, 40, generator=g)
     original = x @ (torch.eye(40) + 0.2 * torch.randn(40, 40, generator=g))
@@ -266,7 +268,7 @@ def test_rd_without_tokens_uses_the_layer():
 
 
 def test_rd_without_any_token_in_the_layer():
-    problem = make_problem(tokens=[0, 0])
+    problem = make_problem(tokens=(0, 0))
     solution = method("rd").solve(problem)
     assert all("no tokens" in n for n in solution.notes)
     assert dequantized(solution).isfinite().all()
