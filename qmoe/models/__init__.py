@@ -4,13 +4,15 @@ Each is a transformers model with experts under ``@use_experts_implementation``,
 else in this package treats it like any other. Knows nothing about source files: qmoe.importers.
 """
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qmoe.models.fairseq_moe import FairseqMoeConfig, FairseqMoeForCausalLM
 from qmoe.models.megatron_moe import MegatronMoeConfig, MegatronMoeForCausalLM
 from qmoe.models.openmoe import OpenMoeConfig, OpenMoeForCausalLM
 
-MODELS = {
+MODELS: dict[Any, Any] = {
     OpenMoeConfig: OpenMoeForCausalLM,
     FairseqMoeConfig: FairseqMoeForCausalLM,
     MegatronMoeConfig: MegatronMoeForCausalLM,

@@ -2,12 +2,12 @@
 
 A pre-norm GPT with sinusoidal positions and scaled embeddings, which transformers knows as XGLM; in
 the sparse layers the network is replaced by experts with biases and the same activation, chosen by
-a float32 softmax. Two experts per token share a weight of 1 in proportion to their probabilities;
-a single expert is weighted with its probability. The second expert is the second most probable:
+a float32 softmax. Two experts per token share a weight of 1 in proportion to their probabilities; a
+single expert is weighted with its probability. The second expert is the second most probable:
 fairseq's option to sample it, and its capacity limits, are for training.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import XGLMConfig, XGLMForCausalLM, XGLMModel
@@ -92,7 +92,11 @@ class FairseqMoeModel(SparseInit, XGLMModel):
 
     config_class = FairseqMoeConfig
     _no_split_modules = ("FairseqMoeDecoderLayer",)
-    _can_record_outputs = {"hidden_states": FairseqMoeDecoderLayer, "attentions": XGLMAttention}  # noqa: RUF012 - transformers reads the class attribute
+
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": FairseqMoeDecoderLayer,
+        "attentions": XGLMAttention,
+    }
 
     def __init__(self, config: FairseqMoeConfig) -> None:
         XGLMPreTrainedModel.__init__(self, config)

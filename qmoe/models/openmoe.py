@@ -8,7 +8,7 @@ softmax whose two largest probabilities are used as they are. Capacity limits ar
 training and are not applied.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
@@ -45,7 +45,7 @@ class OpenMoeConfig(LlamaConfig):
     norm_topk_prob: bool = False
 
     def validate_architecture(self) -> None:
-        """Heads have a width of their own (24 of 128 in a model of width 2048): nothing to check."""
+        """Nothing to check: heads have a width of their own (24 of 128 at a width of 2048)."""
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer has experts."""
@@ -97,6 +97,7 @@ class OpenMoeDecoderLayer(LlamaDecoderLayer):
         self.input_layernorm = LlamaRMSNorm(*norm)
         self.post_attention_layernorm = LlamaRMSNorm(*norm)
         self.sparse = config.is_sparse(layer_idx)
+        self.mlp: nn.Module
         if self.sparse:
             p = 1.0 if config.norm_topk_prob else None
             router = Router(
@@ -121,7 +122,11 @@ class OpenMoeModel(SparseInit, LlamaModel):
 
     config_class = OpenMoeConfig
     _no_split_modules = ("OpenMoeDecoderLayer",)
-    _can_record_outputs = {"hidden_states": OpenMoeDecoderLayer, "attentions": LlamaAttention}  # noqa: RUF012 - transformers reads the class attribute
+
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": OpenMoeDecoderLayer,
+        "attentions": LlamaAttention,
+    }
 
     def __init__(self, config: OpenMoeConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)

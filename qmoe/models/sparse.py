@@ -1,5 +1,6 @@
 """Parts that the models here share: experts, a router, a sparse layer, their initialization."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class Experts(nn.Module):
 
     has_gate: bool  # set by transformers' decorator, as all flags
     has_bias: bool
+    act_fn: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
 
     def __init__(
         self, config: Any, experts: int, hidden: int, inner: int, first: int, bias: bool
@@ -75,7 +78,8 @@ class Router(nn.Module):
 
 
 class SparseLayer(nn.Module):
-    """A router and its experts in place of a feed-forward network. No capacity: no token is dropped.
+    """A router and its experts in place of a feed-forward network. No capacity: no token is
+    dropped.
 
     Args:
         bias: whether one bias [H] is added to the sum over experts.
@@ -95,7 +99,9 @@ class SparseLayer(nn.Module):
 
 
 class SparseInit:
-    """Mixin before a PreTrainedModel: initializes the modules above, which transformers does not know."""
+    """Mixin before a PreTrainedModel: initializes the modules above, which transformers does not
+    know.
+    """
 
     config: Any
 
