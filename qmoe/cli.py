@@ -6,6 +6,7 @@ stderr, exit code 2. Imports of torch and transformers happen inside the command
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,20 @@ from typing import Any
 import click
 
 from qmoe.errors import QmoeError
+
+
+class _Bytes(click.ParamType):
+    """A size such as 8GiB, 500MB or a plain number of bytes."""
+
+    name = "size"
+    _units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20}
+    _units |= {"gib": 2**30, "tib": 2**40, "tb": 10**12}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
+        if not found or found.group(2).lower() not in self._units:
+            self.fail(f"{value!r} is not a size; write 8GiB, 500MB or a number of bytes", param, ctx)
+        return int(float(found.group(1)) * self._units[found.group(2).lower()])
 
 
 class _Group(click.Group):
@@ -79,6 +94,7 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--memory",
+    type=_Bytes(),
     default="4GiB",
     show_default=True,
     help="Room for activations in memory; the rest goes to mapped files.",
@@ -94,7 +110,7 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     from qmoe.compress import Settings, compress_checkpoint
 
     report = compress_checkpoint(
-        source, out, Settings.from_options(**options), progress=sys.stderr.isatty()
+        source, out, Settings(**options), progress=sys.stderr.isatty()
     )
     _show(report.as_dict(), as_json, report.text())
 

@@ -6,12 +6,14 @@ activations that `--memory` allows; never the model. docs/scale.md has the arith
 measurements.
 """
 
+import hashlib
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from qmoe import __version__
+from qmoe.block import BlockWriter
 from qmoe.calib.experts import Parked, park, plugged
 from qmoe.calib.store import ActivationStore
 from qmoe.calib.tokens import inputs_only, learnable, prepare
 from qmoe.calib.walk import Walk
 from qmoe.checkpoint import open_checkpoint
-from qmoe.container import ContainerWriter, source_files
+from qmoe.container import ContainerWriter
 from qmoe.devices import pick_device
 from qmoe.errors import QmoeError
 from qmoe.evaluate import split_batches
 from qmoe.families.base import ExpertsLayout
 from qmoe.host import BlockRef, Host
-from qmoe.layer import EncodedLayer, ProjectionReport, Stream, quantize_layer
+from qmoe.layer import Stream, quantize_layer
 from qmoe.quantize import Method, get_method
 from qmoe.report import CompressReport
 
@@ -95,37 +99,49 @@ def compress_checkpoint(
     start = time.monotonic()
     device = pick_device(settings.device)
     method = _method(settings)
-    with ContainerWriter(out, settings=settings.recorded(), fresh=settings.fresh) as writer:
-        checkpoint = open_checkpoint(source)
-        host = Host(checkpoint, trust_remote_code=settings.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
-        data = prepare(
-            tokenizer,
-            host.config,
-            settings.calib,
-            settings.calib_tokens,
-            _context(host.config, settings),
-            settings.seed,
-        )
-        batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
-        run = _Run(host, method, batches, tokenizer, device, settings, progress)
+    checkpoint = open_checkpoint(source)
+    host = Host(checkpoint, trust_remote_code=settings.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    ctx = _context(host.config, settings)
+    data = prepare(tokenizer, host.config, settings.calib, settings.calib_tokens, ctx, settings.seed)
+    batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
+    identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
+    job = {**settings.recorded(), "source": identity, "calib_sha256": _digest(batches)}
+    with ContainerWriter(out, job=job) as writer, ActivationStore(settings.memory) as store:
+        run = _Run(host, method, batches, tokenizer, device, store, progress)
         host.load_rest()
         inside = tuple(f"{name}." for name, _ in host.block_lists)
-        writer.write_block("rest", host.dense(lambda n: not n.startswith(inside)), [])
-        with run.store:
-            for block in tqdm(
-                list(host.blocks()), desc="blocks", unit="block", disable=not progress
-            ):
-                tensors, reports = run.block(block)
-                writer.write_block(block.name, tensors, [asdict(r) for r in reports])
-                run.reports += reports
+        with writer.block("rest") as rest:
+            for name, tensor in host.dense(lambda n: not n.startswith(inside)).items():
+                rest.add_tensor(name, tensor)
+        names = ["rest"]
+        for block in tqdm(list(host.blocks()), desc="blocks", unit="block", disable=not progress):
+            with writer.block(block.name) as target:
+                run.block(block, target)
+            names.append(block.name)
         writer.finish(
-            config=host.config,
-            layouts=[layout for layout, _ in host.experts],
-            extra_files=source_files(checkpoint.directory),
-            source={"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()},
+            names,
+            config=host.config.to_dict(),
+            settings={**settings.recorded(), "method": method.name, "ctx": ctx},
+            versions=_versions(),
+            source={"name": Path(source).name, **identity},
+            carry_from=checkpoint.directory,
         )
-    return CompressReport.of(out, time.monotonic() - start, peak_rss_bytes(), run.reports)
+    return CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
+
+
+def _digest(batches: list[dict[str, Tensor]]) -> str:
+    """sha256 of the calibration tokens."""
+    h = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            h.update(batch[name].long().numpy().tobytes())
+    return h.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "safetensors", "numpy", "numba")
+    return {"qmoe": __version__, **{n: metadata.version(n) for n in names}}
 
 
 def _context(config: Any, settings: Settings) -> int:
@@ -163,52 +179,46 @@ class _Run:
         batches: list[dict[str, Tensor]],
         tokenizer: Any,
         device: torch.device,
-        settings: Settings,
+        store: ActivationStore,
         progress: bool,
     ) -> None:
         self.host, self.method, self.batches, self.tokenizer = host, method, batches, tokenizer
-        self.device, self.progress = device, progress
-        self.store = ActivationStore(settings.memory)
-        self.quantized = Walk(host, batches, self.store)
-        self.original = Walk(host, batches, self.store) if method.drift > 0 else None
-        self.reports: list[ProjectionReport] = []
+        self.device, self.store, self.progress = device, store, progress
+        self.quantized = Walk(host, batches, store)
+        self.original = Walk(host, batches, store) if method.drift > 0 else None
 
-    def block(self, block: BlockRef) -> tuple[dict[str, Tensor], list[ProjectionReport]]:
-        """Quantizes one block and moves both streams past it; returns what is to be stored."""
+    def block(self, block: BlockRef, target: BlockWriter) -> None:
+        """Quantizes one block into `target` and moves both streams past it."""
         host = self.host
         encoded_names = host.encoded_names(block)
         host.load_block(block, encoded_names)
-        tensors = host.dense(lambda n: n.startswith(f"{block.name}.") and n not in encoded_names)
-        reports: list[ProjectionReport] = []
+        inside = f"{block.name}."
+        dense = host.dense(lambda n: n.startswith(inside) and n not in encoded_names)
+        for name, tensor in dense.items():
+            target.add_tensor(name, tensor)
         walks = [w for w in (self.quantized, self.original) if w is not None]
         done: list[list[tuple[nn.Module, Parked]]] = [[] for _ in walks]
         for layout, module in host.experts_of(block):
             streams = []
+            width = layout.projections[-1].rows
             for walk, plugs in zip(walks, done, strict=True):
                 with _plugged(walk, plugs):
-                    parked = park(
-                        walk, block, layout.path, module, layout.projections[-1].rows, self.store
-                    )
+                    parked = park(walk, block, layout.path, module, width, self.store)
                 plugs.append((module, parked))
                 streams.append(Stream(parked, self._keep(block, parked)))
-            layer = self._quantize(layout, module, streams)
-            tensors[f"{layout.path}.stream"], tensors[f"{layout.path}.offsets"] = (
-                layer.stream,
-                layer.offsets,
-            )
-            reports += layer.reports
+            self._quantize(layout, module, streams, target)
         for walk, plugs in zip(walks, done, strict=True):
             with _plugged(walk, plugs):
                 walk.run(block)
             for _, parked in plugs:
                 parked.release(self.store)
         host.free(block)
-        return tensors, reports
 
     def _quantize(
-        self, layout: ExpertsLayout, module: nn.Module, streams: list[Stream]
-    ) -> EncodedLayer:
+        self, layout: ExpertsLayout, module: nn.Module, streams: list[Stream], target: BlockWriter
+    ) -> None:
         original = streams[1] if len(streams) > 1 else None
+        writer = target.experts(layout)
         with tqdm(
             total=layout.experts,
             desc=layout.path,
@@ -216,7 +226,7 @@ class _Run:
             leave=False,
             disable=not self.progress,
         ) as bar:
-            return quantize_layer(
+            coverage = quantize_layer(
                 self.host,
                 layout,
                 module,
@@ -224,8 +234,10 @@ class _Run:
                 streams[0],
                 original,
                 self.device,
+                writer.add_group,
                 bar.update,
             )
+        target.finish_experts(layout.path, coverage.tokens, coverage.notes)
 
     def _keep(self, block: BlockRef, parked: Parked) -> Tensor:
         """Which of the parked rows statistics are taken from; rows that are no tokens in order are

@@ -1,4 +1,4 @@
-"""Quantize the experts of one layer: statistics of two streams, solver, encoder, outputs of the
+"""Quantize the experts of one layer: statistics of two streams, solver, outputs of the
 quantized experts.
 
 The quantized stream carries the inputs that the experts will see in the compressed model; the
@@ -10,18 +10,18 @@ Memory: the matrices, Hessians and codes of one group, one chunk of rows, and wh
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qmoe.calib.experts import Parked, second_moment
-from qmoe.codec import EncodedGroup, encode_group, ideal_bits
 from qmoe.errors import NonFiniteError
 from qmoe.families.base import ExpertsLayout, Projection
 from qmoe.families.layouts import expert_forward
 from qmoe.host import Host
-from qmoe.quantize import Method, Problem
+from qmoe.quantize import Method, Problem, Solution
 from qmoe.types import QuantizedMatrix
 
 ROWS = 4096  # rows of activations at once; fixed, since it decides the rounding of sums
@@ -43,38 +43,21 @@ class Stream:
     keep: Tensor
 
 
-@dataclass
-class ProjectionReport:
-    """What was done to one projection of one layer, summed over experts; `inspect --layers` prints
-    it.
-    """
-
-    module: str
-    projection: str
-    rows: int
-    cols: int
-    weights: int = 0
-    zeros: int = 0
-    bits: float = 0.0
-    ideal_bits: float = 0.0
-    tokens: list[int] = field(default_factory=list)
-    notes: dict[str, str] = field(default_factory=dict)
+# receives (projection name, experts, their matrices): a group to be encoded with shared tables
+Sink = Callable[[str, range, list[QuantizedMatrix]], None]
 
 
 @dataclass(frozen=True)
-class EncodedLayer:
-    """An experts module as it is stored: see docs/format.md.
+class Coverage:
+    """What calibration gave the experts of a module.
 
     Attributes:
-        stream: uint8 [bytes], group headers and matrices.
-        offsets: int64 [E, projections, 4]: start and end of the group header, start and end of the
-            matrix.
-        reports: one per projection.
+        tokens: learnable tokens that each expert saw.
+        notes: for each expert what was done about it, "" if nothing was unusual.
     """
 
-    stream: Tensor
-    offsets: Tensor
-    reports: list[ProjectionReport]
+    tokens: list[int]
+    notes: list[str]
 
 
 def groups(layout: ExpertsLayout) -> Iterator[range]:
@@ -93,9 +76,10 @@ def quantize_layer(
     quantized: Stream,
     original: Stream | None,
     device: torch.device,
-    progress: Callable[[int], None] = lambda experts: None,
-) -> EncodedLayer:
-    """Quantizes and encodes every expert of a module and fills both streams' outputs.
+    sink: Sink,
+    progress: Callable[[int], object] = lambda experts: None,
+) -> Coverage:
+    """Quantizes every expert of a module, hands the integers on, and fills both streams' outputs.
 
     Args:
         host: where the experts' matrices are read from, each once.
@@ -105,49 +89,27 @@ def quantize_layer(
         quantized: the stream whose inputs come from the quantized layers before this one.
         original: the source model's stream, needed if `method.drift` > 0.
         device: where solvers and Hessians run.
+        sink: receives every group of every projection.
         progress: called with the number of experts done, after every group.
 
     Raises:
         NonFiniteError: NaN or Inf in weights, activations or Hessians; the text names the tensor.
     """
     work = _Work(host, layout, module, method, quantized, original, device)
-    blobs: list[Tensor] = []
-    at = 0
-    offsets = torch.zeros(layout.experts, len(layout.projections), 4, dtype=torch.int64)
-    reports = [ProjectionReport(layout.path, p.name, p.rows, p.cols) for p in layout.projections]
+    tokens: list[int] = []
+    notes = [""] * layout.experts
     for group in groups(layout):
-        for j, (projection, matrices, tokens, notes) in enumerate(work.solve(group)):
-            encoded = encode_group(matrices)
-            head = (at, at + encoded.tables.numel())
-            blobs.append(encoded.tables)
-            at = head[1]
-            for e, blob in zip(group, encoded.matrices, strict=True):
-                offsets[e, j] = torch.tensor([*head, at, at + blob.numel()])
-                blobs.append(blob)
-                at += blob.numel()
-            _add(reports[j], projection, matrices, encoded, tokens, notes, group)
+        for projection, problem, solution in work.solve(group):
+            sink(projection.name, group, solution.matrices)
+            for e, note in zip(group, solution.notes, strict=True):
+                if note and note not in notes[e]:
+                    notes[e] = f"{notes[e]}; {note}" if notes[e] else note
+        tokens += problem.tokens.tolist()
         progress(len(group))
-    return EncodedLayer(torch.cat(blobs), offsets, reports)
+    return Coverage(tokens, notes)
 
 
-def _add(
-    report: ProjectionReport,
-    projection: Projection,
-    matrices: list[QuantizedMatrix],
-    encoded: EncodedGroup,
-    tokens: list[int],
-    notes: list[str],
-    group: range,
-) -> None:
-    report.weights += len(matrices) * projection.rows * projection.cols
-    report.zeros += sum(int((m.codes == 0).sum()) for m in matrices)
-    report.bits += 8.0 * (encoded.tables.numel() + sum(b.numel() for b in encoded.matrices))
-    report.ideal_bits += ideal_bits(matrices)
-    report.tokens += tokens
-    report.notes |= {str(e): n for e, n in zip(group, notes, strict=True) if n}
-
-
-class _Done(Exception):  # noqa: N818 - control flow: the activation is known, the rest of the expert is not needed
+class _Done(Exception):  # control flow: the activation is known, the rest is not needed
     pass
 
 
@@ -182,18 +144,11 @@ class _Work:
             total += second_moment(x.to(self.device).float() * m[:, None].to(self.device))
         return total, int(used.sum())
 
-    def solve(
-        self, group: range
-    ) -> Iterator[tuple[Projection, list[QuantizedMatrix], list[int], list[str]]]:
-        """Yields every projection of a group, solved; afterwards the group's outputs are in the
-        streams.
-        """
+    def solve(self, group: range) -> Iterator[tuple[Projection, Problem, Solution]]:
+        """Yields every projection of a group, solved; then the group's outputs are in the streams."""
         weights = [
-            {
-                k: w.float().to(self.device)
-                for k, w in self.host.read_expert(self.layout, self.module, e).items()
-            }
-            for e in group
+            {k: w.float().to(self.device) for k, w in read.items()}
+            for read in (self.host.read_expert(self.layout, self.module, e) for e in group)
         ]
         decoded: list[dict[str, Tensor]] = [{} for _ in group]
         for projection in self.layout.projections:
@@ -201,7 +156,7 @@ class _Work:
             solution = self.method.solve(problem)
             for d, m in zip(decoded, solution.matrices, strict=True):
                 d[projection.name] = m.dequantize()
-            yield projection, solution.matrices, problem.tokens.tolist(), solution.notes
+            yield projection, problem, solution
         for e, w, d in zip(group, weights, decoded, strict=True):
             self._outputs(self.quantized, e, d)
             if self.original is not None:
@@ -274,10 +229,8 @@ class _Work:
             caught.append(h)
             raise _Done
 
-        try:
+        with suppress(_Done):
             expert_forward(self.module, matrices, e, x, record)
-        except _Done:
-            pass
         return caught[0]
 
     def _outputs(self, stream: Stream, e: int, matrices: dict[str, Tensor]) -> None:

@@ -4,10 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmoe.inspect import inspect_checkpoint
-from qmoe.layer import ProjectionReport
+from qmoe.inspect import inspect
+from qmoe.manifest import read_manifest
 
 FEW_TOKENS = 64  # below this an expert is called starved in the report
+_SIZES = (
+    "bits_per_weight",
+    "ideal_bits_per_weight",
+    "model_bits_per_weight",
+    "expert_weights",
+    "stored_bytes",
+    "source_bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class CompressReport:
         experts: number of experts in the model.
         without_tokens: experts that no calibration token reached.
         starved: experts with fewer than FEW_TOKENS tokens, those without any not counted.
-        notes: what was done about unusual experts: text -> how many matrices.
+        notes: what was done about unusual experts: text -> how many experts.
     """
 
     out: Path
@@ -35,26 +43,17 @@ class CompressReport:
     notes: dict[str, int]
 
     @classmethod
-    def of(
-        cls, out: Path, seconds: float, peak: int, reports: list[ProjectionReport]
-    ) -> "CompressReport":
-        """Collects the per-projection reports of a finished run."""
-        tokens: dict[str, list[int]] = {}
+    def of(cls, out: Path, seconds: float, peak: int) -> "CompressReport":
+        """Reads the report of a finished run from what it wrote."""
         notes: dict[str, int] = {}
-        for r in reports:
-            tokens.setdefault(r.module, r.tokens)
-            for note in r.notes.values():
+        tokens: list[int] = []
+        for module in read_manifest(out)["report"]["modules"].values():
+            tokens += module["tokens"] or []
+            for note in filter(None, module["notes"] or []):
                 notes[note] = notes.get(note, 0) + 1
-        flat = [n for per_expert in tokens.values() for n in per_expert]
+        starved = sum(0 < n < FEW_TOKENS for n in tokens)
         return cls(
-            out,
-            seconds,
-            peak,
-            inspect_checkpoint(out),
-            len(flat),
-            sum(n == 0 for n in flat),
-            sum(0 < n < FEW_TOKENS for n in flat),
-            notes,
+            out, seconds, peak, inspect(out), len(tokens), tokens.count(0), starved, notes
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -67,29 +66,21 @@ class CompressReport:
             "experts_without_tokens": self.without_tokens,
             "experts_starved": self.starved,
             "notes": self.notes,
-            **{
-                k: self.sizes[k]
-                for k in (
-                    "bits_per_weight",
-                    "ideal_bits_per_weight",
-                    "model_bits_per_weight",
-                    "expert_weights",
-                    "stored_bytes",
-                    "source_bytes",
-                )
-            },
+            **{k: self.sizes[k] for k in _SIZES},
         }
 
     def text(self) -> str:
         """The result for people."""
         s = self.sizes
         lines = [
-            f"{self.out}: {s['stored_bytes'] / 2**20:.2f} MiB from {s['source_bytes'] / 2**20:.2f} MiB, "
-            f"experts at {s['bits_per_weight']:.3f} stored bits per weight "
-            f"(ideal {s['ideal_bits_per_weight']:.3f}), whole model {s['model_bits_per_weight']:.3f}",
+            f"{self.out}: {s['stored_bytes'] / 2**20:.2f} MiB "
+            f"from {s['source_bytes'] / 2**20:.2f} MiB",
+            f"experts {s['bits_per_weight']:.3f} stored bits per weight "
+            f"(ideal {s['ideal_bits_per_weight']:.3f}), "
+            f"whole model {s['model_bits_per_weight']:.3f}",
             f"{self.seconds:.0f} s, peak memory {self.peak_rss_bytes / 2**20:.0f} MiB",
             f"coverage: {self.experts} experts, {self.without_tokens} saw no token, "
             f"{self.starved} fewer than {FEW_TOKENS}",
         ]
-        lines += [f"  {count} matrices: {note}" for note, count in sorted(self.notes.items())]
+        lines += [f"  {count} experts: {note}" for note, count in sorted(self.notes.items())]
         return "\n".join(lines)

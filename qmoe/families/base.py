@@ -107,7 +107,8 @@ class Kind:
         encoded: names of the parameters, relative to the module, that the encoded form replaces.
         read: (module, expert) -> {projection: canonical matrix}, views where possible.
         write: (module, expert, {projection: canonical matrix}) -> None, the inverse of `read`.
-        biases: (module, expert) -> {projection: bias [rows]}; empty for most kinds.
+        biases: (module, owner, expert) -> {projection: bias [rows]}; empty for most kinds. `owner` has
+            the parameters: the module itself, or the encoded module that took them over.
         ffn: (module, linear, biases, x, record) -> [n, width], one expert.
         route: (module, *arguments of its forward) -> Routed.
         repair: the module's own forward is wrong in the supported transformers releases and must
@@ -121,7 +122,7 @@ class Kind:
     encoded: Callable[[Any], tuple[str, ...]]
     read: Callable[[Any, int], dict[str, Tensor]]
     write: Callable[[Any, int, dict[str, Tensor]], None]
-    biases: Callable[[Any, int], dict[str, Tensor]]
+    biases: Callable[[Any, Any, int], dict[str, Tensor]]
     ffn: Callable[[Any, Linear, dict[str, Tensor], Tensor, Record | None], Tensor]
     route: Callable[..., Routed]
     repair: bool = False
@@ -149,6 +150,22 @@ class ExpertsLayout:
         return self.experts * sum(p.rows * p.cols for p in self.projections)
 
 
-def no_biases(module: Any, expert: int) -> dict[str, Tensor]:
+def no_biases(module: Any, owner: Any, expert: int) -> dict[str, Tensor]:
     """For kinds whose experts have no bias."""
     return {}
+
+
+class Bias(nn.Module):
+    """A bias in a module of its own, as its name in the checkpoint says, fetched by calling it.
+
+    Called rather than read, because offloading hooks bring a module's parameters in only around its
+    forward.
+    """
+
+    def __init__(self, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self) -> Tensor:
+        """The bias, where the hooks of this module put it."""
+        return self.bias

@@ -56,11 +56,11 @@ def _write(module: Any, expert: int, weights: dict[str, Tensor]) -> None:
             getattr(module, parameter)[expert].copy_(weights[name].T if turned else weights[name])
 
 
-def _biases(module: Any, expert: int) -> dict[str, Tensor]:
+def _biases(module: Any, owner: Any, expert: int) -> dict[str, Tensor]:
     if not _flag(module, "has_bias"):
         return {}
     return {
-        name: getattr(module, f"{parameter}_bias")[expert]
+        name: getattr(owner, f"{parameter}_bias")[expert]
         for name, parameter in _names(module).items()
     }
 

@@ -20,9 +20,7 @@ KINDS: dict[str, Kind] = {k.name: k for k in (FUSED, SWITCH, NLLB, LLAMA4, DBRX,
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """The kind of an experts module, None for any other module. An encoded module answers with its
-    host's kind."""
-    module = getattr(module, "host", module)
+    """The kind of a dense experts module, None for any other module."""
     return next((k for k in KINDS.values() if k.matches(module)), None)
 
 
@@ -99,7 +97,7 @@ def expert_forward(
     """
     kind = _known(module)
     if biases is None:
-        biases = kind.biases(module, expert)
+        biases = kind.biases(module, module, expert)
     return kind.ffn(
         module, lambda name, h: F.linear(h, weights[name].to(h.dtype)), biases, x, record
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.families.base import Kind, Linear, Projection, Record, Routed, no_biases
+from qmoe.families.base import Bias, Kind, Linear, Projection, Record, Routed, no_biases
 
 
 def _kind(
@@ -46,8 +46,9 @@ def _kind(
             for p, w in read(module, expert).items():
                 w.copy_(weights[p])
 
-    def biases(module: Any, expert: int) -> dict[str, Tensor]:
-        return {p: getattr(expert_of(module, expert), child).bias for p, child in parts.items()}
+    def biases(module: Any, owner: Any, expert: int) -> dict[str, Tensor]:
+        linears = {p: owner.get_submodule(f"expert_{expert}.{c}") for p, c in parts.items()}
+        return {p: x() if isinstance(x, Bias) else x.bias for p, x in linears.items()}
 
     def ffn(
         module: Any, linear: Linear, bias: dict[str, Tensor], x: Tensor, record: Record | None

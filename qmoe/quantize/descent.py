@@ -94,12 +94,7 @@ def descend(
         row_class, col_class = energy_classes(q)
         col_class += CLASS_ZERO
         if use_compiled:
-            _sweep_kernel(
-                *(
-                    t.contiguous().numpy()
-                    for t in (g, h, q, col, row, slope, row_class, col_class, first, more)
-                )
-            )
+            _sweep_kernel(*(t.contiguous().numpy() for t in (g, h, q, col, row, slope, row_class, col_class, first, more)))
         else:
             _sweep_torch(g, h, q, col, row, slope, row_class, col_class, first, more)
     return q.to(torch.int8)

@@ -68,6 +68,4 @@ def method(bits: int = 2, damping: float = 0.01) -> Method:
     """
     if not 2 <= bits <= 7:
         raise ValueError(f"gptq takes 2 to 7 bits, got {bits}")
-    return Method(
-        f"gptq{bits}", weighted=False, drift=0.0, solve=partial(solve, bits=bits, damping=damping)
-    )
+    return Method(f"gptq{bits}", weighted=False, drift=0.0, solve=partial(solve, bits=bits, damping=damping))

@@ -71,9 +71,7 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, list[str]]:
     else:
         if info.any():
             e = int(info.nonzero()[0])
-            raise ValueError(
-                f"Hessian of expert {e} is not positive definite even with its diagonal raised"
-            )
+            raise ValueError(f"Hessian of expert {e} is not positive definite even with its diagonal raised")
     eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand_as(h)
     inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
     return inverse.flip(-1, -2).contiguous(), notes

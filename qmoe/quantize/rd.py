@@ -52,13 +52,10 @@ class Settings:
     col_step: int = 16
     row_step: int = 4
     fit_rows: bool = True
+    unshrink: float = 0.0
 
     def __post_init__(self) -> None:
-        if (
-            not self.delta > 0
-            or not 0 <= self.drift <= 1
-            or min(self.damping, self.shrinkage, self.slope) < 0
-        ):
+        if not self.delta > 0 or not 0 <= self.drift <= 1 or min(self.damping, self.shrinkage, self.slope) < 0:
             raise ValueError(f"rd settings out of range: {self}")
 
 
@@ -93,7 +90,7 @@ def solve(problem: Problem, settings: Settings) -> Solution:
     slope = (settings.slope * delta**2) * row.square()
     codes = descend(target, h, codes, col, row, slope, settings.sweeps)
     if settings.fit_rows:
-        fit = _row_fit(target, plain, codes, col, row)
+        fit = _row_fit(target, plain, codes, col, row, settings.unshrink)
         row_index = grid_index(row * fit, settings.row_step)
     return Solution(_matrices(codes, row_index, col_index), notes)
 
@@ -129,11 +126,15 @@ def _target(problem: Problem, settings: Settings, factor: Tensor) -> Tensor:
     return problem.weight + correction
 
 
-def _row_fit(target: Tensor, h: Tensor, codes: Tensor, col: Tensor, row: Tensor) -> Tensor:
+def _row_fit(target: Tensor, h: Tensor, codes: Tensor, col: Tensor, row: Tensor, unshrink: float) -> Tensor:
     """Row factors t that minimize ``(target - t w_hat) H (target - t w_hat)^T``, within half to twice: [E, rows]."""
     w = codes.float() * col[:, None, :] * row[:, :, None]
     hw = torch.bmm(w, h.float())
-    fit = (target * hw).sum(2) / (w * hw).sum(2)
+    both = (target * hw).sum(2)
+    fit = both / (w * hw).sum(2)
+    if unshrink:
+        energy = (target * torch.bmm(target, h.float())).sum(2)
+        fit = fit ** (1 - unshrink) * (energy / both) ** unshrink
     return torch.where(fit.isfinite(), fit, 1.0).clamp(0.5, 2.0)
 
 
@@ -149,9 +150,4 @@ def _matrices(codes: Tensor, row_index: Tensor, col_index: Tensor) -> list[Quant
 def method(delta: float = 8.0, **knobs: float) -> Method:
     """The `rd` method; keyword arguments are fields of `Settings`."""
     settings = Settings(delta, **knobs)  # type: ignore[arg-type]
-    return Method(
-        f"rd(delta={delta:g})",
-        weighted=True,
-        drift=settings.drift,
-        solve=partial(solve, settings=settings),
-    )
+    return Method(f"rd(delta={delta:g})", weighted=True, drift=settings.drift, solve=partial(solve, settings=settings))

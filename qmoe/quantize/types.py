@@ -75,9 +75,7 @@ def require_finite(t: Tensor, name: str) -> None:
         return
     bad = (~t.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
-        raise NonFiniteError(
-            f"{name} of expert {bad[0]} has NaN or Inf ({len(bad)} of {len(t)} experts)"
-        )
+        raise NonFiniteError(f"{name} of expert {bad[0]} has NaN or Inf ({len(bad)} of {len(t)} experts)")
 
 
 @dataclass(frozen=True)
