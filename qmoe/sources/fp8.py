@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
+from qmoe.sources import loops
 from qmoe.sources.virtual import Raw, Virtual
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -48,11 +49,19 @@ def dequantize(
         bf16 [rows, cols], computed in float32.
     """
     grid = scale_values(scale)
-    if block is not None:
-        at = torch.arange(first_row, first_row + weight.shape[0])
-        at = torch.div(at, block[0], rounding_mode="floor") - first_row // block[0]
-        grid = grid[at].repeat_interleave(block[1], 1)[:, : weight.shape[1]]
-    return (weight.float() * grid).to(torch.bfloat16)
+    if block is None:
+        return (weight.float() * grid).to(torch.bfloat16)
+    table = torch.arange(256, dtype=torch.uint8).view(weight.dtype).float()
+    out = torch.empty(weight.shape, dtype=torch.bfloat16)
+    loops.scaled_bytes(
+        weight.contiguous().view(torch.uint8).numpy(),
+        table.numpy(),
+        grid.contiguous().numpy(),
+        *block,
+        first_row,
+        out.view(torch.uint16).numpy(),
+    )
+    return out
 
 
 class Fp8(Virtual):

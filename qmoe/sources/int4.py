@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
+from qmoe.sources import loops
 from qmoe.sources.virtual import Raw, Virtual
 
 WIDTHS = (2, 4, 8)  # divisors of 32: no integer straddles two words
@@ -36,8 +37,15 @@ def dequantize_packed(words: Tensor, scale: Tensor, cols: int, bits: int) -> Ten
     Returns:
         bf16 [rows, cols], computed in float32.
     """
-    q = (unpack(words, bits)[:, :cols] - (1 << bits - 1)).float()
-    return (q * scale.float().repeat_interleave(cols // scale.shape[1], 1)).to(torch.bfloat16)
+    out = torch.empty(len(words), cols, dtype=torch.bfloat16)
+    loops.packed_rows(
+        words.contiguous().view(torch.uint32).numpy(),
+        scale.float().contiguous().numpy(),
+        bits,
+        cols,
+        out.view(torch.uint16).numpy(),
+    )
+    return out
 
 
 def dequantize_gptq(

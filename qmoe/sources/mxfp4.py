@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
+from qmoe.sources import loops
 from qmoe.sources.virtual import Raw, Virtual
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -27,8 +28,15 @@ def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
     Returns:
         bf16 [..., n * 32].
     """
-    values = torch.stack([FP4[(blocks & 15).long()], FP4[(blocks >> 4).long()]], -1).flatten(-2)
-    return torch.ldexp(values, scales[..., None].int() - 127).flatten(-2).to(torch.bfloat16)
+    n = scales.shape[-1]
+    out = torch.empty(*scales.shape[:-1], n * 32, dtype=torch.bfloat16)
+    loops.nibble_blocks(
+        blocks.reshape(-1, n * 16).numpy(),
+        FP4.numpy(),
+        scales.reshape(-1, n).view(torch.float8_e8m0fnu).float().numpy(),
+        out.view(-1, n * 32).view(torch.uint16).numpy(),
+    )
+    return out
 
 
 class Mxfp4(Virtual):
