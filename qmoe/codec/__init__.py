@@ -1,7 +1,8 @@
-"""Integers <-> words: a group of small-integer matrices near its entropy, decodable stream by stream inside a kernel.
+"""Integers <-> words: small-integer matrices near their entropy, decodable inside a kernel.
 
-`encode_group` writes a group header and one blob per matrix; `parse_tables` and `parse_matrix` validate them; `decode_codes`,
-`decode_dense` and `matvec` use them. Knows nothing about experts, models or files. The bits: docs/format-codec.md.
+`encode_group` writes a group header and one blob per matrix; `parse_tables` and `parse_matrix`
+validate them; `decode_codes`, `decode_dense` and `matvec` use them. Knows nothing about experts,
+models or files. The bits: docs/format-codec.md.
 """
 
 from qmoe.codec.decode import decode_codes, decode_dense, matvec
