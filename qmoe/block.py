@@ -51,16 +51,18 @@ class ExpertsWriter:
         """
         j = self._names.index(projection)
         want = self._layout.projections[j]
+        seen: set[int] = set()
         for expert, m in zip(experts, matrices, strict=True):
             if tuple(m.codes.shape) != (want.rows, want.cols):
                 raise ValueError(
                     f"{self._layout.path} expert {expert} {projection}: {tuple(m.codes.shape)}, "
                     f"expected {(want.rows, want.cols)}"
                 )
-            if self._offsets[expert, j, 0] >= 0:
+            if self._offsets[expert, j, 0] >= 0 or expert in seen:
                 raise ValueError(
                     f"{self._layout.path} expert {expert} {projection} is written twice"
                 )
+            seen.add(expert)
         if encoded is None:
             encoded = codec.encode_group(matrices)
         name = f"{self._layout.path}.stream"

@@ -18,9 +18,9 @@ from qmoe.container import carried_files
 from qmoe.durable import canonical_json, sync_directory, write_file, writing
 from qmoe.errors import OutputError
 from qmoe.families.layouts import KINDS
-from qmoe.load import skeleton
 from qmoe.reader import Container
 from qmoe.save import plain_config
+from qmoe.skeleton import build, check
 from qmoe.tensorfile import Spill
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -76,7 +76,8 @@ def export(
 def _write(
     container: Container, work: Path, dtype: torch.dtype, progress: Callable[[int], None] | None
 ) -> None:
-    model = skeleton(container, encoded=False)
+    check(container)
+    model = build(container)
     plan = set(model._get_dtype_plan(dtype))
     blocks = container.manifest["blocks"]
     width = max(5, len(str(len(blocks))))

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -26,10 +25,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qmoe.container import INDEX
 from qmoe.errors import CorruptError, QmoeError
 from qmoe.experts import Caches, EncodedExperts
-from qmoe.families.base import ExpertsLayout
-from qmoe.families.layouts import kind_of, layout_of
 from qmoe.reader import Container, parse_quantization
 from qmoe.save import save_pretrained
+from qmoe.skeleton import check, compare, swap
 
 CACHE_VARIABLE = "QMOE_CACHE_BYTES"
 # What `load` has verified, for the quantizer that transformers creates on the way.
@@ -84,8 +82,9 @@ class QmoeQuantizer(HfQuantizer):
         parse_quantization(self.quantization_config.to_dict())
         self.container = _OPENED.get()
         if self.container is None and os.path.isdir(config._name_or_path):
-            # Now, before a damaged config can shape a model.
             self.container = Container.open(config._name_or_path)
+        if self.container is not None:  # before a wrong config can shape a model
+            check(self.container)
         config.transformers_weights = INDEX
         return config
 
@@ -101,8 +100,8 @@ class QmoeQuantizer(HfQuantizer):
             self.container = Container.open(directory)
         caches = Caches(self._cache_bytes())
         for layout in self.container.modules.values():
-            _swap(model, layout, self.container, caches)
-        _compare(model, self.container)
+            swap(model, layout, self.container, caches)
+        compare(model, self.container)
 
     def _cache_bytes(self) -> int:
         if self.quantization_config.cache_bytes is not None:
@@ -136,72 +135,6 @@ class QmoeQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def skeleton(container: Container, encoded: bool = True) -> Any:
-    """The model that config.json describes, on the meta device, compared with the stored tensors.
-
-    Args:
-        container: opened.
-        encoded: put encoded experts in; otherwise the model keeps its own.
-
-    Raises:
-        CorruptError: config.json and the tensors disagree, or config.json describes no model.
-    """
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(container.directory)
-        architecture = getattr(transformers, (config.architectures or [""])[0])
-        del config.quantization_config
-        with torch.device("meta"):
-            model = architecture._from_config(config, dtype=config.dtype or torch.float32)
-            twin = architecture._from_config(config, dtype=config.dtype or torch.float32)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, RuntimeError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise CorruptError(f"{container.directory}/config.json describes no model: {reason}") from e
-    with torch.device("meta"):
-        caches = Caches()
-        for layout in container.modules.values():
-            _swap(twin, layout, container, caches)
-    _compare(twin, container)
-    return twin if encoded else model
-
-
-def _swap(model: Any, layout: ExpertsLayout, container: Container, caches: Caches) -> None:
-    try:
-        host: nn.Module = model.get_submodule(layout.path)
-    except AttributeError as e:
-        raise CorruptError(
-            f"config.json lists {layout.path}, which {type(model).__name__} lacks"
-        ) from e
-    if kind_of(host) is None:
-        raise CorruptError(f"config.json lists {layout.path}, which is a {type(host).__name__}")
-    found = layout_of(layout.path, host)
-    if found != layout:
-        raise CorruptError(
-            f"{layout.path}: the model has {found}, quantization_config has {layout}"
-        )
-    size = container.tensors[f"{layout.path}.stream"][2].shape[0]
-    model.set_submodule(layout.path, EncodedExperts(host, layout, size, caches))
-    # Some families (switch) initialise an experts module's matrices from its parent. Nothing is
-    # left to initialise: `_compare` proves that every tensor is stored.
-    parent = model.get_submodule(layout.path.rpartition(".")[0])
-    parent._is_hf_initialized = True
-
-
-def _compare(model: Any, container: Container) -> None:
-    """transformers would fill what is missing with random numbers and drop what is left over."""
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    stored = {name: entry.shape for name, (_, _, entry) in container.tensors.items()}
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    if missing := sorted(wanted.keys() - stored.keys() - tied):
-        raise CorruptError(f"{container.directory} lacks {len(missing)} tensors: {missing[:3]}")
-    if extra := sorted(stored.keys() - wanted.keys()):
-        raise CorruptError(f"{container.directory} has tensors that the model lacks: {extra[:3]}")
-    for name, shape in stored.items():
-        if shape != wanted[name]:
-            raise CorruptError(f"{name} is stored as {shape}, config.json asks for {wanted[name]}")
 
 
 def load(

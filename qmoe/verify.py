@@ -12,8 +12,8 @@ import torch
 
 from qmoe import codec
 from qmoe.errors import CorruptError
-from qmoe.load import skeleton
 from qmoe.reader import Container
+from qmoe.skeleton import check
 from qmoe.stream import ExpertStream
 from qmoe.tensorfile import tensor_bytes
 
@@ -50,7 +50,7 @@ def verify(
         FormatVersionError: another format version.
     """
     container = Container.open(directory, progress=progress)
-    skeleton(container)
+    check(container)
     listed = container.manifest["tensors"]
     matrices = 0
     for name in container.dense_names():
