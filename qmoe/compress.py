@@ -10,7 +10,7 @@ import hashlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -37,6 +37,7 @@ from qmoe.families.base import ExpertsLayout
 from qmoe.host import BlockRef, Host
 from qmoe.layer import Stream, quantize_layer
 from qmoe.quantize import Method, get_method
+from qmoe.rate import Controller, Curve, Probe, check_target, module_bits, share_of
 from qmoe.report import CompressReport
 
 _BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
@@ -103,7 +104,9 @@ def compress_checkpoint(
     host = Host(checkpoint, trust_remote_code=settings.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
     ctx = _context(host.config, settings)
-    data = prepare(tokenizer, host.config, settings.calib, settings.calib_tokens, ctx, settings.seed)
+    data = prepare(
+        tokenizer, host.config, settings.calib, settings.calib_tokens, ctx, settings.seed
+    )
     batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
     identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
     job = {**settings.recorded(), "source": identity, "calib_sha256": _digest(batches)}
@@ -114,6 +117,10 @@ def compress_checkpoint(
         with writer.block("rest") as rest:
             for name, tensor in host.dense(lambda n: not n.startswith(inside)).items():
                 rest.add_tensor(name, tensor)
+            if settings.bits is not None:
+                curves = run.probe(settings.bits)
+                rest.note["curves"] = [c.as_list() for c in curves]
+                run.rate = Controller(settings.bits, curves)
         names = ["rest"]
         for block in tqdm(list(host.blocks()), desc="blocks", unit="block", disable=not progress):
             with writer.block(block.name) as target:
@@ -151,11 +158,16 @@ def _context(config: Any, settings: Settings) -> int:
 
 
 def _method(settings: Settings) -> Method:
-    name, params = settings.method, {}
+    name = settings.method
+    params: dict[str, float] = {}
     if name.startswith("gptq"):
         name, params = "gptq", {"bits": int(settings.method.removeprefix("gptq"))}
     if name == "rd":
-        params = {"delta": settings.delta or 8.0}
+        if settings.bits is not None and settings.delta is not None:
+            raise QmoeError("--bits and --delta exclude each other; give one of them")
+        if settings.bits is not None:
+            check_target(settings.bits)
+        params = {} if settings.delta is None else {"delta": settings.delta}
     elif settings.bits is not None or settings.delta is not None:
         raise QmoeError(
             f"--method {settings.method} has a fixed grid; --bits and --delta belong to --method rd"
@@ -186,16 +198,43 @@ class _Run:
         self.device, self.store, self.progress = device, store, progress
         self.quantized = Walk(host, batches, store)
         self.original = Walk(host, batches, store) if method.drift > 0 else None
+        self.rate: Controller | None = None
 
-    def block(self, block: BlockRef, target: BlockWriter) -> None:
-        """Quantizes one block into `target` and moves both streams past it."""
+    def probe(self, bits: float) -> list[Curve]:
+        """Each module's bits as a function of the global step; see `qmoe.rate`."""
+        tokens = sum(b["input_ids"].numel() for b in self.batches)
+        some = share_of(self.batches, self.batches[0]["input_ids"].numel())
+        seen = sum(b["input_ids"].numel() for b in some)
+        probe = Probe(bits, tokens / seen)
+        run = _Run(
+            self.host, probe.method, some, self.tokenizer, self.device, self.store, self.progress
+        )
+        blocks = list(self.host.blocks())
+        for block in tqdm(blocks, desc="probe", unit="block", disable=not self.progress):
+            run.block(block, None, probe.finish)
+        return probe.curves
+
+    def block(
+        self,
+        block: BlockRef,
+        target: BlockWriter | None,
+        finished: Callable[[ExpertsLayout], None] = lambda layout: None,
+    ) -> None:
+        """Quantizes one block and moves both streams past it.
+
+        Args:
+            block: the block after the last one.
+            target: where tensors and experts are stored; None stores nothing.
+            finished: called after every experts module.
+        """
         host = self.host
         encoded_names = host.encoded_names(block)
         host.load_block(block, encoded_names)
         inside = f"{block.name}."
-        dense = host.dense(lambda n: n.startswith(inside) and n not in encoded_names)
-        for name, tensor in dense.items():
-            target.add_tensor(name, tensor)
+        if target is not None:
+            dense = host.dense(lambda n: n.startswith(inside) and n not in encoded_names)
+            for name, tensor in dense.items():
+                target.add_tensor(name, tensor)
         walks = [w for w in (self.quantized, self.original) if w is not None]
         done: list[list[tuple[nn.Module, Parked]]] = [[] for _ in walks]
         for layout, module in host.experts_of(block):
@@ -207,6 +246,7 @@ class _Run:
                 plugs.append((module, parked))
                 streams.append(Stream(parked, self._keep(block, parked)))
             self._quantize(layout, module, streams, target)
+            finished(layout)
         for walk, plugs in zip(walks, done, strict=True):
             with _plugged(walk, plugs):
                 walk.run(block)
@@ -215,10 +255,16 @@ class _Run:
         host.free(block)
 
     def _quantize(
-        self, layout: ExpertsLayout, module: nn.Module, streams: list[Stream], target: BlockWriter
+        self,
+        layout: ExpertsLayout,
+        module: nn.Module,
+        streams: list[Stream],
+        target: BlockWriter | None,
     ) -> None:
         original = streams[1] if len(streams) > 1 else None
-        writer = target.experts(layout)
+        writer = target.experts(layout) if target is not None else None
+        delta = self.rate.delta() if self.rate is not None else None
+        method = self.method if delta is None else get_method("rd", delta=delta)
         with tqdm(
             total=layout.experts,
             desc=layout.path,
@@ -230,14 +276,19 @@ class _Run:
                 self.host,
                 layout,
                 module,
-                self.method,
+                method,
                 streams[0],
                 original,
                 self.device,
-                writer.add_group,
+                writer.add_group if writer is not None else lambda *_: None,
                 bar.update,
             )
-        target.finish_experts(layout.path, coverage.tokens, coverage.notes)
+        if target is None:
+            return
+        report = target.finish_experts(layout.path, coverage.tokens, coverage.notes)
+        if self.rate is not None and delta is not None:
+            self.rate.record(layout.path, module_bits(layout, report), delta)
+            target.note[layout.path] = {"delta": delta}
 
     def _keep(self, block: BlockRef, parked: Parked) -> Tensor:
         """Which of the parked rows statistics are taken from; rows that are no tokens in order are
