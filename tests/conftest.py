@@ -158,9 +158,10 @@ CONFIGS: dict[str, dict] = {
 }
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", list(CONFIGS))
+@pytest.fixture(params=list(CONFIGS))
+def family(request: pytest.FixtureRequest) -> str:
+    """Every supported model type in turn."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")
