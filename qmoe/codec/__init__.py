@@ -7,6 +7,7 @@ models or files. The bits: docs/format-codec.md.
 
 from qmoe.codec.decode import decode_codes, decode_dense, matvec
 from qmoe.codec.encode import EncodedGroup, encode_group
+from qmoe.codec.ideal import class_entropy_bits, ideal_bits
 from qmoe.codec.layout import Layout, parse_matrix
 from qmoe.codec.tables import Tables, parse_tables
 
@@ -14,9 +15,11 @@ __all__ = [
     "EncodedGroup",
     "Layout",
     "Tables",
+    "class_entropy_bits",
     "decode_codes",
     "decode_dense",
     "encode_group",
+    "ideal_bits",
     "matvec",
     "parse_matrix",
     "parse_tables",

@@ -30,10 +30,17 @@ class EncodedGroup:
     Attributes:
         tables: the group header, for `parse_tables`.
         matrices: one blob per matrix, in the order given, for `parse_matrix`.
+        scale_bits: how many bits of the blobs are scales, for `ideal_bits`.
     """
 
     tables: Tensor
     matrices: list[Tensor]
+    scale_bits: int
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of header and blobs, everything included."""
+        return 8 * (self.tables.numel() + sum(m.numel() for m in self.matrices))
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def encode_group(matrices: Sequence[QuantizedMatrix], limit: int | None = None) 
         write_matrix(tables, m, s.classes.row, s.classes.col, words, bits)
         for m, s, (words, bits) in zip(matrices, streams, written, strict=True)
     ]
-    return EncodedGroup(blob, blobs)
+    return EncodedGroup(blob, [b for b, _ in blobs], sum(bits for _, bits in blobs))
 
 
 def _checked(matrices: Sequence[QuantizedMatrix]) -> list[I8]:

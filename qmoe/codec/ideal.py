@@ -13,6 +13,17 @@ from qmoe.types import QuantizedMatrix
 BLOCK_ROWS, BLOCK_COLS, BLOCK_TABLES = 64, 16, 16
 
 
+def ideal_bits(matrices: Sequence[QuantizedMatrix], scale_bits: float | None = None) -> float:
+    """Block-class entropy of a group's codes plus its scales: the yardstick for stored bits.
+
+    Args:
+        matrices: of one group.
+        scale_bits: what the scales take as stored (`EncodedGroup.scale_bits`); None: their entropy.
+    """
+    scales = scale_entropy_bits(matrices) if scale_bits is None else scale_bits
+    return block_class_bits(matrices) + scales
+
+
 def block_class_bits(matrices: Sequence[QuantizedMatrix], rounds: int = 20) -> float:
     """Entropy with rows and columns sorted by energy, one of 16 tables per 64 x 16 block (4 bits).
 
@@ -43,7 +54,7 @@ def block_class_bits(matrices: Sequence[QuantizedMatrix], rounds: int = 20) -> f
     return float(best + 4 * len(blocks))
 
 
-def class_bits(matrices: Sequence[QuantizedMatrix]) -> float:
+def class_entropy_bits(matrices: Sequence[QuantizedMatrix]) -> float:
     """Entropy of the codes given their contexts (row class + column class) and nothing else."""
     total = 0.0
     histogram = np.zeros((CONTEXTS, 256), np.int64)
@@ -63,7 +74,7 @@ def class_bits(matrices: Sequence[QuantizedMatrix]) -> float:
     return total
 
 
-def scale_bits(matrices: Sequence[QuantizedMatrix]) -> float:
+def scale_entropy_bits(matrices: Sequence[QuantizedMatrix]) -> float:
     """Entropy of a group's scale indices, one distribution per kind of scale."""
     kinds = [[m.row_scale for m in matrices], [m.col_scale for m in matrices]]
     kinds.append([m.row_scale_neg for m in matrices if m.row_scale_neg is not None])

@@ -19,6 +19,7 @@ from qmoe.errors import CorruptError
 from qmoe.types import SCALE_MAX, SCALE_MIN, QuantizedMatrix, grid_scale
 
 MAGIC = 0x314D4D51  # "QMM1"
+SCALE_FIELDS = ("row_scale", "row_scale_neg", "col_scale")
 PADDING_WORDS = 4  # zero words behind the payload, so that decoders may look ahead
 
 
@@ -80,8 +81,8 @@ def write_matrix(
     col_class: U8,
     words: U32,
     stream_bits: I64,
-) -> Tensor:
-    """Blob of a matrix.
+) -> tuple[Tensor, int]:
+    """Blob of a matrix, and how many of its bits are scales.
 
     Args:
         tables: its group's tables.
@@ -91,19 +92,20 @@ def write_matrix(
         stream_bits: int64 [rows * pieces + 1], bit offset of every stream.
 
     Returns:
-        uint8 [n], n a multiple of 4.
+        uint8 [n], n a multiple of 4, and the bits of row, negative row and column scales.
     """
     negative = matrix.row_scale_neg
-    strings = []
+    strings, scale_bits = [], 0
     for name, values, predictor in side_values(matrix, row_class, col_class, stream_bits):
         strings.append(tables.fields[name].encode(values, predictor))
+        scale_bits += int(strings[-1][1].sum(dtype=np.int64)) if name in SCALE_FIELDS else 0
     flag = np.array([negative is not None], np.uint64), np.ones(1, np.uint8)
     values = np.concatenate([flag[0], *(s[0] for s in strings)])
     widths = np.concatenate([flag[1], *(s[1] for s in strings)])
     side = np.zeros(-(-int(widths.sum(dtype=np.int64)) // 32) + 1, np.uint32)
     pack(values, widths, side)
     blob = np.concatenate([np.array([MAGIC], np.uint32), side[:-1], words])
-    return to_blob(blob, tables.checksum)[0]
+    return to_blob(blob, tables.checksum)[0], scale_bits
 
 
 def side_values(
