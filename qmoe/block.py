@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from qmoe import codec
-from qmoe.codec.ideal import block_class_bits, scale_bits
 from qmoe.families.base import ExpertsLayout
 from qmoe.manifest import write_sealed
 from qmoe.stream import ExpertStream
@@ -74,7 +73,7 @@ class ExpertsWriter:
             row = [tables, tables + encoded.tables.numel(), at, at + blob.numel()]
             self._offsets[expert, j] = torch.tensor(row)
             total["bytes"] += blob.numel()
-        total["ideal_bits"] += block_class_bits(matrices) + scale_bits(matrices)
+        total["ideal_bits"] += codec.ideal_bits(matrices, encoded.scale_bits)
         total["zeros"] += sum(int((m.codes == 0).sum()) for m in matrices)
 
     def finish(

@@ -1,4 +1,5 @@
-"""The exceptions that a user may meet. Each text says what is wrong, where, and what to do; values are in the text.
+"""The exceptions that a user may meet. Each text says what is wrong, where, and what to do; values
+are in the text.
 
 Every one of them ends a command with its message on stderr and exit code 2.
 """

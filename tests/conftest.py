@@ -1,197 +1,78 @@
-"""Tiny random models of every supported family, and a tiny compressed checkpoint, for all tests."""
+"""Fixtures that several test files share."""
 
 import copy
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qmoe.container import ContainerWriter
 from qmoe.families.layouts import KINDS, find_experts, read_expert, write_expert
 from qmoe.save import plain_config
 from qmoe.types import QuantizedMatrix, grid_index, grid_scale
 
-torch.set_num_threads(1)
-
-_BASE = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_MLA = {
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "num_key_value_heads": 4,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-}
-_TOP2 = {"num_experts": 4, "num_experts_per_tok": 2}
-_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_NARROW = {"moe_intermediate_size": 32}
-_SHARED = {"shared_expert_intermediate_size": 48}
-_LINEAR = {
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "num_hidden_layers": 4,
-}
-CONFIGS: dict[str, dict] = {
-    "mixtral": _BASE | _LOCAL,
-    "qwen2_moe": _BASE | _TOP2 | _NARROW | _SHARED,
-    "qwen3_moe": _BASE | _TOP2 | _NARROW | {"head_dim": 16, "decoder_sparse_step": 1},
-    "qwen3_next": _BASE | _TOP2 | _NARROW | _SHARED | _LINEAR | {"head_dim": 16},
-    "olmoe": _BASE | _TOP2 | {"intermediate_size": 32},
-    "deepseek_v2": _BASE | _MLA | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1},
-    "deepseek_v3": _BASE | _MLA | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
-    "glm4_moe": _BASE
-    | _NARROW
-    | {
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "head_dim": 16,
-    },
-    "gpt_oss": _BASE | _LOCAL | {"head_dim": 16, "sliding_window": 8, "intermediate_size": 32},
-    "granitemoe": _BASE | _LOCAL | {"intermediate_size": 32},
-    "phimoe": _BASE | _LOCAL | {"intermediate_size": 32},
-    "llama4_text": _BASE
-    | {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 1,
-        "intermediate_size": 32,
-        "intermediate_size_mlp": 96,
-        "head_dim": 16,
-        "interleave_moe_layer_step": 1,
-        "attention_chunk_size": 32,
-    },
-    "dbrx": {
-        "d_model": 64,
-        "n_heads": 4,
-        "n_layers": 2,
-        "max_seq_len": 256,
-        "vocab_size": 128,
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-        "ffn_config": {
-            "hidden_size": 64,
-            "ffn_hidden_size": 32,
-            "moe_num_experts": 4,
-            "moe_top_k": 2,
-        },
-    },
-    "jamba": _BASE
-    | _TOP2
-    | {
-        "num_hidden_layers": 4,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "expert_layer_period": 2,
-        "expert_layer_offset": 1,
-        "mamba_d_state": 8,
-        "mamba_d_conv": 4,
-        "mamba_expand": 2,
-        "mamba_dt_rank": 8,
-        "use_mamba_kernels": False,
-    },
-    "minimax_m2": _BASE | _LOCAL | {"head_dim": 16, "intermediate_size": 32, "rotary_dim": 16},
-    "ernie4_5_moe": _BASE
-    | _NARROW
-    | {
-        "moe_num_experts": 4,
-        "moe_k": 2,
-        "moe_num_shared_experts": 1,
-        "moe_layer_start_index": 1,
-        "head_dim": 16,
-    },
-    "jetmoe": _BASE
-    | _LOCAL
-    | {"kv_channels": 16, "intermediate_size": 32, "num_attention_heads": 4},
-    "hunyuan_v1_moe": _BASE
-    | {"num_experts": 4, "moe_topk": 2, "head_dim": 16, "intermediate_size": 32},
-    "switch_transformers": {
-        "vocab_size": 128,
-        "d_model": 64,
-        "d_kv": 16,
-        "d_ff": 96,
-        "num_layers": 2,
-        "num_decoder_layers": 2,
-        "num_sparse_encoder_layers": 1,
-        "num_sparse_decoder_layers": 1,
-        "num_heads": 4,
-        "num_experts": 4,
-        "expert_capacity": 4,
-        "decoder_start_token_id": 0,
-    },
-    "nllb-moe": {
-        "vocab_size": 128,
-        "d_model": 64,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_ffn_dim": 96,
-        "decoder_ffn_dim": 96,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "num_experts": 4,
-        "expert_capacity": 64,
-        "encoder_sparse_step": 2,
-        "decoder_sparse_step": 2,
-        "max_position_embeddings": 256,
-        "decoder_start_token_id": 2,
-    },
-}
+torch.set_num_threads(1)  # several workers share the cores
 
 
-@pytest.fixture(params=list(CONFIGS))
-def family(request: pytest.FixtureRequest) -> str:
-    """Every supported model type in turn."""
-    return str(request.param)
+def _tiny() -> ModuleType:
+    """tests/tiny.py by path: with importlib mode, test files cannot import each other."""
+    name = "qmoe_tests_tiny"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "tiny.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """A test that takes `family` without parametrizing it runs for every family."""
+    named = {
+        n.strip()
+        for mark in metafunc.definition.iter_markers("parametrize")
+        for n in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
+    }
+    if "family" in metafunc.fixturenames and "family" not in named:
+        metafunc.parametrize("family", _tiny().FAMILIES)
 
 
 @pytest.fixture(scope="session")
-def build_model() -> Callable[..., PreTrainedModel]:
+def tiny() -> ModuleType:
+    """Tiny models of every family and source format: tests/tiny.py."""
+    return _tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """``tiny_checkpoint(family)``: directory of a float32 checkpoint, made once per session; do not
+    write to it.
+    """
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = _tiny().save(family, tmp_path_factory.mktemp("tiny") / family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def build_model() -> Callable[..., object]:
     """``build(family, seed=0, **changes)``: a tiny random float32 model in eval mode."""
-
-    def build(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
-        torch.manual_seed(seed)
-        config = AutoConfig.for_model(family, **CONFIGS[family] | changes)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_config(config, dtype=torch.float32).eval()
-        with torch.no_grad():  # several classes leave parameters at zero or uninitialised
-            for name, p in model.named_parameters():
-                if p.ndim >= 2:
-                    p.normal_(0, 0.08)
-                elif "bias" in name or "sink" in name:
-                    p.normal_(0, 0.02)
-            for name, b in model.named_buffers():
-                if "correction_bias" in name:
-                    b.normal_(0, 0.02)
-        return model
-
-    return build
+    return lambda family, seed=0, **changes: _tiny().make(family, seed=seed, **changes)
 
 
 @pytest.fixture(scope="session")
-def model_inputs() -> Callable[[PreTrainedModel], dict[str, torch.Tensor]]:
+def model_inputs() -> Callable[..., dict[str, torch.Tensor]]:
     """Token batches for any model of `build_model`."""
 
-    def inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    def inputs(model) -> dict[str, torch.Tensor]:
         g = torch.Generator().manual_seed(5)
         out = {"input_ids": torch.randint(3, 127, (2, 12), generator=g)}
         if model.config.is_encoder_decoder:
