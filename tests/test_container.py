@@ -570,7 +570,7 @@ def test_spill_appends_and_interleaves(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_hidden_layers": 3},
+        {"num_hidden_layers": 5},
         {"num_hidden_layers": 1},
         {"hidden_size": 32},
         {"num_local_experts": 5},

@@ -16,6 +16,7 @@ from qmoe.errors import CorruptError, OutputError, QmoeError
 from qmoe.experts import EncodedExperts
 from qmoe.families import layouts
 from qmoe.load import CACHE_VARIABLE, set_cache_bytes
+from qmoe.models import FairseqMoeConfig, MegatronMoeConfig, OpenMoeConfig
 
 
 def _auto(model):
@@ -46,6 +47,50 @@ def test_every_family_loads_saves_and_loads(
     _close(_logits(qmoe.load(tmp_path / "b"), inputs), expected)
     out = model.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape[0] == 2
+
+
+OWN = {
+    OpenMoeConfig: {
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "num_experts": 4,
+        "moe_layer_interval": 2,
+    },
+    FairseqMoeConfig: {
+        "d_model": 64,
+        "ffn_dim": 96,
+        "num_layers": 2,
+        "attention_heads": 4,
+        "num_experts": 4,
+        "sparse_layers": [1],
+    },
+    MegatronMoeConfig: {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "num_experts": 4,
+        "sparse_layers": [1],
+    },
+}
+
+
+@pytest.mark.parametrize("config_class", OWN)
+def test_own_model_classes(config_class, model_inputs, write_compressed, tmp_path):
+    config = config_class(vocab_size=128, **OWN[config_class])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.08)
+    dense = write_compressed(model, tmp_path / "a")
+    inputs = model_inputs(dense)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    _close(_logits(loaded, inputs), _logits(dense, inputs))
+    loaded.save_pretrained(tmp_path / "b")
+    _close(_logits(qmoe.load(tmp_path / "b"), inputs), _logits(dense, inputs))
 
 
 def test_saved_again_is_the_same_bytes(compressed, tmp_path):
