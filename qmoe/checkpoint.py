@@ -7,6 +7,7 @@ their dense names, decoded while read. Nothing is ever written to a local source
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import EllipsisType
@@ -58,6 +59,7 @@ class _Stored:
     def __init__(self, shards: Sequence[Shard], where: dict[str, Shard] | None) -> None:
         self.shards = list(shards)
         self._mapped: list[TorchShard] = []
+        self._lock = threading.Lock()  # transformers' loader reads from several threads
         self._checked: set[Shard] = set()
         self._indexed = where is not None
         self.where = where or {}
@@ -113,13 +115,19 @@ class _Stored:
 
     def read(self, name: str, selection: Selection = ...) -> Tensor:
         shard = self._owner(name)
-        if isinstance(shard, TorchShard):
+        if not isinstance(shard, TorchShard):
+            return shard.read(name, selection)
+        with self._lock:
             if shard in self._mapped:
                 self._mapped.remove(shard)
             self._mapped.append(shard)
             while len(self._mapped) > OPEN_MAPS:
                 self._mapped.pop(0).close()
-        return shard.read(name, selection)
+            return shard.read(name, selection)
+
+    def prefetch(self, name: str) -> None:
+        """Start reading in the background; says nothing of failures, the read itself will."""
+        self.where[name].prefetch(name)
 
 
 class Checkpoint:
@@ -219,6 +227,15 @@ class Checkpoint:
         for shard in self._stored.shards:
             h.update(Path(shard.name).name.encode() + b"\0" + shard.digest())
         return h.hexdigest()
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Say that tensors will be read soon: their files are downloaded, or their bytes read into
+        the system's page cache, while the caller goes on. A hint: nothing is returned or raised.
+        """
+        for name in names:
+            virtual = self._virtual.get(name)
+            for part in virtual.parts if virtual is not None else (name,):
+                self._stored.prefetch(part)
 
     def finished(self, names: Iterable[str]) -> None:
         """Say that tensors will not be read again: downloaded files of which all are finished are
