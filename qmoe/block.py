@@ -15,6 +15,7 @@ from torch import Tensor
 from qmoe import codec
 from qmoe.families.base import ExpertsLayout
 from qmoe.manifest import write_sealed
+from qmoe.stream import ExpertStream
 from qmoe.tensorfile import Spill
 from qmoe.types import QuantizedMatrix
 
@@ -49,16 +50,18 @@ class ExpertsWriter:
         """
         j = self._names.index(projection)
         want = self._layout.projections[j]
+        seen: set[int] = set()
         for expert, m in zip(experts, matrices, strict=True):
             if tuple(m.codes.shape) != (want.rows, want.cols):
                 raise ValueError(
                     f"{self._layout.path} expert {expert} {projection}: {tuple(m.codes.shape)}, "
                     f"expected {(want.rows, want.cols)}"
                 )
-            if self._offsets[expert, j, 0] >= 0:
+            if self._offsets[expert, j, 0] >= 0 or expert in seen:
                 raise ValueError(
                     f"{self._layout.path} expert {expert} {projection} is written twice"
                 )
+            seen.add(expert)
         if encoded is None:
             encoded = codec.encode_group(matrices)
         name = f"{self._layout.path}.stream"
@@ -70,7 +73,7 @@ class ExpertsWriter:
             row = [tables, tables + encoded.tables.numel(), at, at + blob.numel()]
             self._offsets[expert, j] = torch.tensor(row)
             total["bytes"] += blob.numel()
-        total["ideal_bits"] += codec.ideal_bits(matrices)
+        total["ideal_bits"] += codec.ideal_bits(matrices, encoded.scale_bits)
         total["zeros"] += sum(int((m.codes == 0).sum()) for m in matrices)
 
     def finish(
@@ -83,7 +86,7 @@ class ExpertsWriter:
             notes: per expert, "" where nothing is to be said.
 
         Returns:
-            The module's entry in the manifest's report.
+            The module's entry in the report of the manifest.
 
         Raises:
             ValueError: a matrix is missing.
@@ -146,9 +149,21 @@ class BlockWriter:
     ) -> dict[str, Any]:
         """Completes the experts module at `path`; see `ExpertsWriter.finish`."""
         layout, writer = self._experts.pop(path)
-        entry = {"geometry": geometry(layout), "report": writer.finish(tokens, notes)}
-        self._modules[path] = entry
-        return entry
+        report = writer.finish(tokens, notes)
+        self._modules[path] = {"geometry": geometry(layout), "report": report}
+        return report
+
+    def add_encoded(self, streams: ExpertStream, report: dict[str, Any]) -> None:
+        """Stores an experts module that is encoded already, with its entry of the report.
+
+        Args:
+            streams: validated.
+            report: as `finish_experts` returned it.
+        """
+        path = streams.layout.path
+        self._spill.add(f"{path}.stream", streams.stream)
+        self._spill.add(f"{path}.offsets", streams.offsets)
+        self._modules[path] = {"geometry": geometry(streams.layout), "report": report}
 
     def __enter__(self) -> Self:
         return self

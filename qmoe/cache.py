@@ -1,4 +1,5 @@
-"""A bounded store of decoded things, least recently used first out. Knows nothing about what it holds."""
+"""A bounded store of decoded things, least recently used first out. Knows nothing about what it
+holds."""
 
 import threading
 from collections import OrderedDict
@@ -7,7 +8,8 @@ from typing import Any, Self
 
 
 class ByteCache:
-    """Holds values of known size, never more than `capacity` bytes of them. Safe to use from several threads."""
+    """Holds values of known size, never more than `capacity` bytes of them. Safe to use from
+    several threads."""
 
     def __init__(self, capacity: int) -> None:
         """Args: capacity: bytes; 0 keeps nothing."""

@@ -8,6 +8,9 @@ stderr, exit code 2. Imports of torch and transformers happen inside the command
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +149,10 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 @_json
 def inspect(out: Path, layers: bool, as_json: bool) -> None:
     """Sizes, bits per weight and expert coverage of a compressed checkpoint; decodes nothing."""
-    from qmoe.inspect import inspect_checkpoint, inspect_text
+    from qmoe.inspect import inspect as run
+    from qmoe.report import inspect_text
 
-    found = inspect_checkpoint(out, layers=layers)
+    found = run(out, layers=layers)
     _show(found, as_json, inspect_text(found))
 
 
@@ -157,14 +161,12 @@ def inspect(out: Path, layers: bool, as_json: bool) -> None:
 @_json
 def verify(out: Path, as_json: bool) -> None:
     """Check every checksum, then decode every stream; exit code 0 only if all is sound."""
-    from qmoe.verify import verify_checkpoint
+    from qmoe.verify import verify as run
 
-    found = verify_checkpoint(out, progress=sys.stderr.isatty())
-    _show(
-        found,
-        as_json,
-        f"{out}: sound ({found['files']} files, {found['matrices']} matrices decoded)",
-    )
+    with _bar("verify", "B") as advance:
+        found = run(out, advance)
+    text = f"{out}: sound ({found.files} files, {found.matrices} matrices decoded)"
+    _show(asdict(found), as_json, text)
 
 
 @main.command()
@@ -176,10 +178,22 @@ def verify(out: Path, as_json: bool) -> None:
 @_json
 def export(out: Path, dest: Path, dtype: str, as_json: bool) -> None:
     """Write OUT back as a plain safetensors checkpoint that any runtime reads."""
-    from qmoe.export import export_checkpoint
+    from qmoe.export import export as run
 
-    found = export_checkpoint(out, dest, dtype, progress=sys.stderr.isatty())
-    _show(found, as_json, f"{dest}: {found['bytes'] / 2**20:.1f} MiB in {dtype}")
+    with _bar("export", "block") as advance:
+        run(out, dest, dtype, advance)
+    size = sum(p.stat().st_size for p in dest.glob("*.safetensors"))
+    found = {"dest": str(dest), "dtype": dtype, "bytes": size}
+    _show(found, as_json, f"{dest}: {size / 2**20:.1f} MiB in {dtype}")
+
+
+@contextmanager
+def _bar(name: str, unit: str) -> Iterator[Callable[[int], object]]:
+    """A progress bar on a terminal; yields what advances it."""
+    from tqdm import tqdm
+
+    with tqdm(desc=name, unit=unit, unit_scale=unit == "B", disable=not sys.stderr.isatty()) as bar:
+        yield bar.update
 
 
 @main.group()
@@ -190,9 +204,7 @@ def bench() -> None:
 @bench.command(name="codec")
 @_json
 def bench_codec(as_json: bool) -> None:
-    """Rate against the entropy and speed against memory bandwidth of the entropy coder, on one
-    core.
-    """
+    """Rate and speed of the entropy coder on one core, beside the ideals."""
     from qmoe.codec.bench import run
 
     run(as_json)

@@ -1,10 +1,12 @@
-"""The module that stands where a model's experts stood: encoded matrices, decoded where they are used.
+"""The module that stands where a model's experts stood: encoded matrices, decoded where they are
+used.
 
-It keeps the original module (its *host*) for activation, gate function and limits, but not its matrices. Biases and norms are
-taken over as parameters and children of their own names. Knows nothing about calibration, solvers or files.
+It keeps the original module (its *host*) for activation, gate function and limits, but not its
+matrices. Biases and norms are taken over as parameters and children of their own names. Knows
+nothing about calibration, solvers or files.
 
-What runs on a device is a *backend*: a function ``(module, hidden [n, cols], index [n, slots], weights [n, slots] | None) ->
-[n, width]`` registered in `BACKENDS` by device type. The CPU backend below serves every device that has none of its own.
+What runs on a device is a *backend* in `BACKENDS`, by device type. The CPU backend below serves
+every device that has none of its own.
 """
 
 from collections.abc import Callable
@@ -21,15 +23,18 @@ from qmoe.families.base import Bias, ExpertsLayout, Routed
 from qmoe.families.layouts import KINDS
 from qmoe.stream import ExpertStream
 
-SMALL = 8  # up to so many rows a product decodes as it goes; above, decoding once into a dense matrix wins
+# Up to so many rows a product decodes as it goes; above, decoding once into a dense matrix wins.
+SMALL = 8
 PARSED_BYTES = 64 << 20  # bound of all parsed side data of one model
 
+# (module, hidden [n, cols], index [n, slots], weights [n, slots] or None) -> [n, width]
 Backend = Callable[["EncodedExperts", Tensor, Tensor, Tensor | None], Tensor]
 BACKENDS: dict[str, Backend] = {}
 
 
 class Caches:
-    """What the encoded modules of one model share: decoded matrices and parsed side data, both bounded in bytes."""
+    """What the encoded modules of one model share: decoded matrices and parsed side data, both
+    bounded in bytes."""
 
     def __init__(self, decoded_bytes: int = 0) -> None:
         """Args: decoded_bytes: bound of the decoded matrices; 0 decodes at every use."""
@@ -40,8 +45,8 @@ class Caches:
 class EncodedExperts(nn.Module):
     """Experts whose matrices stay encoded.
 
-    Parameters (not buffers, so that offloading moves them): ``stream`` uint8 [n] and ``offsets`` int64 [E, projections, 4],
-    see `ExpertStream`; besides them the host's biases and norms.
+    Parameters (not buffers, so that offloading moves them): ``stream`` uint8 [n] and ``offsets``
+    int64 [E, projections, 4], see `ExpertStream`; besides them the host's biases and norms.
     """
 
     stream: nn.Parameter
@@ -50,7 +55,8 @@ class EncodedExperts(nn.Module):
     def __init__(
         self, host: nn.Module, layout: ExpertsLayout, stream_bytes: int, caches: Caches
     ) -> None:
-        """Takes over from a dense module; parameters are created on the current default device, empty.
+        """Takes over from a dense module; parameters are created on the current default device,
+        empty.
 
         Args:
             host: the model's experts module; loses its matrices.
@@ -73,7 +79,7 @@ class EncodedExperts(nn.Module):
         empty = torch.empty(stream_bytes, dtype=torch.uint8), torch.empty(shape, dtype=torch.int64)
         self.stream, self.offsets = (nn.Parameter(t, requires_grad=False) for t in empty)
         self._checked: tuple[Any, Any, ExpertStream] | None = None
-        self.register_load_state_dict_post_hook(_forget)
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _take_over(host: nn.Module, target: nn.Module, emptied: set[str]) -> None:
@@ -100,7 +106,9 @@ class EncodedExperts(nn.Module):
             CorruptError: the offsets are not valid.
         """
         now = (self.stream, self.offsets)
-        if self._checked is not None and all(a is b for a, b in zip(now, self._checked[:2], strict=True)):
+        if self._checked is not None and all(
+            a is b for a, b in zip(now, self._checked[:2], strict=True)
+        ):
             return self._checked[2]
         found = ExpertStream(self.layout, self.stream.detach().cpu(), self.offsets.detach().cpu())
         if not self.offloaded:
@@ -109,7 +117,8 @@ class EncodedExperts(nn.Module):
 
     @property
     def offloaded(self) -> bool:
-        """Whether parameters only exist during a call; then nothing that refers to them may be kept."""
+        """Whether parameters only exist during a call; then nothing that refers to them may be
+        kept."""
         return bool(getattr(getattr(self, "_hf_hook", None), "offload", False))
 
     def parsed(
@@ -174,7 +183,8 @@ class EncodedExperts(nn.Module):
 def run_on_cpu(
     module: EncodedExperts, hidden: Tensor, index: Tensor, weights: Tensor | None
 ) -> Tensor:
-    """The backend that needs nothing: matrices are decoded on the CPU, dense products run where `hidden` is.
+    """The backend that needs nothing: matrices are decoded on the CPU, dense products run where
+    `hidden` is.
 
     Replaces ``for e in experts: y[rows(e)] += weight[e] * ffn(hidden[rows(e)], decode(e))``.
 

@@ -1,46 +1,48 @@
 """The read path: compressed checkpoints as transformers models.
 
-Importing this module (``import qmoe`` does) registers the quantization method "qmoe" with transformers, so that
-``AutoModelForCausalLM.from_pretrained(OUT)`` works as for any checkpoint. The weights are stored under names that transformers
-does not look for by itself: whoever forgets the import gets "no file named model.safetensors" instead of a model with random
-experts. Nothing is compiled or tuned at import.
+Importing this module (``import qmoe`` does) registers the quantization method "qmoe" with
+transformers, so that ``AutoModelForCausalLM.from_pretrained(OUT)`` works as for any checkpoint.
+The weights are stored under names that transformers does not look for by itself: whoever forgets
+the import gets "no file named model.safetensors" instead of a model with random experts. Nothing
+is compiled or tuned at import.
 
-The hooks of `HfQuantizer` are read from transformers 5.23; the order they rely on (config -> `update_attn_implementation` ->
-weight files -> model on meta -> `_process_model_before_weight_loading` -> weights -> `_process_model_after_weight_loading`) is
+The hooks of `HfQuantizer` are read from transformers 5.23; the order they rely on (config ->
+`update_attn_implementation` -> weight files -> model on meta ->
+`_process_model_before_weight_loading` -> weights -> `_process_model_after_weight_loading`) is
 covered by tests/test_load.py.
 """
 
 import os
+from contextvars import ContextVar
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qmoe.container import INDEX
 from qmoe.errors import CorruptError, QmoeError
 from qmoe.experts import Caches, EncodedExperts
-from qmoe.families.base import ExpertsLayout
-from qmoe.families.layouts import kind_of, layout_of
 from qmoe.reader import Container, parse_quantization
 from qmoe.save import save_pretrained
+from qmoe.skeleton import check, compare, swap
 
 CACHE_VARIABLE = "QMOE_CACHE_BYTES"
+# What `load` has verified, for the quantizer that transformers creates on the way.
+_OPENED: ContextVar[Container | None] = ContextVar("opened", default=None)
 
 
 @register_quantization_config("qmoe")
-class QmoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QmoeConfig(QuantizationConfigMixin):
     """``quantization_config`` of a compressed checkpoint.
 
     Attributes:
         format_version: of the container.
         modules: geometry of every experts module by path, see `qmoe.container.geometry`.
-        cache_bytes: bound of decoded matrices kept in memory; None leaves it to the environment variable QMOE_CACHE_BYTES,
-            else 0.
+        cache_bytes: bound of decoded matrices kept in memory; None leaves it to the environment
+            variable QMOE_CACHE_BYTES, else 0.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class QmoeConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer("qmoe")
-class QmoeQuantizer(HfQuantizer):  # type: ignore[misc]
+class QmoeQuantizer(HfQuantizer):
     """Swaps encoded experts into a model that transformers is about to load."""
 
     requires_calibration = True  # it cannot quantize on the fly; `qmoe compress` does that
@@ -75,10 +77,14 @@ class QmoeQuantizer(HfQuantizer):  # type: ignore[misc]
         self.container: Container | None = None
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Not about attention: the hook that runs after the config is read and before weight files are resolved."""
+        """Not about attention: the hook that runs after the config is read and before weight files
+        are resolved."""
         parse_quantization(self.quantization_config.to_dict())
-        if os.path.isdir(config._name_or_path):  # before a damaged config can shape a model
+        self.container = _OPENED.get()
+        if self.container is None and os.path.isdir(config._name_or_path):
             self.container = Container.open(config._name_or_path)
+        if self.container is not None:  # before a wrong config can shape a model
+            check(self.container)
         config.transformers_weights = INDEX
         return config
 
@@ -86,14 +92,16 @@ class QmoeQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         if not checkpoint_files:
-            raise CorruptError("a compressed checkpoint is loaded from its directory, not from a state dict")
+            raise CorruptError(
+                "a compressed checkpoint is loaded from its directory, not from a state dict"
+            )
         directory = Path(checkpoint_files[0]).parent
         if self.container is None or not directory.samefile(self.container.directory):
             self.container = Container.open(directory)
         caches = Caches(self._cache_bytes())
-        for path, layout in self.container.modules.items():
-            _swap(model, layout, self.container, caches)
-        _compare(model, self.container)
+        for layout in self.container.modules.values():
+            swap(model, layout, self.container, caches)
+        compare(model, self.container)
 
     def _cache_bytes(self) -> int:
         if self.quantization_config.cache_bytes is not None:
@@ -108,10 +116,12 @@ class QmoeQuantizer(HfQuantizer):  # type: ignore[misc]
         return []
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        # transformers marks the config as quantized; some families (jamba) then expect quantized Linears.
+        # transformers marks the config as quantized; some families (jamba) then expect quantized
+        # Linears, which there are none of.
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                vars(module.config).pop("_is_quantized", None)
+            config = getattr(module, "config", None)
+            if config is not None:
+                vars(config).pop("_is_quantized", None)
         if self.container is not None:
             model.qmoe_manifest = self.container.manifest
             model.qmoe_directory = str(self.container.directory)
@@ -127,42 +137,16 @@ class QmoeQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _swap(model: Any, layout: ExpertsLayout, container: Container, caches: Caches) -> None:
-    try:
-        host: nn.Module = model.get_submodule(layout.path)
-    except AttributeError as e:
-        raise CorruptError(f"config.json lists {layout.path}, which {type(model).__name__} lacks") from e
-    if kind_of(host) is None:
-        raise CorruptError(f"config.json lists {layout.path}, which is a {type(host).__name__}")
-    found = layout_of(layout.path, host)
-    if found != layout:
-        raise CorruptError(f"{layout.path}: the model has {found}, quantization_config has {layout}")
-    size = container.tensors[f"{layout.path}.stream"][2].shape[0]
-    model.set_submodule(layout.path, EncodedExperts(host, layout, size, caches))
-
-
-def _compare(model: Any, container: Container) -> None:
-    """transformers would fill what is missing with random numbers and drop what is left over."""
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    stored = {name: entry.shape for name, (_, _, entry) in container.tensors.items()}
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    if missing := sorted(wanted.keys() - stored.keys() - tied):
-        raise CorruptError(f"{container.directory} lacks {len(missing)} tensors: {missing[:3]}")
-    if extra := sorted(stored.keys() - wanted.keys()):
-        raise CorruptError(f"{container.directory} has tensors that the model lacks: {extra[:3]}")
-    for name, shape in stored.items():
-        if shape != wanted[name]:
-            raise CorruptError(f"{name} is stored as {shape}, config.json asks for {wanted[name]}")
-
-
 def load(
     directory: str | os.PathLike[str], *, cache_bytes: int | None = None, **kwargs: Any
 ) -> Any:
     """Loads a compressed checkpoint as a transformers model.
 
     Args:
-        directory: the compressed checkpoint, or the id of one on the Hugging Face hub (downloaded whole first).
-        cache_bytes: bound of decoded matrices kept in memory, 0 for none; default: environment variable QMOE_CACHE_BYTES, else 0.
+        directory: the compressed checkpoint, or the id of one on the Hugging Face hub (downloaded
+            whole first).
+        cache_bytes: bound of decoded matrices kept in memory, 0 for none; default: environment
+            variable QMOE_CACHE_BYTES, else 0.
         kwargs: for `from_pretrained`: dtype, device_map, offload_folder, ...
 
     Returns:
@@ -172,19 +156,25 @@ def load(
         CorruptError: any file is not as it was written.
         FormatVersionError: another format version.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
     if not os.path.isdir(directory):
         directory = _download(str(directory), kwargs.get("revision"))
-    Container.open(directory, check=False)  # names a broken manifest or config before transformers meets it
-    config = AutoConfig.from_pretrained(directory)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_pretrained(directory, **kwargs)
+    token = _OPENED.set(Container.open(directory))  # before transformers meets a damaged config
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = auto.from_pretrained(directory, **kwargs)
+    finally:
+        _OPENED.reset(token)
     if cache_bytes is not None:
         set_cache_bytes(model, cache_bytes)
     return model
 
 
 def set_cache_bytes(model: nn.Module, cache_bytes: int) -> None:
-    """Changes the bound of decoded matrices that a loaded model keeps; what it holds now is dropped.
+    """Changes the bound of decoded matrices that a loaded model keeps; what it holds now is
+    dropped.
 
     Raises:
         ValueError: negative.
@@ -203,4 +193,6 @@ def _download(name: str, revision: str | None) -> str:
         return str(snapshot_download(name, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise QmoeError(f"{name} is no directory and cannot be fetched from the hub: {reason}") from e
+        raise QmoeError(
+            f"{name} is no directory and cannot be fetched from the hub: {reason}"
+        ) from e

@@ -84,3 +84,29 @@ class CompressReport:
         ]
         lines += [f"  {count} experts: {note}" for note, count in sorted(self.notes.items())]
         return "\n".join(lines)
+
+
+def inspect_text(found: dict[str, Any]) -> str:
+    """The result of `qmoe inspect` for people; with "layers" in it, a row for each projection."""
+    ratio = (found["source_bytes"] or 0) / found["stored_bytes"]
+    lines = [
+        f"{found['model_type']}, {found['experts']} experts, "
+        f"{found['expert_weights'] / 1e6:.1f} M expert weights "
+        f"and {found['dense_weights'] / 1e6:.1f} M others",
+        f"experts      {found['bits_per_weight']:.3f} stored bits per weight "
+        f"(ideal {found['ideal_bits_per_weight']:.3f}, {100 * found['zeros']:.1f} % zeros)",
+        f"whole model  {found['model_bits_per_weight']:.3f} bits per weight",
+        f"on disk      {found['stored_bytes'] / 2**20:.2f} MiB, {ratio:.1f} times smaller "
+        "than the source",
+    ]
+    if found["experts_without_tokens"]:
+        lines.append(f"{found['experts_without_tokens']} experts saw no calibration token")
+    if "layers" in found:
+        lines.append(f"{'module':40s} {'':8s} {'bits':>6s} {'ideal':>6s} {'zeros':>6s}  tokens")
+        for r in found["layers"]:
+            low, middle, high = r["tokens"] or (0, 0, 0)
+            lines.append(
+                f"{r['module']:40s} {r['projection']:8s} {r['bits']:6.3f} {r['ideal_bits']:6.3f} "
+                f"{100 * r['zeros']:5.1f}%  {low} to {high}, median {middle}"
+            )
+    return "\n".join(lines)

@@ -10,11 +10,14 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from qmoe.calib.tokens import prepare
+from qmoe.checkpoint import open_checkpoint
+from qmoe.container import INDEX
 from qmoe.devices import pick_device
 from qmoe.errors import SourceError
 from qmoe.evaluate import Score, evaluate, split_batches
 from qmoe.families.layouts import repair
-from qmoe.load import check_source, is_compressed
+from qmoe.load import load
+from qmoe.manifest import MANIFEST
 
 
 def score_checkpoint(
@@ -57,19 +60,30 @@ def score_checkpoint(
 
 
 def load_any(model: str, dtype: str, device: torch.device) -> Any:
-    """A model in eval mode from a compressed or plain checkpoint, directory or hub id."""
-    if not is_compressed(model):
-        check_source(model)
-    config = AutoConfig.from_pretrained(model)
+    """A model in eval mode from a compressed or plain checkpoint, directory or hub id.
+
+    Raises:
+        SourceError: a plain checkpoint that cannot be read. CorruptError: a compressed one.
+    """
+    if is_compressed(model):
+        return load(model, dtype=getattr(torch, dtype)).to(device).eval()
+    checkpoint = open_checkpoint(model)  # one clear sentence for whatever is wrong with it
+    directory = checkpoint.directory if checkpoint.quantization is None else model
+    config = AutoConfig.from_pretrained(directory)
     auto = (
         transformers.AutoModelForSeq2SeqLM
         if config.is_encoder_decoder
         else transformers.AutoModelForCausalLM
     )
     loaded = auto.from_pretrained(model, dtype=getattr(torch, dtype))
-    if not is_compressed(model):
-        repair(loaded)
+    repair(loaded)
     return loaded.to(device).eval()
+
+
+def is_compressed(model: str) -> bool:
+    """Whether a name is a directory that holds, or should hold, a compressed checkpoint."""
+    folder = Path(model)
+    return (folder / MANIFEST).exists() or (folder / INDEX).exists()
 
 
 def score_text(score: Score) -> str:
@@ -85,8 +99,3 @@ def score_text(score: Score) -> str:
             f"KL {score.kl:.5f} nats   same most likely token {100 * (score.top1_agreement or 0):.1f} %"
         )
     return "\n".join(lines)
-
-
-def exists(model: str) -> bool:
-    """Whether a name is a local directory."""
-    return Path(model).is_dir()

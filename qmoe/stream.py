@@ -67,16 +67,13 @@ class ExpertStream:
         except CorruptError as e:
             raise CorruptError(f"{self._name(expert, projection)}: {e}") from e
 
-    def matrix(
-        self, expert: int, projection: int, tables: codec.Tables, *, deep: bool = False
-    ) -> codec.Layout:
-        """Parses one matrix and compares its shape with the geometry.
+    def matrix(self, expert: int, projection: int, tables: codec.Tables) -> codec.Layout:
+        """Parses one matrix, walking its streams to their ends, and compares its shape.
 
         Args:
             expert: index.
             projection: index in the layout.
             tables: from `tables`.
-            deep: also walk every symbol stream to its end.
 
         Raises:
             CorruptError: the bytes are not a valid matrix of that shape.
@@ -84,7 +81,7 @@ class ExpertStream:
         begin, end = self.offsets[expert, projection, 2:].tolist()
         want = self.layout.projections[projection]
         try:
-            found = codec.parse_matrix(tables, self.stream[begin:end], deep=deep)
+            found = codec.parse_matrix(tables, self.stream[begin:end])
         except CorruptError as e:
             raise CorruptError(f"{self._name(expert, projection)}: {e}") from e
         if (found.rows, found.cols) != (want.rows, want.cols):

@@ -2,9 +2,9 @@
 
     python scripts/research_quant.py examples/tiny-mixtral --run qmoe --run "rd delta=8 drift=0.5"
 
-Every run quantizes the model layer by layer on the activations of the already quantized layers, as `qmoe compress`
-does, but writes nothing. One line of JSON per run. Handles models with fused experts (`mlp.experts.gate_up_proj`) that
-fit in memory.
+Every run quantizes the model layer by layer on the activations of the already quantized layers, as
+`qmoe compress` does, but writes nothing. One line of JSON per run. Handles models with fused
+experts (`mlp.experts.gate_up_proj`) that fit in memory.
 """
 
 import argparse
@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from research_tune import distill, loss_gradients
+
+from qmoe.codec import encode_group
 from qmoe.quantize import Method, Problem, get_method
 from qmoe.types import QuantizedMatrix
 
@@ -56,7 +59,8 @@ class Lab:
             for layer in self.layers
         ]
         self.act = self.layers[0].mlp.experts.act_fn
-        self.calib_hidden, _ = self.stream(calib, self.weights)
+        self.calib_hidden, self.calib_final = self.stream(calib, self.weights)
+        self.gradients: list[Tensor] | None = None
         _, self.dev_final = self.stream(dev, self.weights, keep=False)
         self.nll, _ = self.score(self.dev_final)
 
@@ -120,23 +124,50 @@ class Lab:
                 kl += ((p.exp() * (p - q)).sum(1) * ok).sum().item()
         return nll / valid.sum().item(), kl / valid.sum().item()
 
+    def fisher(self) -> list[Tensor]:
+        """Loss gradients at the experts' outputs on the calibration text, one tensor per layer."""
+        if self.gradients is None:
+            self.gradients = loss_gradients(self.model, self.weights, self.calib)
+        return self.gradients
+
     @torch.no_grad()
     def quantize(
-        self, method: Method, importance: list[float] | None = None, row_weights: bool = False
+        self, method: Method, layers: float = 0, rows: float = 0, tokens_power: float = 0,
+            down_rows: float = 0,
+        rows_relative: int = 0,
     ) -> tuple[list[tuple[Tensor, Tensor]], list[list[QuantizedMatrix]], float]:
-        """Quantized weights, the matrices of every group (layer x projection), solver seconds."""
+        """Quantized weights, the matrices of every group (layer x projection), solver seconds.
+
+        Args:
+            method: the solver.
+            layers: power of the mean squared loss gradient as the layer's importance.
+            rows: power of the gate/up rows' effect on the expert's output as row weights.
+            tokens_power: power of each token's squared loss gradient as its weight.
+            rows_relative: row weights have a geometric mean of 1 in each expert.
+            down_rows: power of the mean squared gradient of each residual channel as row weight.
+        """
+        fisher = self.fisher() if layers or tokens_power or down_rows else []
+        square = [g.square().sum(1) for g in fisher]
+        mean = [s.mean().item() for s in square]
         stream = self.model.model.embed_tokens(self.calib).flatten(0, 1)
         weights, groups, seconds = [], [], 0.0
         for n, (layer, (gate_up, down)) in enumerate(zip(self.layers, self.weights, strict=True)):
             into, hidden0 = self.enter(layer, stream), self.calib_hidden[n]
-            weight = importance[n] if importance else 1.0
+            weight = (mean[n] / max(mean)) ** layers if layers else 1.0
             tokens = [into.of(e) for e in range(len(down))]
+            true_gate = [g for _, g in tokens]
+            if tokens_power:
+                factor = (square[n] / mean[n]).pow(tokens_power / 2).clamp(0.1, 10)
+                tokens = [(t, g * factor[t, None]) for t, g in tokens]
+            channel = fisher[n].square().mean(0) if down_rows else torch.ones(down.shape[1])
+            channel = (channel / channel.mean()).pow(down_rows)
 
             def inputs(
                 e: int, into: Layer = into, hidden0: Tensor = hidden0, tokens: list[Any] = tokens
             ) -> tuple[Tensor, Tensor, Tensor]:
                 token, g = tokens[e]
-                return into.hidden[token], hidden0[token], g if method.weighted else torch.ones_like(g)
+                g = g if method.weighted else torch.ones_like(g)
+                return into.hidden[token], hidden0[token], g
 
             def problem(
                 w: Tensor, pairs: Iterator[tuple[Tensor, Tensor]], row_weight: Tensor | None,
@@ -149,16 +180,22 @@ class Lab:
                 h = torch.stack(hessians)
                 count = torch.tensor([len(t) for t, _ in tokens])
                 return Problem(
-                    w, h, count, h.sum(0), int(count.sum()), torch.stack(crosses), row_weight, weight
+                    w, h, count, h.sum(0), int(count.sum()), torch.stack(crosses), row_weight,
+                    weight
                 )
 
             sensitivity = None
-            if row_weights:
+            if rows:
+                scaled = down * channel.sqrt()[:, None]
                 sensitivity = torch.stack(
-                    [self.sensitivity(*inputs(e)[1:], gate_up[e], down[e]) for e in range(len(down))]
-                )
+                    [self.sensitivity(*inputs(e)[1:], gate_up[e], scaled[e]) for e in
+                    range(len(down))]
+                ).pow(rows)
+                if rows_relative:
+                    sensitivity /= sensitivity.log().mean(1, keepdim=True).exp()
             first = problem(
-                gate_up, ((x * g, x0 * g) for x, x0, g in map(inputs, range(len(down)))), sensitivity
+                gate_up, ((x * g, x0 * g) for x, x0, g in map(inputs, range(len(down)))),
+                sensitivity
             )
             start = time.perf_counter()
             solution = method.solve(first)
@@ -174,7 +211,7 @@ class Lab:
                     _, x0, g = inputs(e)
                     yield h * g, self.activate(x0, gate_up[e]) * g
 
-            second = problem(down, pairs(), None)
+            second = problem(down, pairs(), channel.expand(len(down), -1) if down_rows else None)
             start = time.perf_counter()
             solution = method.solve(second)
             seconds += time.perf_counter() - start
@@ -182,8 +219,8 @@ class Lab:
             new_down = torch.stack([m.dequantize() for m in solution.matrices])
             weights.append((new_gate_up, new_down))
             stream = into.residual
-            for e, (token, g) in enumerate(tokens):
-                stream.index_add_(0, token, F.linear(active[e], new_down[e]) * g)
+            for e, (token, _) in enumerate(tokens):
+                stream.index_add_(0, token, F.linear(active[e], new_down[e]) * true_gate[e])
         return weights, groups, seconds
 
     def sensitivity(self, x: Tensor, g: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -195,7 +232,8 @@ class Lab:
             a = a.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.act(a).sum(), a)
         share = g.square() / g.square().sum()
-        of_a, of_b = ((slope * b).square() * share).sum(0), (self.act(a).detach().square() * share).sum(0)
+        of_a = ((slope * b).square() * share).sum(0)
+        of_b = (self.act(a.detach()).square() * share).sum(0)
         return torch.cat([of_a, of_b]) * down.square().sum(0).repeat(2)
 
 
@@ -217,8 +255,8 @@ def entropy(values: Tensor, contexts: Tensor | None = None) -> float:
 def ideal_bits(group: list[QuantizedMatrix]) -> tuple[float, float]:
     """Code and side bits of a group: one histogram per context (row class + column class).
 
-    Classes are half octaves of the mean |q|; all side data is counted: classes, scales, and 7 bits a row for the
-    length of its stream.
+    Classes are half octaves of the mean |q|; all side data is counted: classes, scales, and 7 bits
+    a row for the length of its stream.
     """
     codes = torch.stack([m.codes for m in group])
     size = codes.abs().float()
@@ -234,17 +272,32 @@ def ideal_bits(group: list[QuantizedMatrix]) -> tuple[float, float]:
     return entropy(codes, context), side
 
 
-def report(lab: Lab, text: str, loss_weights: dict[str, list[float]]) -> dict[str, Any]:
-    """One run: "method key=value ...". Keys of the harness: rows=1 (row weights), layers=NAME."""
+def stored_bits(group: list[QuantizedMatrix]) -> float:
+    """Every byte that the codec writes for a group, times 8."""
+    encoded = encode_group(group)
+    return 8.0 * (encoded.tables.numel() + sum(m.numel() for m in encoded.matrices))
+
+
+HARNESS = ("layers", "rows", "tokens_power", "down_rows", "rows_relative")
+
+
+def report(lab: Lab, text: str) -> dict[str, Any]:
+    """One run: "method key=value ..."; keys of HARNESS and "tune_..." are not the method's."""
     name, *pairs = text.split()
-    params: dict[str, Any] = {k: float(v) if "." in v else int(v) for k, v in (p.split("=") for p in pairs)}
-    rows = bool(params.pop("rows", 0))
-    power = params.pop("layers", 0)
-    importance = [w**power for w in loss_weights["gradient"]] if power else None
+    params: dict[str, Any] = {}
+    for key, value in (p.split("=") for p in pairs):
+        params[key] = float(value) if "." in value else int(value)
+    options = {k: params.pop(k) for k in HARNESS if k in params}
+    tune = {k[5:]: params.pop(k) for k in list(params) if k.startswith("tune_")}
     start = time.perf_counter()
-    method = get_method(name, **params)
-    weights, groups, solver = lab.quantize(method, importance, rows)
+    weights, groups, solver = lab.quantize(get_method(name, **params), **options)
+    dense = {k: v.clone() for k, v in lab.model.state_dict().items() if "experts" not in k}
+    if tune:
+        groups = distill(lab.model, lab.calib_final, groups, lab.calib, **tune)
+        dequantized = [torch.stack([m.dequantize() for m in g]) for g in groups]
+        weights = list(zip(dequantized[::2], dequantized[1::2], strict=True))
     _, final = lab.stream(lab.dev, weights, keep=False)
+    lab.model.load_state_dict(dense, strict=False)
     nll, kl = lab.score(final)
     bits = [ideal_bits(g) for g in groups]
     size = [sum(m.codes.numel() for m in g) for g in groups]
@@ -252,6 +305,7 @@ def report(lab: Lab, text: str, loss_weights: dict[str, list[float]]) -> dict[st
     return {
         "run": text,
         "bits": round(sum(a + b for a, b in bits) / total, 4),
+        "stored": round(sum(stored_bits(g) for g in groups) / total, 4),
         "side": round(sum(b for _, b in bits) / total, 4),
         "ppl": round(math.exp(nll), 3),
         "rise": round(100 * (math.exp(nll - lab.nll) - 1), 2),
@@ -283,9 +337,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     calib = windows(tokenizer, a.calib, a.windows, a.seed * a.windows)
     lab = Lab(a.model, calib, windows(tokenizer, a.text, a.windows))
-    print(json.dumps({"model": a.model, "seed": a.seed, "ppl": round(math.exp(lab.nll), 3)}), flush=True)
+    first = {"model": a.model, "seed": a.seed, "ppl": round(math.exp(lab.nll), 3)}
+    print(json.dumps(first), flush=True)
     for text in a.run:
-        print(json.dumps(report(lab, text, {})), flush=True)
+        print(json.dumps(report(lab, text)), flush=True)
 
 
 if __name__ == "__main__":

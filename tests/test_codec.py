@@ -1,4 +1,5 @@
-"""Encode -> decode, exactly: compiled decoders against the codes that went in and against the plain-Python definition."""
+"""Encode -> decode, exactly: compiled decoders against the codes that went in and against the
+plain-Python definition."""
 
 import numpy as np
 import pytest
@@ -147,7 +148,9 @@ def test_layout_is_what_a_kernel_expects():
     assert layout.span == -(-coded // 3) + 1
     assert layout.slots.shape == layout.slot_class.shape == (3, layout.span + 1)
     assert (layout.slots[:, [0, -1]] == 2500).all()
-    assert sorted(layout.col_order.tolist()) == (matrix.codes != 0).any(0).nonzero().flatten().tolist()
+    assert (
+        sorted(layout.col_order.tolist()) == (matrix.codes != 0).any(0).nonzero().flatten().tolist()
+    )
     assert layout.stream_start.shape == (61,)
     assert (layout.stream_start.diff() > 0).all()
     assert 32 * (layout.words.numel() - 4) - layout.stream_start[-1] < 32

@@ -1,24 +1,34 @@
-"""What the integers should cost: the entropy that a perfect block-class coder would need, without any overhead of ours."""
+"""What the integers should cost: the entropy of block classes, without any overhead of ours."""
 
 from collections.abc import Sequence
 
 import numba as nb
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from qmoe.codec.arrays import F64, I8, I64
 from qmoe.codec.classes import CONTEXTS, classify, energies
 from qmoe.types import QuantizedMatrix
 
 BLOCK_ROWS, BLOCK_COLS, BLOCK_TABLES = 64, 16, 16
-F64, I64 = NDArray[np.float64], NDArray[np.int64]
+
+
+def ideal_bits(matrices: Sequence[QuantizedMatrix], scale_bits: float | None = None) -> float:
+    """Block-class entropy of a group's codes plus its scales: the yardstick for stored bits.
+
+    Args:
+        matrices: of one group.
+        scale_bits: what the scales take as stored (`EncodedGroup.scale_bits`); None: their entropy.
+    """
+    scales = scale_entropy_bits(matrices) if scale_bits is None else scale_bits
+    return block_class_bits(matrices) + scales
 
 
 def block_class_bits(matrices: Sequence[QuantizedMatrix], rounds: int = 20) -> float:
-    """Entropy of codes whose rows and columns are sorted by energy, one of 16 tables per 64 x 16 block, 4 bits a block.
+    """Entropy with rows and columns sorted by energy, one of 16 tables per 64 x 16 block (4 bits).
 
-    The tables are shared by all matrices and free; so are the orders. Blocks are assigned to tables by code length,
-    starting from equal shares of the blocks by energy, until nothing improves.
+    The tables are shared by all matrices and free; so are the orders. Blocks are assigned to tables
+    by code length, starting from equal shares of the blocks by energy, until nothing improves.
 
     Args:
         matrices: codes int8 [rows, cols] each; scales are not counted.
@@ -44,13 +54,8 @@ def block_class_bits(matrices: Sequence[QuantizedMatrix], rounds: int = 20) -> f
     return float(best + 4 * len(blocks))
 
 
-def ideal_bits(matrices: Sequence[QuantizedMatrix]) -> float:
-    """What a perfect block-class coder would need for a group: its integers and its scales."""
-    return block_class_bits(matrices) + scale_bits(matrices)
-
-
-def class_bits(matrices: Sequence[QuantizedMatrix]) -> float:
-    """Entropy of the codes given our contexts (row class + column class, one table per context), nothing else counted."""
+def class_entropy_bits(matrices: Sequence[QuantizedMatrix]) -> float:
+    """Entropy of the codes given their contexts (row class + column class) and nothing else."""
     total = 0.0
     histogram = np.zeros((CONTEXTS, 256), np.int64)
     for m in matrices:
@@ -61,20 +66,24 @@ def class_bits(matrices: Sequence[QuantizedMatrix]) -> float:
             for a in np.unique(classes.row):
                 part = columns[classes.row == a]
                 if c:
-                    histogram[a + c - 1] += np.bincount(part.ravel().astype(np.int64) + 128, minlength=256)
+                    histogram[a + c - 1] += np.bincount(
+                        part.ravel().astype(np.int64) + 128, minlength=256
+                    )
     for counts in histogram:
         total += _entropy_bits(counts.astype(np.float64))
     return total
 
 
-def scale_bits(matrices: Sequence[QuantizedMatrix]) -> float:
-    """Entropy of the scale indices of a group, one distribution per kind of scale: what they must cost at least."""
+def scale_entropy_bits(matrices: Sequence[QuantizedMatrix]) -> float:
+    """Entropy of a group's scale indices, one distribution per kind of scale."""
     kinds = [[m.row_scale for m in matrices], [m.col_scale for m in matrices]]
     kinds.append([m.row_scale_neg for m in matrices if m.row_scale_neg is not None])
     total = 0.0
     for scales in kinds:
         if scales:
-            total += _entropy_bits(torch.cat(scales).unique(return_counts=True)[1].double().numpy())
+            total += _entropy_bits(
+                np.unique(torch.cat(scales).numpy(), return_counts=True)[1].astype(float)
+            )
     return total
 
 
@@ -84,14 +93,14 @@ def _entropy_bits(counts: F64) -> float:
 
 
 @nb.njit(cache=True, nogil=True)
-def _count_blocks(codes: NDArray[np.int8], rows: I64, cols: I64, out: I64) -> None:
+def _count_blocks(codes: I8, rows: I64, cols: I64, out: I64) -> None:
     across = -(-cols.size // BLOCK_COLS)
     for i in range(rows.size):
         for j in range(cols.size):
             out[i // BLOCK_ROWS * across + j // BLOCK_COLS, int(codes[rows[i], cols[j]]) + 128] += 1
 
 
-def _block_histograms(codes: NDArray[np.int8]) -> I64:
+def _block_histograms(codes: I8) -> I64:
     size = np.abs(codes.astype(np.int16))
     rows = np.argsort(-size.sum(1, dtype=np.int64), kind="stable")
     cols = np.argsort(-size.sum(0, dtype=np.int64), kind="stable")

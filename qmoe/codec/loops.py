@@ -1,15 +1,15 @@
-"""Compiled loops of the decoders. Every one follows several streams at once, since one stream is a chain of dependent lookups.
+"""Compiled loops of the decoders: several streams at once, as each is a chain of lookups.
 
-A finished stream parks: its position stays at `span`, where `slots` names no column and activations are zero, while its bit
-cursor runs on into its neighbours, held inside the words. So no lane needs a mask, here or in a kernel.
+A finished stream parks: its position stays at `span`, where `slots` names no column and activations
+    are zero, while its bit
+cursor runs on into its neighbours, held inside the words. So no lane needs a mask, here or in a
+kernel.
 """
 
 import numba as nb
 import numpy as np
-from numpy.typing import NDArray
 
-I8, U8, U32, I32, F32 = NDArray[np.int8], NDArray[np.uint8], NDArray[np.uint32], NDArray[np.int32], NDArray[np.float32]
-
+from qmoe.codec.arrays import F32, I8, I32, U8, U32
 
 _ONE, _LENGTH, _ADVANCE, _BYTE = np.uint64(1), np.uint64(15), np.uint64(63), np.uint64(8)
 _NEGATIVE = np.uint64(1 << 23)
@@ -17,7 +17,8 @@ _NEGATIVE = np.uint64(1 << 23)
 
 @nb.njit(inline="always")
 def _window(words: U32, limit: np.uint64, bit: np.uint64) -> np.uint64:
-    """At least the next 32 bits at `bit`. All indices are unsigned: numba then omits the wrap-around of negative ones."""
+    """At least the next 32 bits at `bit`. All indices are unsigned: numba then omits the
+    wrap-around of negative ones."""
     word = min(bit >> np.uint64(5), limit)
     pair = np.uint64(words[word]) | np.uint64(words[word + _ONE]) << np.uint64(32)
     return pair >> (bit & np.uint64(31))
@@ -25,8 +26,19 @@ def _window(words: U32, limit: np.uint64, bit: np.uint64) -> np.uint64:
 
 @nb.njit(cache=True, nogil=True)
 def _decode_pair(
-    words: U32, limit: int, start0: int, start1: int, classes: U8, slots: I32,
-    row_class0: int, row_class1: int, table_of: U8, lookup: U32, bits: int, line0: I8, line1: I8,
+    words: U32,
+    limit: int,
+    start0: int,
+    start1: int,
+    classes: U8,
+    slots: I32,
+    row_class0: int,
+    row_class1: int,
+    table_of: U8,
+    lookup: U32,
+    bits: int,
+    line0: I8,
+    line1: I8,
 ) -> None:
     """Decodes two streams of one piece into int8 lines of cols + 1 elements."""
     span, shift, last = np.uint64(slots.size - 1), np.uint64(bits), np.uint64(limit)
@@ -53,23 +65,55 @@ def _decode_pair(
 
 @nb.njit(cache=True, nogil=True)
 def _decode_two_rows(
-    words: U32, limit: int, starts: I32, row_class: U8, slot_class: U8, table_of: U8, lookup: U32, bits: int, slots: I32,
-    row: int, other: int, line0: I8, line1: I8,
+    words: U32,
+    limit: int,
+    starts: I32,
+    row_class: U8,
+    slot_class: U8,
+    table_of: U8,
+    lookup: U32,
+    bits: int,
+    slots: I32,
+    row: int,
+    other: int,
+    line0: I8,
+    line1: I8,
 ) -> None:
     pieces = slots.shape[0]
     line0[:] = 0
     line1[:] = 0
     for p in range(pieces):
         _decode_pair(
-            words, limit, starts[row * pieces + p], starts[other * pieces + p], slot_class[p], slots[p],
-            row_class[row], row_class[other], table_of, lookup, bits, line0, line1,
+            words,
+            limit,
+            starts[row * pieces + p],
+            starts[other * pieces + p],
+            slot_class[p],
+            slots[p],
+            row_class[row],
+            row_class[other],
+            table_of,
+            lookup,
+            bits,
+            line0,
+            line1,
         )
 
 
 @nb.njit(cache=True, nogil=True)
 def decode_rows(
-    words: U32, limit: int, starts: I32, row_class: U8, slot_class: U8, table_of: U8, lookup: U32, bits: int, slots: I32,
-    first: int, end: int, out: I8,
+    words: U32,
+    limit: int,
+    starts: I32,
+    row_class: U8,
+    slot_class: U8,
+    table_of: U8,
+    lookup: U32,
+    bits: int,
+    slots: I32,
+    first: int,
+    end: int,
+    out: I8,
 ) -> None:
     """Rows first..end - 1 of out, int8 [rows, cols].
 
@@ -84,7 +128,19 @@ def decode_rows(
     for row in range(first, end, 2):
         other = min(row + 1, end - 1)
         _decode_two_rows(
-            words, limit, starts, row_class, slot_class, table_of, lookup, bits, slots, row, other, line0, line1
+            words,
+            limit,
+            starts,
+            row_class,
+            slot_class,
+            table_of,
+            lookup,
+            bits,
+            slots,
+            row,
+            other,
+            line0,
+            line1,
         )
         out[row] = line0[:cols]
         out[other] = line1[:cols]
@@ -92,8 +148,21 @@ def decode_rows(
 
 @nb.njit(cache=True, nogil=True)
 def dense_rows(
-    words: U32, limit: int, starts: I32, row_class: U8, slot_class: U8, table_of: U8, lookup: U32, bits: int, slots: I32,
-    first: int, end: int, row_scale: F32, row_scale_neg: F32, col_scale: F32, out: F32,
+    words: U32,
+    limit: int,
+    starts: I32,
+    row_class: U8,
+    slot_class: U8,
+    table_of: U8,
+    lookup: U32,
+    bits: int,
+    slots: I32,
+    first: int,
+    end: int,
+    row_scale: F32,
+    row_scale_neg: F32,
+    col_scale: F32,
+    out: F32,
 ) -> None:
     """As `decode_rows`, into weights: float32 [rows, cols], (code * column scale) * row scale."""
     cols = out.shape[1]
@@ -101,7 +170,19 @@ def dense_rows(
     for row in range(first, end, 2):
         other = min(row + 1, end - 1)
         _decode_two_rows(
-            words, limit, starts, row_class, slot_class, table_of, lookup, bits, slots, row, other, line0, line1
+            words,
+            limit,
+            starts,
+            row_class,
+            slot_class,
+            table_of,
+            lookup,
+            bits,
+            slots,
+            row,
+            other,
+            line0,
+            line1,
         )
         _scale(line0, col_scale, row_scale[row], row_scale_neg[row], out[row])
         _scale(line1, col_scale, row_scale[other], row_scale_neg[other], out[other])
@@ -119,10 +200,22 @@ def _scale(line: I8, col_scale: F32, above: np.float32, below: np.float32, out: 
 
 @nb.njit(cache=True, nogil=True)
 def matvec_rows(
-    words: U32, limit: int, starts: I32, row_class: U8, slot_class: U8, table_of: U8, lookup: U32, bits: int,
-    first: int, end: int, x: F32, split: bool, out: F32,
+    words: U32,
+    limit: int,
+    starts: I32,
+    row_class: U8,
+    slot_class: U8,
+    table_of: U8,
+    lookup: U32,
+    bits: int,
+    first: int,
+    end: int,
+    x: F32,
+    split: bool,
+    out: F32,
 ) -> None:
-    """Sums of rows first..end - 1: out[0] over all codes and, if `split`, out[1] over the negative ones; out [2, rows].
+    """Sums of rows first..end - 1: out[0] over all codes and, if `split`, out[1] over the negative
+    ones; out [2, rows].
 
     x: float32 [pieces, span + 1], scaled activations by position, zero where there is no column.
     """
@@ -185,10 +278,22 @@ def matvec_rows(
 
 @nb.njit(cache=True, nogil=True)
 def matvec_rows_batch(
-    words: U32, limit: int, starts: I32, row_class: U8, slot_class: U8, table_of: U8, lookup: U32, bits: int,
-    first: int, end: int, x: F32, split: bool, out: F32,
+    words: U32,
+    limit: int,
+    starts: I32,
+    row_class: U8,
+    slot_class: U8,
+    table_of: U8,
+    lookup: U32,
+    bits: int,
+    first: int,
+    end: int,
+    x: F32,
+    split: bool,
+    out: F32,
 ) -> None:
-    """As `matvec_rows` for several activations: x float32 [pieces, span + 1, n], out float32 [2, rows, n], zeroed."""
+    """As `matvec_rows` for several activations: x float32 [pieces, span + 1, n], out float32 [2,
+    rows, n], zeroed."""
     pieces, span = slot_class.shape[0], np.uint64(slot_class.shape[1] - 1)
     shift, last = np.uint64(bits), np.uint64(limit)
     mask = (_ONE << shift) - _ONE

@@ -1,16 +1,16 @@
-"""Choice of the tables of a group: which contexts share a table and which kind (R, V) each table is.
+"""Choice of a group's tables: which contexts share one and of which kind (R, V) it is.
 
-Both are decided from histograms of the weights by context, as if weights were independent within a context, without parsing
-the streams. Contexts are ordered by expected magnitude, so tables are runs of neighbouring contexts and dynamic
-programming finds the best cut.
+Both are decided from histograms of the weights by context, as if weights were independent within a
+context, without parsing the streams. Contexts are ordered by expected magnitude, so tables are runs
+of neighbouring contexts and dynamic programming finds the best cut.
 """
 
 from dataclasses import dataclass
 
 import numba as nb
 import numpy as np
-from numpy.typing import NDArray
 
+from qmoe.codec.arrays import F64, I64, U8
 from qmoe.codec.huffman import code_lengths
 from qmoe.codec.symbols import MAX_ESCAPES, symbol_count, value_bound
 
@@ -18,7 +18,6 @@ MAX_TABLES = 16
 RUNS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 62)
 VALUES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 31, 48, 64, 96, 127)
 _TABLE_BITS = 16 + 90  # typical header cost of a table
-F64, I64 = NDArray[np.float64], NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Model:
     bits: float
     entropy: float
 
-    def table_of(self, contexts: int) -> NDArray[np.uint8]:
+    def table_of(self, contexts: int) -> U8:
         """Table of each context, uint8 [contexts]."""
         starts = np.zeros(contexts, np.int64)
         starts[self.first] = 1
@@ -48,7 +47,8 @@ class Model:
 
 @nb.njit(cache=True, nogil=True)
 def _cut(prefix: F64, tables: int, table_bits: float) -> I64:
-    """Best cut of contexts into at most `tables` runs; prefix float64 [contexts + 1, alphabet] of counts. Returns the starts."""
+    """Best cut of contexts into at most `tables` runs; prefix float64 [contexts + 1, alphabet] of
+    counts. Returns the starts."""
     contexts, alphabet = prefix.shape[0] - 1, prefix.shape[1]
     cost = np.zeros((contexts, contexts + 1))
     for s in range(contexts):
@@ -83,7 +83,8 @@ def _cut(prefix: F64, tables: int, table_bits: float) -> I64:
 
 @nb.njit(cache=True, nogil=True)
 def _expected_counts(histogram: F64, run: int, value: int, escapes: int, out: I64) -> float:
-    """Expected symbol counts per 2^20 starting symbols of a table; returns the weights that they advance.
+    """Expected symbol counts per 2^20 starting symbols of a table; returns the weights that they
+    advance.
 
     histogram: float64 [256], count of q at index q + 128.
     """
@@ -127,7 +128,7 @@ def _kind_cost(histogram: F64, run: int, value: int, escapes: int, limit: int) -
     counts = np.zeros(n, np.int64)
     advance = _expected_counts(histogram, run, value, escapes, counts)
     lengths = code_lengths(counts, limit)
-    return (counts * lengths).sum() / advance
+    return float((counts * lengths).sum() / advance)
 
 
 def cut(histogram: I64) -> list[int]:
@@ -165,7 +166,8 @@ def choose(histogram: I64, first: list[int], limit: int, max_size: int) -> Model
 
 
 def _best_kind(histogram: F64, limit: int, escapes: int) -> tuple[float, tuple[int, int]]:
-    """Cheapest (R, V) and its bits, by descent from a first guess over neighbouring runs and values."""
+    """Cheapest (R, V) and its bits, by descent from a first guess over neighbouring runs and
+    values."""
     weights = histogram.sum()
     zeros = min(histogram[128] / weights, 0.999)
     guess = 1.0 if zeros < 0.1 else float(np.log(0.2) / np.log(zeros))
@@ -177,14 +179,21 @@ def _best_kind(histogram: F64, limit: int, escapes: int) -> tuple[float, tuple[i
         if (i, j) not in costs:
             run, value = RUNS[i], VALUES[j]
             fits = symbol_count(run, value, escapes) <= 1 << limit and value <= value_bound(limit)
-            bits = _kind_cost(histogram, run, value, escapes, limit) * weights + 2.0 * run * value if fits else np.inf
+            bits = (
+                _kind_cost(histogram, run, value, escapes, limit) * weights + 2.0 * run * value
+                if fits
+                else np.inf
+            )
             costs[i, j] = bits
         return costs[i, j]
 
     at = int(np.searchsorted(RUNS[:-1], guess)), 0
     while True:
         i, j = at
-        around = [at, *((i + x, j + y) for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1)))]
+        around = [
+            at,
+            *((i + x, j + y) for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1))),
+        ]
         best = min(around, key=lambda c: cost(*c))
         if best == at:
             return cost(*at), (RUNS[i], VALUES[j])

@@ -1,15 +1,16 @@
-"""The definition of the format as plain Python: a second decoder, written from docs/format-codec.md, slow and free of numba.
+"""The definition of the format in plain Python: a second decoder, slow and free of numba.
 
-It trusts its input: checking is the work of `parse_tables` and `parse_matrix`, whose results must equal these.
+It trusts its input: checking is the work of `parse_tables` and `parse_matrix`, whose results must
+    equal these.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from qmoe.codec.arrays import I64
 from qmoe.types import QuantizedMatrix
 
 Code = dict[tuple[int, int], int]  # (length, code value with its first bit on top) -> symbol
@@ -114,8 +115,16 @@ def read_header(blob: Tensor) -> Header:
     tables = [read_table(bits, escapes, delta_code) for _ in range(count)]
     fields = []
     for _ in range(6):
-        base, slope, step, raw, n = bits.signed(32), bits.signed(8), bits.take(12), bits.take(5), bits.take(8) + 1
-        fields.append((base, slope, step, raw, canonical([bits.take(4) for _ in range(n)]) if n > 1 else None))
+        base, slope, step, raw, n = (
+            bits.signed(32),
+            bits.signed(8),
+            bits.take(12),
+            bits.take(5),
+            bits.take(8) + 1,
+        )
+        fields.append(
+            (base, slope, step, raw, canonical([bits.take(4) for _ in range(n)]) if n > 1 else None)
+        )
     return Header(rows, cols, limit, table_of, tables, fields)
 
 
@@ -158,14 +167,17 @@ def decode(tables_blob: Tensor, matrix_blob: Tensor) -> QuantizedMatrix:
         return torch.tensor(values, dtype=torch.int16)
 
     return QuantizedMatrix(
-        torch.from_numpy(codes.astype(np.int8)), grid(row_scale), grid(col_scale), grid(row_neg) if row_neg else None
+        torch.from_numpy(codes.astype(np.int8)),
+        grid(row_scale),
+        grid(col_scale),
+        grid(row_neg) if row_neg else None,
     )
 
 
 def read_stream(
     bits: Bits,
     header: Header,
-    weights: NDArray[np.int64],
+    weights: I64,
     row_class: int,
     order: list[int],
     col_class: list[int],

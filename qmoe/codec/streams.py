@@ -1,15 +1,14 @@
-"""Compiled loops of the encoder: weights -> non-zeros -> symbols -> words. One stream is one piece of one row.
+"""Compiled loops of the encoder: weights -> non-zeros -> symbols -> words of every stream.
 
-Non-zeros of a stream are (position, value) pairs; symbols are table << 12 | symbol, the last of a stream being
-table << 12 | columns left, for which the shortest code with that advance or more is written.
+Non-zeros of a stream are (position, value) pairs; symbols are table << 12 | symbol, the last of a
+stream being table << 12 | columns left, for which the shortest code with that advance or more is
+written.
 """
 
 import numba as nb
 import numpy as np
-from numpy.typing import NDArray
 
-I8, U8, U16, U32 = NDArray[np.int8], NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint32]
-I32, I64 = NDArray[np.int32], NDArray[np.int64]
+from qmoe.codec.arrays import I8, I64, U8, U16, U32
 
 
 @nb.njit(cache=True, nogil=True)
@@ -19,7 +18,8 @@ def nonzeros(codes: I8, slots: U16, position: U16, value: I8, start: I64) -> Non
     Args:
         codes: int8 [rows, cols].
         slots: uint16 [pieces, n], columns of each piece; `cols` at the end of a piece with fewer.
-        position, value: outputs, one more than the number of non-zeros is enough; zero-based column of the piece.
+        position, value: outputs, one more than the number of non-zeros is enough; zero-based column
+            of the piece.
         start: output int64 [rows * pieces + 1], first non-zero of each stream.
     """
     rows, cols = codes.shape
@@ -42,8 +42,11 @@ def nonzeros(codes: I8, slots: U16, position: U16, value: I8, start: I64) -> Non
 
 
 @nb.njit(cache=True, nogil=True)
-def count_contexts(position: U16, value: I8, start: I64, row_class: U8, slot_class: U8, histogram: I64) -> None:
-    """Adds the non-zeros of a matrix to histogram int64 [contexts * 256]: context << 8 | q + 128."""
+def count_contexts(
+    position: U16, value: I8, start: I64, row_class: U8, slot_class: U8, histogram: I64
+) -> None:
+    """Adds the non-zeros of a matrix to histogram int64 [contexts * 256]: context << 8 | q +
+    128."""
     pieces = slot_class.shape[0]
     for stream in range(start.size - 1):
         a = np.uint64(row_class[stream // pieces])
@@ -67,7 +70,7 @@ def parse(
     symbols: U16,
     symbol_start: I64,
     counts: I64,
-) -> int:
+) -> np.int64:
     """Turns non-zeros into symbols.
 
     Args:
@@ -79,7 +82,8 @@ def parse(
         latch: symbols that share a table.
         symbols: output uint16, large enough for each weight, its escapes, and one more per stream.
         symbol_start: output int64 [streams + 1].
-        counts: int64 [tables << 12], symbol counts are added; a stream's last symbol counts as R zeros.
+        counts: int64 [tables << 12], symbol counts are added; a stream's last symbol counts as R
+            zeros.
 
     Returns:
         Number of symbols.
@@ -91,8 +95,8 @@ def parse(
         symbol_start[stream] = n
         a = np.uint64(row_class[stream // pieces])
         classes = slot_class[stream % pieces]
-        at, left, rest, sign = 0, 0, 0, 0
-        base, run, top = 0, 0, 0
+        left = sign = 0
+        at = rest = base = run = top = np.int64(0)
         k, stop = np.uint64(start[stream]), np.uint64(start[stream + 1])
         while True:
             if left == 0:
@@ -116,7 +120,7 @@ def parse(
                     q = np.int64(value[k])
                     sign = 1 if q < 0 else 0
                     size = abs(q)
-                    rest = max(size - top, 0)
+                    rest = max(size - top, np.int64(0))
                     symbol = base + 1 + 2 * (zeros * top + size - rest - 1) + sign
                     at += zeros + 1
                     k += one
@@ -136,13 +140,16 @@ def parse(
 
 
 @nb.njit(cache=True, nogil=True)
-def emit(symbols: U16, symbol_start: I64, codes: U32, last_symbol: U16, words: U32, bits: I64) -> int:
+def emit(
+    symbols: U16, symbol_start: I64, codes: U32, last_symbol: U16, words: U32, bits: I64
+) -> np.int64:
     """Writes symbols as code words.
 
     Args:
         symbols, symbol_start: of `parse`.
         codes: uint32 [tables << 12], code << 4 | length of every symbol.
-        last_symbol: uint16 [tables << 12], table << 12 | symbol to write for table << 12 | columns left.
+        last_symbol: uint16 [tables << 12], table << 12 | symbol to write for table << 12 | columns
+            left.
         words: output, long enough for 12 bits a symbol; every word before the returned bit is set.
         bits: output int64 [streams + 1], bit at which each stream starts.
 

@@ -107,8 +107,8 @@ class Kind:
         encoded: names of the parameters, relative to the module, that the encoded form replaces.
         read: (module, expert) -> {projection: canonical matrix}, views where possible.
         write: (module, expert, {projection: canonical matrix}) -> None, the inverse of `read`.
-        biases: (module, owner, expert) -> {projection: bias [rows]}; empty for most kinds. `owner` has
-            the parameters: the module itself, or the encoded module that took them over.
+        biases: (module, owner, expert) -> {projection: bias [rows]}; empty for most kinds. `owner`
+            has the parameters: the module itself, or the encoded module that took them over.
         ffn: (module, linear, biases, x, record) -> [n, width], one expert.
         route: (module, *arguments of its forward) -> Routed.
         repair: the module's own forward is wrong in the supported transformers releases and must

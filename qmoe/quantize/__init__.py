@@ -22,7 +22,8 @@ def get_method(name: str, **params: Any) -> Method:
         params: what the method's own `method` function takes.
 
     Raises:
-        ValueError: unknown name, or a parameter out of range; TypeError: a parameter that the method does not have.
+        ValueError: unknown name, or a parameter out of range; TypeError: a parameter that the
+            method does not have.
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")

@@ -1,13 +1,15 @@
 """Coordinate descent on integers: whole sweeps of +-1 moves that lower error and rate together.
 
-Error feedback decides every integer once, from the left. Afterwards each integer is looked at again with all others
-known: with residual r = target - w_hat (one row) and G = r H, a move of q_j by d changes the squared output error by
+Error feedback decides every integer once, from the left. Afterwards each integer is looked at again
+with all others known: with residual r = target - w_hat (one row) and G = r H, a move of q_j by d
+changes the squared output error by
 
     (d s)^2 H_jj - 2 d s G_j,            s = step of the element,
 
-and the ideal code length by that of a two-sided geometric law whose mean |q| is the product of a row's and a column's
-mean (the model that the codec's contexts follow). A move is made if the sum falls; G follows. Because the error is
-taken with all other integers as they are, the rate term does not bias the output as a dead zone would.
+and the ideal code length by that of a two-sided geometric law whose mean |q| is the product of a
+row's and a column's mean (the model that the codec's contexts follow). A move is made if the sum
+falls; G follows. Because the error is taken with all other integers as they are, the rate term does
+not bias the output as a dead zone would.
 
 Related: CDQuant (arXiv 2406.17542), QuantEase (arXiv 2309.01885), both without a rate.
 """
@@ -28,7 +30,8 @@ CLASS_ZERO = 40  # class of expected |q| = 1
 def rate_law() -> tuple[Tensor, Tensor]:
     """Bits of the first unit of |q| and of every further one, by class.
 
-    Two-sided geometric law p(0) = 1 - e^-a, p(+-k) = e^(-2ka) sinh a, whose mean |q| is 1 / (2 sinh a).
+    Two-sided geometric law p(0) = 1 - e^-a, p(+-k) = e^(-2ka) sinh a; its mean |q| is
+    1 / (2 sinh a).
 
     Returns:
         first, more: float32 [CLASSES]; bits(q) - bits(0) = first + (|q| - 1) more for q != 0.
@@ -94,7 +97,8 @@ def descend(
         row_class, col_class = energy_classes(q)
         col_class += CLASS_ZERO
         if use_compiled:
-            _sweep_kernel(*(t.contiguous().numpy() for t in (g, h, q, col, row, slope, row_class, col_class, first, more)))
+            arrays = (g, h, q, col, row, slope, row_class, col_class, first, more)
+            _sweep_kernel(*(t.contiguous().numpy() for t in arrays))
         else:
             _sweep_torch(g, h, q, col, row, slope, row_class, col_class, first, more)
     return q.to(torch.int8)

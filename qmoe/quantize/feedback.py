@@ -1,14 +1,15 @@
-"""Error feedback along columns (GPTQ, Frantar et al. 2022, arXiv 2210.17323) onto a scaled integer grid.
+"""Error feedback along columns (GPTQ, arXiv 2210.17323) onto a scaled integer grid.
 
     for j in columns:
         q[:, j] = clamp(round(w[:, j] / step[:, j]), low, high)
         error   = (w[:, j] - q[:, j] * step[:, j]) / U[j, j]
         w[:, j + 1 :] -= error * U[j, j + 1 :]
 
-in blocks of columns: inside a block column by column, behind it one matrix product per block. Everything is kept
-transposed, [E, cols, rows], so that the inner loop runs along rows, which are independent: on the CPU it is a compiled
-kernel that vectorises over rows, elsewhere the torch loop. Both round every operation the same way, so they agree
-bit for bit; only the matrix product between blocks may differ between devices or BLAS builds.
+in blocks of columns: inside a block column by column, behind it one matrix product per block.
+Everything is kept transposed, [E, cols, rows], so that the inner loop runs along rows, which are
+independent: on the CPU it is a compiled kernel that vectorises over rows, elsewhere the torch loop.
+Both round every operation the same way, so they agree bit for bit; only the matrix product between
+blocks may differ between devices or BLAS builds.
 """
 
 from dataclasses import dataclass
@@ -55,14 +56,17 @@ def round_to_grid(weight: Tensor, grid: Grid) -> Tensor:
     return q.clamp(grid.low[:, :, None], grid.high[:, :, None]).to(torch.int8)
 
 
-def feed_back(weight: Tensor, factor: Tensor, grid: Grid, *, compiled: bool | None = None) -> Tensor:
+def feed_back(
+    weight: Tensor, factor: Tensor, grid: Grid, *, compiled: bool | None = None
+) -> Tensor:
     """Quantize column by column, pushing every column's error onto the columns behind it.
 
     Args:
         weight: float32 [E, rows, cols].
         factor: float [E, cols, cols], upper U of `linalg.inverse_factor`.
         grid: where to round to.
-        compiled: use the compiled inner loop (CPU only); by default wherever the weights are on the CPU.
+        compiled: use the compiled inner loop (CPU only); by default wherever the weights are on the
+            CPU.
 
     Returns:
         int8 [E, rows, cols].
@@ -138,8 +142,8 @@ def _block_kernel(
                 codes[e, i + k, first + r] = np.int8(tile[k, r])
 
 
-# Two loops of their own, on plain vectors and with every load before its use, because only so are they vectorised: five
-# times faster than the same statements inside the loops above.
+# Two loops of their own, on plain vectors and with every load before its use, because only so are
+# they vectorised: five times faster than the same statements inside the loops above.
 
 
 @numba.njit(cache=True, error_model="numpy")

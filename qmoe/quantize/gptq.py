@@ -1,4 +1,4 @@
-"""GPTQ with 2, 3 or 4 bits (Frantar et al. 2022, arXiv 2210.17323): one clipped asymmetric grid a row, for reference."""
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): a clipped asymmetric grid a row, for reference."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ CLIPS = 13  # tried shares of the row's range, from 0.4 to 1
 
 
 def clipped_grid(weight: Tensor, bits: int) -> tuple[Grid, Tensor]:
-    """Per row, the scale and zero point of 2^bits levels with the least squared rounding error over CLIPS clips.
+    """Per row, scale and zero point of 2^bits levels with the least squared error over CLIPS clips.
 
     Args:
         weight: float32 [E, rows, cols].
@@ -68,4 +68,5 @@ def method(bits: int = 2, damping: float = 0.01) -> Method:
     """
     if not 2 <= bits <= 7:
         raise ValueError(f"gptq takes 2 to 7 bits, got {bits}")
-    return Method(f"gptq{bits}", weighted=False, drift=0.0, solve=partial(solve, bits=bits, damping=damping))
+    run = partial(solve, bits=bits, damping=damping)
+    return Method(f"gptq{bits}", weighted=False, drift=0.0, solve=run)

@@ -1,4 +1,4 @@
-"""Cholesky factors of damped Hessians, batched over experts. Float64 inside; knows nothing about quantization."""
+"""Cholesky factors of damped Hessians, batched over experts, in float64."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
     Args:
         hessian: float [E, cols, cols].
-        damping: relative to the mean of the diagonal. A zero Hessian becomes a tiny multiple of the identity.
+        damping: relative to the mean of the diagonal. A zero Hessian becomes a tiny multiple of the
+            identity.
 
     Returns:
         float64 [E, cols, cols].
@@ -23,9 +24,10 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 def shrunk(hessian: Tensor, layer_hessian: Tensor | None, tau: float) -> Tensor:
-    """``H_e + tau * trace(H_e) / trace(H_layer) * H_layer``: a starved expert borrows the directions of its layer.
+    """``H_e + tau * trace(H_e) / trace(H_layer) * H_layer``: directions borrowed from the layer.
 
-    The layer's Hessian enters normalised to the expert's own size, so that a rarely used expert stays unimportant.
+    The layer's Hessian enters normalised to the expert's own size, so that a rarely used expert
+    stays unimportant.
 
     Args:
         hessian: float [E, cols, cols].
@@ -46,14 +48,15 @@ def shrunk(hessian: Tensor, layer_hessian: Tensor | None, tau: float) -> Tensor:
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, list[str]]:
     """Upper U with ``U^T U = H^-1``; GPTQ's column errors weigh 1 / U_jj^2.
 
-    H = R R^T with R upper (a Cholesky factorisation from the last column backwards), U = R^-1: one factorisation and
+    H = R R^T with R upper (Cholesky from the last column backwards), U = R^-1: a factorisation and
     one triangular inverse, a third of the work of inverting H first.
 
     Args:
         hessian: float64 [E, cols, cols], symmetric, finite, damped by the caller.
 
     Returns:
-        U, float64 [E, cols, cols]; notes, one per expert: "" or by how much the diagonal had to be raised.
+        U, float64 [E, cols, cols]; notes, one per expert: "" or by how much the diagonal had to be
+        raised.
     """
     h = hessian.flip(-1, -2)
     lower, info = torch.linalg.cholesky_ex(h)
@@ -71,7 +74,7 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, list[str]]:
     else:
         if info.any():
             e = int(info.nonzero()[0])
-            raise ValueError(f"Hessian of expert {e} is not positive definite even with its diagonal raised")
+            raise ValueError(f"Hessian of expert {e} is not positive definite, its diagonal raised")
     eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand_as(h)
     inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
     return inverse.flip(-1, -2).contiguous(), notes

@@ -1,6 +1,8 @@
-"""QMoE's recipe (Frantar and Alistarh 2023, arXiv 2310.16795): GPTQ onto a ternary {row min, 0, row max} grid.
+"""QMoE's recipe (Frantar and Alistarh 2023, arXiv 2310.16795): GPTQ onto a ternary {row min, 0, row
+max} grid.
 
-Hessians are not weighted by the routing weight and there is no drift correction; experts that saw no token are rounded.
+Hessians are not weighted by the routing weight and there is no drift correction; experts that saw
+no token are rounded.
 """
 
 from functools import partial

@@ -1,13 +1,16 @@
 """Rate-distortion quantizer: entropy-coded integers whose steps follow what the loss feels.
 
-Per expert, with H = sum g^2 x x^T over its tokens (x the quantized model's inputs, g the routing weight), damped and
-shrunk towards the layer's mean, and U^T U = H^-1:
+Per expert, with H = sum g^2 x x^T over its tokens (x the quantized model's inputs, g the routing
+weight), damped and shrunk towards the layer's mean, and U^T U = H^-1:
 
-1. Waterfilling (WaterSIC, arXiv 2603.04956): column j gets the step delta * U_jj. One delta for every column, expert,
-   projection and layer; unimportant columns fall to zero bits by themselves. Rows get steps 1 / sqrt(row weight).
-2. Drift (Qronos, arXiv 2505.11695): the target is W (C + P)(H + P)^-1, C the cross product with the original model's
-   inputs and P what was added to H, so that errors of the layers before are undone where possible.
-3. Error feedback with plain rounding, then sweeps of coordinate descent that trade error against code length.
+1. Waterfilling (WaterSIC, arXiv 2603.04956): column j gets the step delta * U_jj. One delta for
+   every column, expert, projection and layer; unimportant columns fall to zero bits by themselves.
+   Rows get steps 1 / sqrt(row weight).
+2. Drift (Qronos, arXiv 2505.11695): the target is W (C + P)(H + P)^-1, C the cross product with the
+   original model's inputs and P what was added to H, so that errors of the layers before are undone
+   where possible.
+3. Error feedback with plain rounding, then sweeps of coordinate descent that trade error against
+   code length.
 4. The row scale that fits best in the least-squares sense, on the coarse scale grid.
 
 Scales are rounded to the grid before integers are chosen, so the integers compensate the rounding.
@@ -23,7 +26,9 @@ from qmoe.quantize.descent import descend
 from qmoe.quantize.feedback import Grid, feed_back
 from qmoe.quantize.linalg import damped, inverse_factor, shrunk
 from qmoe.quantize.types import Method, Problem, Solution
-from qmoe.types import SCALE_MAX, SCALE_MIN, QuantizedMatrix, grid_index, grid_scale
+from qmoe.types import QuantizedMatrix, grid_index, grid_scale
+
+LARGEST = 100.0  # |q| of the largest weight of a column; error feedback may add to it, up to 127
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,18 @@ class Settings:
     unshrink: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.delta > 0 or not 0 <= self.drift <= 1 or min(self.damping, self.shrinkage, self.slope) < 0:
+        low = min(self.damping, self.shrinkage, self.prior_tokens, self.slope, self.sweeps)
+        if not self.delta > 0 or not 0 <= self.drift <= 1 or low < 0:
             raise ValueError(f"rd settings out of range: {self}")
 
 
 def solve(problem: Problem, settings: Settings) -> Solution:
-    """Quantizes all experts of a problem; an expert without tokens is solved with its layer's Hessian.
+    """Quantizes all experts of a problem; an expert without tokens is solved with its layer's
+    Hessian.
 
     Args:
-        problem: `hessian` weighted by the squared routing weight; `cross` is needed if `settings.drift` > 0.
+        problem: `hessian` weighted by the squared routing weight; `cross` is needed if
+            `settings.drift` > 0.
         settings: knobs.
 
     Raises:
@@ -77,12 +85,15 @@ def solve(problem: Problem, settings: Settings) -> Solution:
     target = _target(problem, settings, factor)
 
     delta = settings.delta / problem.importance**0.5
-    col_index = grid_index(delta * factor.diagonal(dim1=-2, dim2=-1), settings.col_step)
     row_index = torch.zeros(w.shape[:2], dtype=torch.int16, device=w.device)
     if problem.row_weight is not None:
         weight = problem.row_weight
         weight = weight.clamp_min(weight.mean(1, keepdim=True).clamp_min(1e-30) * 1e-4)
         row_index = grid_index(weight.rsqrt(), settings.row_step)
+    # a heavy column at a high rate must not leave int8
+    largest = (target.abs() / grid_scale(row_index)[:, :, None]).amax(1)
+    step = torch.maximum(delta * factor.diagonal(dim1=-2, dim2=-1), largest / LARGEST)
+    col_index = grid_index(step, settings.col_step)
     col, row = grid_scale(col_index), grid_scale(row_index)
 
     codes = feed_back(target, factor, Grid.symmetric(col, row))
@@ -115,7 +126,7 @@ def _evidence(problem: Problem, settings: Settings) -> tuple[Tensor, list[str]]:
 
 
 def _target(problem: Problem, settings: Settings, factor: Tensor) -> Tensor:
-    """``W + drift * W (C - H)(H + P)^-1`` in float32; factor is of H + P, so P cancels in the difference."""
+    """``W + drift * W (C - H)(H + P)^-1`` in float32; P cancels in C - H, factor is of H + P."""
     if settings.drift == 0:
         return problem.weight
     if problem.cross is None:
@@ -126,8 +137,10 @@ def _target(problem: Problem, settings: Settings, factor: Tensor) -> Tensor:
     return problem.weight + correction
 
 
-def _row_fit(target: Tensor, h: Tensor, codes: Tensor, col: Tensor, row: Tensor, unshrink: float) -> Tensor:
-    """Row factors t that minimize ``(target - t w_hat) H (target - t w_hat)^T``, within half to twice: [E, rows]."""
+def _row_fit(
+    target: Tensor, h: Tensor, codes: Tensor, col: Tensor, row: Tensor, unshrink: float
+) -> Tensor:
+    """Row factors t, [E, rows], that minimize ``(target - t w_hat) H (target - t w_hat)^T``."""
     w = codes.float() * col[:, None, :] * row[:, :, None]
     hw = torch.bmm(w, h.float())
     both = (target * hw).sum(2)
@@ -140,7 +153,6 @@ def _row_fit(target: Tensor, h: Tensor, codes: Tensor, col: Tensor, row: Tensor,
 
 def _matrices(codes: Tensor, row_index: Tensor, col_index: Tensor) -> list[QuantizedMatrix]:
     codes, row_index, col_index = codes.cpu(), row_index.cpu(), col_index.cpu()
-    assert SCALE_MIN <= int(col_index.min()) and int(col_index.max()) <= SCALE_MAX
     return [
         QuantizedMatrix(q.contiguous(), r.contiguous(), c.contiguous())
         for q, r, c in zip(codes, row_index, col_index, strict=True)
@@ -150,4 +162,5 @@ def _matrices(codes: Tensor, row_index: Tensor, col_index: Tensor) -> list[Quant
 def method(delta: float = 8.0, **knobs: float) -> Method:
     """The `rd` method; keyword arguments are fields of `Settings`."""
     settings = Settings(delta, **knobs)  # type: ignore[arg-type]
-    return Method(f"rd(delta={delta:g})", weighted=True, drift=settings.drift, solve=partial(solve, settings=settings))
+    run = partial(solve, settings=settings)
+    return Method(f"rd(delta={delta:g})", weighted=True, drift=settings.drift, solve=run)

@@ -1,4 +1,4 @@
-"""Round to nearest on a ternary grid {row minimum, 0, row maximum}: the baseline that uses no calibration."""
+"""Round to nearest on a ternary grid {row minimum, 0, row maximum}: uses no calibration."""
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def ternary_grid(weight: Tensor) -> tuple[Grid, Tensor, Tensor]:
 
 
 def ternary_matrices(codes: Tensor, row: Tensor, row_neg: Tensor) -> list[QuantizedMatrix]:
-    """One matrix per expert from int8 [E, rows, cols] and level indices [E, rows]; column scales are 1."""
+    """One matrix per expert from int8 [E, rows, cols] and level indices [E, rows]."""
     col = torch.zeros(codes.shape[2], dtype=torch.int16)
     codes, row, row_neg = codes.cpu(), row.cpu(), row_neg.cpu()
     return [

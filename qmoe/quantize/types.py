@@ -19,16 +19,18 @@ class Problem:
 
     Attributes:
         weight: float32 [E, rows, cols]; rows are outputs, ``y = x @ weight[e].T``.
-        hessian: float [E, cols, cols], sum over the expert's tokens of g^2 x x^T. x is the input in the quantized
-            model, g the routing weight if the method is `weighted`, else 1. Sums, not means: an expert that is
-            used twice as often matters twice as much.
+        hessian: float [E, cols, cols], sum over the expert's tokens of g^2 x x^T. x is the input in
+            the quantized model, g the routing weight if the method is `weighted`, else 1. Sums, not
+            means: an expert that is used twice as often matters twice as much.
         tokens: int64 [E], tokens that each expert saw.
-        layer_hessian: float [cols, cols], the sum of all experts' Hessians of the layer (also of those in other
-            batches), or None where there is only one matrix.
+        layer_hessian: float [cols, cols], the sum of all experts' Hessians of the layer (also of
+            those in other batches), or None where there is only one matrix.
         layer_tokens: tokens behind `layer_hessian`, summed over experts.
-        cross: float [E, cols, cols] or None, sum of g^2 x_orig x^T over the same tokens, x_orig the input of the
+        cross: float [E, cols, cols] or None, sum of g^2 x_orig x^T over the same tokens, x_orig the
+            input of the
             same token in the original model: rows are original, columns quantized.
-        row_weight: float32 [E, rows] or None, what a squared error of each output costs relative to the others.
+        row_weight: float32 [E, rows] or None, what a squared error of each output costs relative to
+            the others.
         importance: what a squared output error of this layer costs relative to the other layers.
     """
 
@@ -43,9 +45,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 3 or self.weight.dtype != torch.float32:
-            raise ValueError(
-                f"weight must be float32 [E, rows, cols], got {self.weight.dtype} {tuple(self.weight.shape)}"
-            )
+            got = f"{self.weight.dtype} {tuple(self.weight.shape)}"
+            raise ValueError(f"weight must be float32 [E, rows, cols], got {got}")
         experts, rows, cols = self.weight.shape
         for name, t, shape in (
             ("hessian", self.hessian, (experts, cols, cols)),
@@ -69,13 +70,14 @@ class Problem:
 
 
 def require_finite(t: Tensor, name: str) -> None:
-    """Raises NonFiniteError that names the first expert whose slice of `t` [E, ...] has NaN or Inf."""
+    """Raises NonFiniteError that names the first expert of `t` [E, ...] with NaN or Inf."""
     # a sum is finite only if every term is; the exact search runs only on suspicion
-    if t.double().abs().sum().isfinite():
+    if t.sum(dtype=torch.float64).isfinite():
         return
     bad = (~t.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
-        raise NonFiniteError(f"{name} of expert {bad[0]} has NaN or Inf ({len(bad)} of {len(t)} experts)")
+        count = f"{len(bad)} of {len(t)} experts"
+        raise NonFiniteError(f"{name} of expert {bad[0]} has NaN or Inf ({count})")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Solution:
 
     Attributes:
         matrices: one per expert.
-        notes: one per expert; "" if nothing was unusual, else what was done, e.g. "no tokens: rounded".
+        notes: one per expert; "" if nothing was unusual, else what was done, e.g. "no tokens:
+            rounded".
     """
 
     matrices: list[QuantizedMatrix]
@@ -102,8 +105,8 @@ class Method:
     Attributes:
         name: as on the command line, with parameters, for the report.
         weighted: Hessians are weighted by the squared routing weight.
-        drift: share of the way from the quantized model's inputs to the original's for the target; 0 means that
-            `Problem.cross` is not needed.
+        drift: share of the way from the quantized model's inputs to the original's for the target;
+            0 means that `Problem.cross` is not needed.
         solve: Problem -> Solution; deterministic, runs on the device of the problem's tensors.
     """
 
