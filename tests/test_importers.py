@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import qmoe
+from qmoe.compress import Settings, compress_checkpoint
 from qmoe.errors import OutputError, SourceError
+from qmoe.export import export
 from qmoe.importers import IMPORTERS, writing
 
 V, H, L, HEADS, E = 50, 32, 4, 4, 4  # vocabulary, width, layers, heads, experts
@@ -432,3 +435,21 @@ def test_fairseq_tokenizer(tmp_path):
     (d / "dict.txt").write_text("".join(f"x{i} 7\n" for i in range(V)))
     with pytest.raises(SourceError, match=f"has {V} tokens, but the model's embedding only {V}"):
         IMPORTERS["fairseq"](d, tmp_path / "new")
+
+
+@pytest.mark.parametrize("kind", ["openmoe", "fairseq", "megablocks"])
+@torch.no_grad()
+def test_imported_then_compressed(tmp_path, tiny, kind):
+    _, write, _, _ = CASES[kind]
+    write(tmp_path / "src")
+    source = IMPORTERS[kind](tmp_path / "src", tmp_path / "imported").directory
+    tiny.save_tokenizer(source)
+    text = tiny.save_text(tmp_path / "text.txt", 1500)
+    settings = Settings(method="qmoe", calib=str(text), calib_tokens=512, ctx=32)
+    compress_checkpoint(str(source), tmp_path / "q", settings)
+    model = qmoe.load(tmp_path / "q", dtype=torch.float32)
+    export(tmp_path / "q", tmp_path / "dense", "float32")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    ids = torch.randint(16, 50, (2, 12), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 14)
