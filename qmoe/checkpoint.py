@@ -168,10 +168,8 @@ class Checkpoint:
         for name in names:
             virtual = self._virtual.get(name)
             self._finished.update(virtual.parts if virtual is not None else (name,))
-        for shard in self._stored.shards:
-            if isinstance(shard, HubShard) and self._finished.issuperset(
-                n for n, s in self._stored.where.items() if s is shard
-            ):
+        for shard, held in self._stored.in_shard.items():
+            if isinstance(shard, HubShard) and held <= self._finished:
                 shard.discard()
 
     def validate(self) -> None:

@@ -1,4 +1,4 @@
-"""All tensors of a checkpoint as its files hold them: names across files, checked with the index."""
+"""All tensors of a checkpoint as its files hold them: names over files, checked with the index."""
 
 import threading
 from collections.abc import Sequence
@@ -25,6 +25,9 @@ class Stored:
         if where is None:
             for shard in shards:
                 self.where.update(dict.fromkeys(shard.entries, shard))
+        self.in_shard: dict[Shard, set[str]] = {s: set() for s in self.shards}
+        for name, owner in self.where.items():
+            self.in_shard[owner].add(name)
 
     def check(self, shard: Shard) -> None:
         """Compare a file's header with the index; done once per file, for remote files when they
@@ -45,12 +48,12 @@ class Stored:
                     f"tensor {name!r} is in {owner.name} and in {shard.name}; remove the "
                     "duplicate or the wrong file"
                 )
-        for name, owner in self.where.items():
-            if owner is shard and name not in present:
-                raise SourceError(
-                    f"the index says that {name!r} is in {shard.name}, which does not hold it; "
-                    "download both again"
-                )
+        absent = self.in_shard[shard] - set(present)
+        if absent:
+            raise SourceError(
+                f"the index says that {min(absent)!r} is in {shard.name}, which does not hold it; "
+                "download both again"
+            )
         self._checked.add(shard)
 
     def _owner(self, name: str) -> Shard:
