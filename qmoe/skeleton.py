@@ -41,7 +41,9 @@ def build(container: Container) -> Any:
     path = container.directory / "config.json"
     try:
         config = transformers.AutoConfig.from_pretrained(container.directory)
-        architecture = getattr(transformers, (config.architectures or [""])[0])
+        architecture = getattr(transformers, (config.architectures or [""])[0], None)
+        if architecture is None:  # a class of ours, or registered by the user
+            architecture = transformers.AutoModelForCausalLM._model_mapping[type(config)]
         del config.quantization_config
         with torch.device("meta"):
             return architecture._from_config(config, dtype=config.dtype or torch.float32)
