@@ -68,6 +68,7 @@ def groups(layout: ExpertsLayout) -> Iterator[range]:
         yield range(start, min(start + size, layout.experts))
 
 
+@torch.no_grad()
 def quantize_layer(
     host: Host,
     layout: ExpertsLayout,
