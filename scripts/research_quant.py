@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from research_tune import distill, loss_gradients
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from research_tune import distill, loss_gradients
 
 from qmoe.codec import encode_group
 from qmoe.quantize import Method, Problem, get_method
