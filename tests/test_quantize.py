@@ -177,8 +177,8 @@ def test_rd_scales_are_coarse():
 def test_rd_row_fit_lowers_the_error():
     problem = make_problem(256, 128)
     knobs = {"delta": 20.0, "drift": 0.0, "row_step": 1}
-    fitted = relative_error(problem, get_method("rd", **knobs).solve(problem))
-    unfitted = relative_error(problem, get_method("rd", fit_rows=False, **knobs).solve(problem))
+    fitted = relative_error(problem, get_method("rd", fit_rows=True, **knobs).solve(problem))
+    unfitted = relative_error(problem, get_method("rd", **knobs).solve(problem))
     assert (fitted[:2] < unfitted[:2]).all()
 
 
@@ -229,7 +229,7 @@ def test_rd_importance_is_a_finer_delta():
 
 def test_rd_descent_lowers_error_and_rate_of_its_objective():
     problem = make_problem(256, 128)
-    knobs = {"delta": 14.0, "drift": 0.0, "fit_rows": False}
+    knobs = {"delta": 14.0, "drift": 0.0, "shrinkage": 0.0}
     start = get_method("rd", **knobs).solve(problem)
     free = get_method("rd", sweeps=3, **knobs).solve(problem)
     sparse = get_method("rd", sweeps=3, slope=0.3, **knobs).solve(problem)
