@@ -139,7 +139,8 @@ def test_feedback_beats_rounding(name):
 def test_rd_beats_ternary_at_fewer_symbols():
     problem = make_problem(256, 128)
     ternary = method("qmoe").solve(problem)
-    rd = get_method("rd", delta=60.0, drift=0.0, shrinkage=0.0).solve(problem)
+    knobs = {"drift": 0.0, "shrinkage": 0.0, "fit_rows": True}
+    rd = get_method("rd", delta=60.0, **knobs).solve(problem)
     mean = [s.matrices[0].codes.float().abs().mean() for s in (ternary, rd)]
     assert mean[1] < 0.9 * mean[0]
     assert relative_error(problem, rd)[0] < 0.95 * relative_error(problem, ternary)[0]
