@@ -46,6 +46,8 @@ def gather_inputs(
         use = (column >= 0) & (column < tl.where(pair >= 0, cols, 0))
         token = (tl.maximum(pair, 0) // fan).to(tl.int64)
         v = tl.load(x + token * cols + column, mask=use, other=0.0).to(tl.float32) * scale
+        if xs.dtype.element_ty == tl.bfloat16:
+            v = rounded(v, 1)
         tl.store(xs + to + b, v.to(xs.dtype.element_ty), mask=i < out_width)
 
 
@@ -189,6 +191,8 @@ def sum_partials(partial, slots, y, rows, SLOTS: tl.constexpr, B: tl.constexpr, 
     pair = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = slot_sum(partial, tl.load(slots + pair), r, rows, SLOTS, B, r < rows)
+    if y.dtype.element_ty == tl.bfloat16:
+        total = rounded(total, 1)
     tl.store(y + pair * rows + r, total.to(y.dtype.element_ty), mask=r < rows)
 
 
@@ -225,8 +229,11 @@ def silu_inputs(
 
 @triton.jit
 def rounded(v, HALF: tl.constexpr):
+    """float32 rounded to nearest even as bf16 (1) or fp16 (2), or left alone (0); by bits, since the interpreter truncates to bf16."""
     if HALF == 1:
-        return v.to(tl.bfloat16).to(tl.float32)
+        bits = v.to(tl.uint32, bitcast=True)
+        even = bits + 0x7FFF + ((bits >> 16) & 1)
+        return tl.where(v == v, (even & 0xFFFF0000).to(tl.float32, bitcast=True), v)
     elif HALF == 2:
         return v.to(tl.float16).to(tl.float32)
     else:
@@ -245,4 +252,6 @@ def sum_tokens(
         slot = tl.load(slots + n * K + k)
         y = slot_sum(partial, slot, r, rows, SLOTS, B, r < rows)
         total += y * tl.load(weights + n * K + k).to(tl.float32)
+    if out.dtype.element_ty == tl.bfloat16:
+        total = rounded(total, 1)
     tl.store(out + n * rows + r, total.to(out.dtype.element_ty), mask=r < rows)
