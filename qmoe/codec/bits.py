@@ -1,8 +1,8 @@
-"""Sequential bit strings in 32-bit words, least significant bit first: headers and side data, not the weight streams."""
+"""Bit strings of group headers in 32-bit words, least significant bit first."""
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qmoe.codec.arrays import U32
 from qmoe.errors import CorruptError
 
 
@@ -20,7 +20,7 @@ class BitWriter:
         self._value |= value << self.bits
         self.bits += width
 
-    def words(self) -> NDArray[np.uint32]:
+    def words(self) -> U32:
         """All bits so far as uint32 [ceil(bits / 32)]."""
         return np.frombuffer(self._value.to_bytes(-(-self.bits // 32) * 4, "little"), "<u4").copy()
 
@@ -28,7 +28,7 @@ class BitWriter:
 class BitReader:
     """Reads what `BitWriter` wrote; CorruptError when the words end too early."""
 
-    def __init__(self, words: NDArray[np.uint32]) -> None:
+    def __init__(self, words: U32) -> None:
         self._value = int.from_bytes(words.astype("<u4").tobytes(), "little")
         self.position, self.bits = 0, 32 * words.size
 
@@ -47,4 +47,6 @@ class BitReader:
     def finish(self) -> None:
         """Checks that only the zero bits that pad the last word are left."""
         if self.bits - self.position >= 32 or self._value >> self.position:
-            raise CorruptError(f"header has {self.bits - self.position} unexplained bits at its end")
+            raise CorruptError(
+                f"header has {self.bits - self.position} unexplained bits at its end"
+            )

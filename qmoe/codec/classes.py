@@ -1,18 +1,19 @@
-"""Classes of rows and columns: half octaves of their mean |q| under the model E|q_ij| = row_i * col_j.
+"""Classes of rows and columns: half octaves of mean |q| under the model E|q_ij| = row_i * col_j.
 
-The class sum a_i + b_j is the *context* of a weight; half an octave apart means a factor sqrt(2) in expected magnitude. All
-arithmetic before the logarithm is on integers, so the classes do not depend on the order of summation.
+The class sum a_i + b_j is the *context* of a weight; half an octave apart means a factor sqrt(2) in
+expected magnitude. All arithmetic before the logarithm is on integers, so the classes do not depend
+on the order of summation.
 """
 
 from dataclasses import dataclass
 
 import numba as nb
 import numpy as np
-from numpy.typing import NDArray
+
+from qmoe.codec.arrays import F64, I8, I32, I64, U8
 
 CONTEXTS = 63  # context numbers 0..62
 MAX_CLASS = 62
-I8, I64 = NDArray[np.int8], NDArray[np.int64]
 _STEPS = 2  # classes per octave
 _FLOOR = -18  # nothing is expected below 2^-9 per weight: 62 zeros cost one bit anyway
 
@@ -26,24 +27,24 @@ class Classes:
         col: uint8 [cols]: 0 = all zero, not coded; c >= 1 means column class c - 1.
     """
 
-    row: NDArray[np.uint8]
-    col: NDArray[np.uint8]
+    row: U8
+    col: U8
 
     @property
-    def order(self) -> NDArray[np.int32]:
+    def order(self) -> I32:
         """Coded columns by falling class, then by index."""
         return column_order(self.col)
 
 
-def column_order(col: NDArray[np.uint8]) -> NDArray[np.int32]:
+def column_order(col: U8) -> I32:
     """Columns with a class above 0, by falling class and then by index: int32 [coded columns]."""
     order = np.argsort(-col.astype(np.int16), kind="stable")
     return order[: np.count_nonzero(col)].astype(np.int32)
 
 
 @nb.njit(cache=True, nogil=True)
-def _sums(codes: I8, row_weight: NDArray[np.int32], col_weight: NDArray[np.int32], row: I64, col: I64) -> None:
-    """Weighted sums of |q|: row_i = sum_j |q_ij| col_weight_j and col_j = sum_i |q_ij| row_weight_i."""
+def _sums(codes: I8, row_weight: I32, col_weight: I32, row: I64, col: I64) -> None:
+    """row_i = sum_j |q_ij| col_weight_j and col_j = sum_i |q_ij| row_weight_i."""
     rows, cols = codes.shape
     part = np.zeros(cols, np.int32)
     for i in range(rows):
@@ -64,17 +65,18 @@ def _sums(codes: I8, row_weight: NDArray[np.int32], col_weight: NDArray[np.int32
 _UNIT = 256  # weights are integers in 1..256: 128 * 256 * 65535 columns fit in 31 bits
 
 
-def energies(codes: I8) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def energies(codes: I8) -> tuple[F64, F64]:
     """Row and column factors with E|q_ij| ~ row_i * col_j.
 
-    The second round weighs each |q| by 1 / (1 + expected |q|), the quasi-likelihood weight for a variance m + m^2, so that
-    a few heavy columns do not decide the class of a row.
+    The second round weighs each |q| by 1 / (1 + expected |q|), the quasi-likelihood weight for a
+    variance m + m^2, so that a few heavy columns do not decide the class of a row.
 
     Args:
         codes: int8 [rows, cols], C-contiguous.
 
     Returns:
-        float64 [rows] with mean about 1, float64 [cols] = mean |q| of the column; zeros where all codes are zero.
+        float64 [rows] with mean about 1, float64 [cols] = mean |q| of the column; zeros where all
+        codes are zero.
     """
     rows, cols = codes.shape
     one_r, one_c = np.ones(rows, np.int32), np.ones(cols, np.int32)
@@ -91,7 +93,7 @@ def energies(codes: I8) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return new_row, new_col
 
 
-def classify(row: NDArray[np.float64], col: NDArray[np.float64], shift: int) -> Classes:
+def classify(row: F64, col: F64, shift: int) -> Classes:
     """Half-octave classes of energies.
 
     Args:
@@ -101,7 +103,8 @@ def classify(row: NDArray[np.float64], col: NDArray[np.float64], shift: int) -> 
     """
     low_row = row[row > 0].min() if (row > 0).any() else 1.0
     a = np.rint(_STEPS * np.log2(np.maximum(row, low_row))).astype(np.int64) + shift
-    b = np.rint(_STEPS * np.log2(np.maximum(col, 2.0 ** (_FLOOR / _STEPS)))).astype(np.int64) - _FLOOR
+    octaves = np.log2(np.maximum(col, 2.0 ** (_FLOOR / _STEPS)))
+    b = np.rint(_STEPS * octaves).astype(np.int64) - _FLOOR
     a = a.clip(0, 2 * shift)
     b = b.clip(0, MAX_CLASS - 2 * shift) + 1
     b[col <= 0] = 0

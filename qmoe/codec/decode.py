@@ -1,9 +1,10 @@
-"""CPU decoders: integers, dense weights, or the product with activations without ever writing the weights down.
+"""CPU decoders: integers, dense weights, or a product that never writes the weights down.
 
-Each public function's twin in `qmoe.codec.reference` is its definition. Work is cut by rows over a few threads; the compiled
-loops release the interpreter lock and hold no shared state.
+Each public function's twin in `qmoe.codec.reference` is its definition. Work is cut by rows over a
+few threads; the compiled loops release the interpreter lock and hold no shared state.
 """
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,7 +31,7 @@ def decode_codes(tables: Tables, layout: Layout) -> QuantizedMatrix:
 
 
 def decode_dense(tables: Tables, layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weights [rows, cols]: float32 equal to `QuantizedMatrix.dequantize`, other float types rounded from it."""
+    """Weights [rows, cols]: `QuantizedMatrix.dequantize` in float32, or rounded from it."""
     weights = torch.empty(layout.rows, layout.cols, dtype=torch.float32)
     row = layout.row_scale.numpy()
     negative = row if layout.row_scale_neg is None else layout.row_scale_neg.numpy()
@@ -40,17 +41,21 @@ def decode_dense(tables: Tables, layout: Layout, dtype: torch.dtype = torch.floa
 
 
 def matvec(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
-    """``x @ W.T`` with W decoded inside the product: float32 [n, cols] -> float32 [n, rows]; made for small n.
+    """``x @ W.T`` with W decoded inside the product: [n, cols] -> float32 [n, rows], for small n.
 
     Raises:
         ValueError: x is not float32 [n, cols] on the CPU.
     """
-    if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != layout.cols or x.device.type != "cpu":
-        raise ValueError(f"x must be float32 [n, {layout.cols}] on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device}")
+    shape = tuple(x.shape)
+    if x.dtype != torch.float32 or shape[1:] != (layout.cols,) or x.device.type != "cpu":
+        raise ValueError(
+            f"x must be float32 [n, {layout.cols}] on the CPU, got {x.dtype} {shape} on {x.device}"
+        )
     n = x.shape[0]
     scaled = torch.zeros(n, layout.cols + 1)
     torch.mul(x, layout.col_scale, out=scaled[:, :-1])
-    gathered = scaled[:, layout.slots.long()].permute(1, 2, 0).contiguous().numpy()  # [pieces, span + 1, n]
+    by_slot = scaled[:, layout.slots.long()]  # [n, pieces, span + 1]
+    gathered = by_slot.permute(1, 2, 0).contiguous().numpy()
     split = layout.row_scale_neg is not None
     sums = np.zeros((2, layout.rows, n), np.float32)
     shared = _shared(tables, layout)[:-1]
@@ -59,7 +64,7 @@ def matvec(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
         _over_rows(layout, lambda lo, hi: matvec_rows(*shared, lo, hi, one, split, flat))
     elif n:
         _over_rows(layout, lambda lo, hi: matvec_rows_batch(*shared, lo, hi, gathered, split, sums))
-    total, below = torch.from_numpy(sums)
+    total, below = torch.from_numpy(sums[0]), torch.from_numpy(sums[1])
     y = total * layout.row_scale[:, None]
     if layout.row_scale_neg is not None:
         y += below * (layout.row_scale_neg - layout.row_scale)[:, None]
@@ -82,11 +87,13 @@ def _shared(tables: Tables, layout: Layout) -> tuple[NDArray[np.generic] | int, 
 
 
 def _over_rows(layout: Layout, work: Callable[[int, int], None]) -> None:
-    """Runs work(first row, end row) over all rows, on as many threads as torch uses and the size deserves."""
-    threads = min(torch.get_num_threads(), layout.rows * layout.cols // _ROWS_PER_THREAD, layout.rows)
+    """Runs work(first row, end row) over all rows, on torch's number of threads or fewer."""
+    threads = min(
+        torch.get_num_threads(), layout.rows * layout.cols // _ROWS_PER_THREAD, layout.rows
+    )
     if threads < 2:
         work(0, layout.rows)
         return
     cuts = [layout.rows * k // threads for k in range(threads + 1)]
-    for done in [_POOL.submit(work, lo, hi) for lo, hi in zip(cuts, cuts[1:], strict=False)]:
+    for done in [_POOL.submit(work, lo, hi) for lo, hi in itertools.pairwise(cuts)]:
         done.result()

@@ -1,23 +1,25 @@
-"""Encoder: a group of quantized matrices of one shape -> one header blob and one blob per matrix."""
+"""Encoder: a group of quantized matrices of one shape -> a header blob and a blob per matrix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from qmoe.codec.arrays import I8, I64, U8, U16, U32
 from qmoe.codec.classes import CONTEXTS, Classes, classify, energies
 from qmoe.codec.geometry import MAX_COLS, MAX_ROWS, Geometry, geometry
 from qmoe.codec.huffman import canonical_codes, code_lengths
 from qmoe.codec.layout import side_values, write_matrix
-from qmoe.codec.model import Model, choose
+from qmoe.codec.model import Model, choose, cut
 from qmoe.codec.sidedata import Field, fit_field
 from qmoe.codec.streams import count_contexts, emit, nonzeros, parse
 from qmoe.codec.symbols import symbol_count, symbol_effects
 from qmoe.codec.tables import FIELDS, write_tables
 from qmoe.types import QuantizedMatrix
 
+_LOSS = 1.025  # no code limit saves 1.5 % of streams that are closer to their entropy than this
+_LONGER = ((10, 0.985), (12, 0.97))  # longer code limits, worth it below this share of the size
 _SLOPES = (0, 16, -16, 32, -32)  # grid indices per half octave that scale indices may follow
 
 
@@ -28,10 +30,17 @@ class EncodedGroup:
     Attributes:
         tables: the group header, for `parse_tables`.
         matrices: one blob per matrix, in the order given, for `parse_matrix`.
+        scale_bits: how many bits of the blobs are scales, for `ideal_bits`.
     """
 
     tables: Tensor
     matrices: list[Tensor]
+    scale_bits: int
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of header and blobs, everything included."""
+        return 8 * (self.tables.numel() + sum(m.numel() for m in self.matrices))
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,9 @@ class _Streams:
 
     classes: Classes
     geometry: Geometry
-    position: NDArray[np.uint16]
-    value: NDArray[np.int8]
-    start: NDArray[np.int64]
+    position: U16
+    value: I8
+    start: I64
 
 
 def encode_group(matrices: Sequence[QuantizedMatrix], limit: int | None = None) -> EncodedGroup:
@@ -63,10 +72,12 @@ def encode_group(matrices: Sequence[QuantizedMatrix], limit: int | None = None) 
     max_size = max(int(np.abs(s.value.astype(np.int16)).max(initial=0)) for s in streams)
     limit, model = _choose(histogram, max_size, limit)
     table_of = model.table_of(CONTEXTS)
-    counts = np.zeros((len(model.kinds), 4096), np.int64)
+    counts = np.zeros(len(model.kinds) << 12, np.int64)
     parsed = [_parse(s, model, table_of, 32 // limit, counts) for s in streams]
     sizes = [symbol_count(*kind, model.escapes) for kind in model.kinds]
-    lengths = tuple(code_lengths(c[:n], limit) for c, n in zip(counts, sizes, strict=True))
+    lengths = tuple(
+        code_lengths(c[:n], limit) for c, n in zip(counts.reshape(-1, 4096), sizes, strict=True)
+    )
     written = _emit(parsed, model, lengths)
     fields = _fields(matrices, streams, [bits for _, bits in written])
     rows, cols = codes[0].shape
@@ -76,22 +87,26 @@ def encode_group(matrices: Sequence[QuantizedMatrix], limit: int | None = None) 
         write_matrix(tables, m, s.classes.row, s.classes.col, words, bits)
         for m, s, (words, bits) in zip(matrices, streams, written, strict=True)
     ]
-    return EncodedGroup(blob, blobs)
+    return EncodedGroup(blob, [b for b, _ in blobs], sum(bits for _, bits in blobs))
 
 
-def _checked(matrices: Sequence[QuantizedMatrix]) -> list[NDArray[np.int8]]:
+def _checked(matrices: Sequence[QuantizedMatrix]) -> list[I8]:
     if not matrices:
         raise ValueError("a group needs at least one matrix")
     shape = tuple(matrices[0].codes.shape)
     for m in matrices:
         if tuple(m.codes.shape) != shape:
-            raise ValueError(f"matrices of one group must have one shape, got {shape} and {tuple(m.codes.shape)}")
+            raise ValueError(
+                f"matrices of one group must have one shape, got {shape} and {tuple(m.codes.shape)}"
+            )
     if not 1 <= shape[0] <= MAX_ROWS or not 1 <= shape[1] <= MAX_COLS:
-        raise ValueError(f"cannot encode {shape[0]} x {shape[1]}: 1 to {MAX_ROWS} rows, 1 to {MAX_COLS} columns")
+        raise ValueError(
+            f"cannot encode {shape[0]} x {shape[1]}: 1 to {MAX_ROWS} rows, 1 to {MAX_COLS} columns"
+        )
     return [np.ascontiguousarray(m.codes.numpy()) for m in matrices]
 
 
-def _streams(codes: list[NDArray[np.int8]]) -> tuple[list[_Streams], NDArray[np.int64]]:
+def _streams(codes: list[I8]) -> tuple[list[_Streams], I64]:
     """Classes, geometry and non-zeros of every matrix, and the histogram of their contexts."""
     factors = [energies(c) for c in codes]
     rows = np.concatenate([r for r, _ in factors])
@@ -105,10 +120,12 @@ def _streams(codes: list[NDArray[np.int8]]) -> tuple[list[_Streams], NDArray[np.
         count = np.count_nonzero(q)
         position, value = np.empty(count + 1, np.uint16), np.empty(count + 1, np.int8)
         start = np.empty(q.shape[0] * shape.pieces + 1, np.int64)
-        nonzeros(q, shape.slots, position, value, start)
+        nonzeros(q, shape.slots[:, 1:-1].astype(np.uint16), position, value, start)
         stream = _Streams(classes, shape, position[:count], value[:count], start)
         before = histogram.sum(1)
-        count_contexts(stream.position, stream.value, start, classes.row, shape.slot_class, histogram)
+        count_contexts(
+            stream.position, stream.value, start, classes.row, shape.slot_class, histogram.ravel()
+        )
         coded = classes.col[classes.col > 0] - 1
         pairs = np.convolve(np.bincount(classes.row), np.bincount(coded))
         histogram[: pairs.size, 128] += pairs - (histogram.sum(1) - before)[: pairs.size]
@@ -116,68 +133,82 @@ def _streams(codes: list[NDArray[np.int8]]) -> tuple[list[_Streams], NDArray[np.
     return out, histogram
 
 
-def _choose(histogram: NDArray[np.int64], max_size: int, limit: int | None) -> tuple[int, Model]:
-    """Code limit and model: 8 bits are fastest to decode, so longer codes must save 1.5 %."""
-    if limit is not None:
-        return limit, choose(histogram, limit, max_size)
-    short = choose(histogram, 8, max_size)
-    for longer in (10, 12) if max_size > 8 else (10,):
-        model = choose(histogram, longer, max_size)
-        if model.bits < 0.985 * short.bits:
-            return longer, model
-    return 8, short
+def _choose(histogram: I64, max_size: int, limit: int | None) -> tuple[int, Model]:
+    """Code limit and model: 8 bits are fastest to decode, longer codes must be worth it."""
+    first = cut(histogram)
+    model = choose(histogram, first, limit or 8, max_size)
+    if limit is not None or model.bits < _LOSS * model.entropy:
+        return limit or 8, model
+    for longer, share in _LONGER:
+        other = choose(histogram, first, longer, max_size)
+        if other.bits < share * model.bits:
+            return longer, other
+    return 8, model
 
 
-def _parse(
-    s: _Streams, model: Model, table_of: NDArray[np.uint8], latch: int, counts: NDArray[np.int64]
-) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-    """Symbols of a matrix and the first symbol of each stream; adds to counts [tables, 4096]."""
+def _parse(s: _Streams, model: Model, table_of: U8, latch: int, counts: I64) -> tuple[U16, I64]:
+    """Symbols of a matrix and the first symbol of each stream; adds to counts [tables << 12]."""
     streams = s.start.size - 1
-    beyond = int(np.count_nonzero(np.abs(s.value.astype(np.int16)) > min(v for _, v in model.kinds)))
-    bound = streams * (s.geometry.span + 1) + 12 * beyond  # |q| <= 128 needs at most 12 escapes of up to 2^4
+    least = min(v for _, v in model.kinds)
+    beyond = int(np.count_nonzero(np.abs(s.value.astype(np.int16)) > least))
+    bound = streams * (s.geometry.span + 1) + 12 * beyond  # 12 escapes of up to 2^4 reach 128
     symbols = np.empty(bound, np.uint16)
     first = np.empty(streams + 1, np.int64)
     kinds = np.array(model.kinds, np.int64)
     n = parse(
-        s.position, s.value, s.start, s.classes.row, s.geometry.slot_class, table_of, kinds, model.escapes, latch,
-        symbols, first, counts,
+        s.position,
+        s.value,
+        s.start,
+        s.classes.row,
+        s.geometry.slot_class,
+        table_of,
+        kinds,
+        model.escapes,
+        latch,
+        symbols,
+        first,
+        counts,
     )
     return symbols[:n].copy(), first
 
 
 def _emit(
-    parsed: list[tuple[NDArray[np.uint16], NDArray[np.int64]]], model: Model, lengths: tuple[NDArray[np.uint8], ...]
-) -> list[tuple[NDArray[np.uint32], NDArray[np.int64]]]:
+    parsed: list[tuple[U16, I64]], model: Model, lengths: tuple[U8, ...]
+) -> list[tuple[U32, I64]]:
     """Payload words of every matrix and the bit at which each stream starts."""
-    tables = len(model.kinds)
-    codes, sizes = np.zeros((tables, 4096), np.uint32), np.zeros((tables, 4096), np.uint8)
-    last = np.zeros((tables, 64), np.uint16)
+    codes = np.zeros(len(model.kinds) << 12, np.uint32)
+    last = np.zeros(len(model.kinds) << 12, np.uint16)
     for t, (kind, length) in enumerate(zip(model.kinds, lengths, strict=True)):
-        codes[t, : length.size], sizes[t, : length.size] = canonical_codes(length), length
+        base = t << 12
+        codes[base : base + length.size] = canonical_codes(length) << 4 | length
         advance, _ = symbol_effects(*kind, model.escapes)
-        for left in range(1, kind[0] + 1):  # any symbol that reaches the end will do: take the shortest
+        for left in range(1, kind[0] + 1):  # the shortest code word that reaches the end
             fits = np.flatnonzero((advance >= left) & (length > 0))
-            last[t, left] = fits[np.argmin(length[fits])] if fits.size else 0
+            last[base + left] = base + fits[np.argmin(length[fits])] if fits.size else 0
     out = []
     for symbols, first in parsed:
         words, bits = np.empty(symbols.size * 12 // 32 + 2, np.uint32), np.empty_like(first)
-        used = emit(symbols, first, codes, sizes, last, words, bits)
+        used = emit(symbols, first, codes, last, words, bits)
         out.append((words[: -(-used // 32)].copy(), bits))
     return out
 
 
 def _fields(
-    matrices: Sequence[QuantizedMatrix], streams: list[_Streams], bits: list[NDArray[np.int64]]
+    matrices: Sequence[QuantizedMatrix], streams: list[_Streams], bits: list[I64]
 ) -> dict[str, Field]:
     """Models of the side data of a group."""
-    values: dict[str, list[NDArray[np.int64]]] = {name: [] for name in FIELDS}
-    predictors: dict[str, list[NDArray[np.int64]]] = {name: [] for name in FIELDS}
+    values: dict[str, list[I64]] = {name: [] for name in FIELDS}
+    predictors: dict[str, list[I64]] = {name: [] for name in FIELDS}
     for m, s, b in zip(matrices, streams, bits, strict=True):
         for name, value, predictor in side_values(m, s.classes.row, s.classes.col, b):
             values[name].append(value)
             predictors[name].append(predictor)
     slopes = {"row_scale": _SLOPES, "col_scale": _SLOPES, "row_scale_neg": (0, 1)}
     return {
-        name: fit_field(values[name] or [np.zeros(1, np.int64)], predictors[name] or None, slopes.get(name, (0,)))
+        name: fit_field(
+            values[name] or [np.zeros(1, np.int64)],
+            predictors[name] or None,
+            slopes.get(name, (0,)),
+        )
         for name in FIELDS
     }

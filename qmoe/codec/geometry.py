@@ -1,15 +1,16 @@
-"""How a matrix is cut into streams, derived from its shape and column classes: shared by encoder, decoder and kernels.
+"""How a matrix is cut into streams: derived from its shape and its column classes.
 
-A row is cut into P = ceil(cols / 1024) pieces; the coded columns, sorted by falling class, are dealt to the pieces in turn, so
-pieces are alike. Every piece has n = ceil(coded / P) columns (missing ones are virtual zeros) and one more virtual zero
-column behind them: a stream covers C = n + 1 columns and ends with the symbol that reaches position C.
+A row is cut into P = ceil(cols / 1024) pieces; the coded columns, sorted by falling class, are
+dealt to the pieces in turn, so pieces are alike. Every piece has n = ceil(coded / P) columns
+(missing ones are virtual zeros) and one more virtual zero column behind them: a stream covers
+C = n + 1 columns and ends with the symbol that reaches position C.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qmoe.codec.arrays import I32, U8
 from qmoe.codec.classes import column_order
 
 MAX_PIECE = 1024
@@ -29,18 +30,20 @@ class Geometry:
     Attributes:
         pieces: P.
         span: C, positions of a stream; `position` counts columns consumed, 0..C.
-        slots: int32 [P, C + 1], column of the weight that ends at a position: slots[p, 0] and virtual columns hold `cols`.
-        slot_class: uint8 [P, C + 1], class of the column that is next at a position; the last one is repeated at the end.
+        slots: int32 [P, C + 1], column of the weight that ends at a position: slots[p, 0] and
+            virtual columns hold `cols`.
+        slot_class: uint8 [P, C + 1], class of the column that is next at a position; the last one
+            is repeated at the end.
     """
 
     pieces: int
     span: int
-    slots: NDArray[np.int32]
-    slot_class: NDArray[np.uint8]
+    slots: I32
+    slot_class: U8
 
 
-def geometry(col_class: NDArray[np.uint8]) -> Geometry:
-    """Geometry of a matrix whose columns have these classes (0 = not coded); at least one must be coded."""
+def geometry(col_class: U8) -> Geometry:
+    """Geometry of a matrix with these column classes (0 = not coded), of which one is coded."""
     cols = col_class.size
     order = column_order(col_class)
     pieces = piece_count(cols)

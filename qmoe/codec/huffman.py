@@ -1,20 +1,22 @@
-"""Length-limited canonical Huffman codes, least significant bit first. Knows nothing about what the symbols mean.
+"""Length-limited canonical Huffman codes, least significant bit first.
 
-Code lengths come from the package-merge algorithm (Larmore and Hirschberg, "A fast algorithm for optimal length-limited
-Huffman codes", JACM 1990). Codes are canonical: shorter first, equal lengths by symbol number; the code's first bit is its
-most significant one and is the first in the stream, hence stored codes are bit-reversed. Every code is *complete* (Kraft sum
-exactly 1), so that each of the 2^L entries of a decoder's lookup table is valid whatever the stream holds.
+Code lengths come from the package-merge algorithm (Larmore and Hirschberg, "A fast algorithm for
+optimal length-limited Huffman codes", JACM 1990). Codes are canonical: shorter first, equal lengths
+by symbol number; the code's first bit is its most significant one and is the first in the stream,
+hence stored codes are bit-reversed. Every code is *complete* (Kraft sum exactly 1), so that each of
+the 2^L entries of a decoder's lookup table is valid whatever the stream holds.
 """
 
 import numba as nb
 import numpy as np
-from numpy.typing import NDArray
+
+from qmoe.codec.arrays import I64, U8, U32
 
 MAX_LENGTH = 12  # bits; lookup tables have at most 4096 entries
 
 
 @nb.njit(cache=True, nogil=True)
-def code_lengths(counts: NDArray[np.int64], limit: int) -> NDArray[np.uint8]:
+def code_lengths(counts: I64, limit: int) -> U8:
     """Optimal code lengths of at most `limit` bits.
 
     Args:
@@ -22,8 +24,8 @@ def code_lengths(counts: NDArray[np.int64], limit: int) -> NDArray[np.uint8]:
         limit: largest code length in bits.
 
     Returns:
-        uint8 [n] with Kraft sum 1, 0 = unused. A lone symbol is joined by a dummy (symbol 0 or 1), both of one bit; with no
-        symbol at all, symbols 0 and 1 get one bit. n must be at least 2.
+        uint8 [n] with Kraft sum 1, 0 = unused. A lone symbol is joined by a dummy (symbol 0 or 1),
+        both of one bit; with no symbol at all, symbols 0 and 1 get one bit. n must be at least 2.
     """
     n = counts.size
     lengths = np.zeros(n, np.uint8)
@@ -68,7 +70,7 @@ def code_lengths(counts: NDArray[np.int64], limit: int) -> NDArray[np.uint8]:
 
 
 @nb.njit(cache=True, nogil=True)
-def canonical_codes(lengths: NDArray[np.uint8]) -> NDArray[np.uint32]:
+def canonical_codes(lengths: U8) -> U32:
     """Codes of given lengths, bit-reversed so that they are written least significant bit first.
 
     Args:
@@ -92,7 +94,7 @@ def canonical_codes(lengths: NDArray[np.uint8]) -> NDArray[np.uint32]:
 
 
 @nb.njit(cache=True, nogil=True)
-def fill_lookup(lengths: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
+def fill_lookup(lengths: U8, bits: int) -> U32:
     """Decoding table: the next `bits` bits of the stream -> symbol << 4 | code length.
 
     Args:
@@ -112,7 +114,9 @@ def fill_lookup(lengths: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     return table
 
 
-def is_complete(lengths: NDArray[np.uint8], limit: int) -> bool:
+def is_complete(lengths: U8, limit: int) -> bool:
     """Whether the lengths are those of a complete prefix code of at most `limit` bits."""
     used = lengths[lengths > 0].astype(np.int64)
-    return bool(used.size) and int(used.max()) <= limit and int((1 << (limit - used)).sum()) == 1 << limit
+    if not used.size or int(used.max()) > limit:
+        return False
+    return int((1 << (limit - used)).sum()) == 1 << limit

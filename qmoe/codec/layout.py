@@ -1,13 +1,15 @@
-"""A matrix blob and its parsed form, from which CPU decoders and GPU kernels work. docs/format-codec.md has the bits."""
+"""A matrix blob and its parsed form, from which CPU decoders and GPU kernels work.
+
+docs/format-codec.md has the bits.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from qmoe.codec.bits import BitWriter
+from qmoe.codec.arrays import I64, U8, U32
 from qmoe.codec.classes import CONTEXTS
 from qmoe.codec.geometry import geometry, piece_count
 from qmoe.codec.sidedata import Field, pack
@@ -17,19 +19,20 @@ from qmoe.errors import CorruptError
 from qmoe.types import SCALE_MAX, SCALE_MIN, QuantizedMatrix, grid_scale
 
 MAGIC = 0x314D4D51  # "QMM1"
+SCALE_FIELDS = ("row_scale", "row_scale_neg", "col_scale")
 PADDING_WORDS = 4  # zero words behind the payload, so that decoders may look ahead
-I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Layout:
     """A parsed matrix. All tensors are on the CPU; `to` moves those that a kernel needs.
 
-    A stream s = row * pieces + piece starts at bit ``stream_start[s]`` of `words` (bit b is bit b % 32 of word b // 32) with
-    position 0. Before each group of `Tables.latch` symbols the table is
-    ``table_of[row_class[row] + slot_class[piece, position]]``; a symbol adds its advance to the position, clamped to `span`,
-    then its value to the weight of column ``slots[piece, position]``. The stream ends with the symbol that reaches `span`;
-    what follows belongs to the next stream and may be decoded harmlessly, since slots[:, span] is no column.
+    A stream s = row * pieces + piece starts at bit ``stream_start[s]`` of `words` (bit b is bit b %
+    32 of word b // 32) with position 0. Before each group of `Tables.latch` symbols the table is
+    ``table_of[row_class[row] + slot_class[piece, position]]``; a symbol adds its advance to the
+    position, clamped to `span`, then its value to the weight of column ``slots[piece, position]``.
+    The stream ends with the symbol that reaches `span`; what follows belongs to the next stream and
+    may be decoded harmlessly, since slots[:, span] is no column.
 
     Attributes:
         rows, cols: shape.
@@ -38,10 +41,13 @@ class Layout:
         words: int32 [n + PADDING_WORDS], bit patterns of the little-endian payload words.
         stream_start: int32 [rows * pieces + 1], bit offsets; the last is the payload's length.
         row_class: uint8 [rows].
-        slots: int32 [pieces, span + 1]; column whose weight ends at a position, `cols` where there is none.
+        slots: int32 [pieces, span + 1]; column whose weight ends at a position, `cols` where there
+            is none.
         slot_class: uint8 [pieces, span + 1]; class of the column that comes next at a position.
-        col_order: int32 [coded]; coded columns by falling class: position k of piece p is col_order[(k - 1) * pieces + p].
-        row_index, row_index_neg, col_index: int16 grid indices of the scales [rows], [rows] or None, [cols].
+        col_order: int32 [coded]; coded columns by falling class: position k of piece p is
+            col_order[(k - 1) * pieces + p].
+        row_index, row_index_neg, col_index: int16 grid indices of the scales [rows], [rows] or
+            None, [cols].
         row_scale, row_scale_neg, col_scale: the same as float32.
     """
 
@@ -71,12 +77,12 @@ class Layout:
 def write_matrix(
     tables: Tables,
     matrix: QuantizedMatrix,
-    row_class: NDArray[np.uint8],
-    col_class: NDArray[np.uint8],
-    words: NDArray[np.uint32],
+    row_class: U8,
+    col_class: U8,
+    words: U32,
     stream_bits: I64,
-) -> Tensor:
-    """Blob of a matrix.
+) -> tuple[Tensor, int]:
+    """Blob of a matrix, and how many of its bits are scales.
 
     Args:
         tables: its group's tables.
@@ -86,28 +92,33 @@ def write_matrix(
         stream_bits: int64 [rows * pieces + 1], bit offset of every stream.
 
     Returns:
-        uint8 [n], n a multiple of 4.
+        uint8 [n], n a multiple of 4, and the bits of row, negative row and column scales.
     """
     negative = matrix.row_scale_neg
-    strings = []
+    strings, scale_bits = [], 0
     for name, values, predictor in side_values(matrix, row_class, col_class, stream_bits):
         strings.append(tables.fields[name].encode(values, predictor))
+        scale_bits += int(strings[-1][1].sum(dtype=np.int64)) if name in SCALE_FIELDS else 0
     flag = np.array([negative is not None], np.uint64), np.ones(1, np.uint8)
     values = np.concatenate([flag[0], *(s[0] for s in strings)])
     widths = np.concatenate([flag[1], *(s[1] for s in strings)])
     side = np.zeros(-(-int(widths.sum(dtype=np.int64)) // 32) + 1, np.uint32)
     pack(values, widths, side)
     blob = np.concatenate([np.array([MAGIC], np.uint32), side[:-1], words])
-    return to_blob(blob, tables.checksum)[0]
+    return to_blob(blob, tables.checksum)[0], scale_bits
 
 
 def side_values(
-    matrix: QuantizedMatrix, row_class: NDArray[np.uint8], col_class: NDArray[np.uint8], stream_bits: I64
+    matrix: QuantizedMatrix, row_class: U8, col_class: U8, stream_bits: I64
 ) -> list[tuple[str, I64, I64]]:
     """Side data of a matrix in stored order: (field name, values, predictor)."""
     rows, cols = row_class.astype(np.int64), col_class.astype(np.int64)
     scale = matrix.row_scale.numpy().astype(np.int64)
-    out = [("col_class", cols, np.zeros_like(cols)), ("row_class", rows, np.zeros_like(rows)), ("row_scale", scale, rows)]
+    out = [
+        ("col_class", cols, np.zeros_like(cols)),
+        ("row_class", rows, np.zeros_like(rows)),
+        ("row_scale", scale, rows),
+    ]
     if matrix.row_scale_neg is not None:
         out.append(("row_scale_neg", matrix.row_scale_neg.numpy().astype(np.int64), scale))
     out.append(("col_scale", matrix.col_scale.numpy().astype(np.int64), cols))
@@ -129,6 +140,11 @@ def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> Layout:
         CorruptError: the blob is not a matrix of this group, sound to the last bit.
     """
     raw, _ = from_blob(blob, 3, MAGIC, tables.checksum, check)
+    streams = tables.rows * piece_count(tables.cols)
+    if (
+        streams > 32 * raw.size
+    ):  # each has at least one bit; checked before anything is sized by rows
+        raise CorruptError(f"blob of {4 * raw.size + 4} bytes for {streams} streams")
     words = np.concatenate([raw[1:], np.zeros(PADDING_WORDS, np.uint32)])
     side = _SideReader(tables.fields, words)
     negative = side.flag()
@@ -136,11 +152,16 @@ def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> Layout:
     col_class = side.take("col_class", tables.cols, zeros, 0, CONTEXTS)
     row_class = side.take("row_class", tables.rows, zeros, 0, CONTEXTS - 1)
     if not col_class.any() or row_class.max() + col_class.max() - 1 >= CONTEXTS:
-        raise CorruptError(f"row classes to {row_class.max()} and column classes to {col_class.max()}")
+        raise CorruptError(
+            f"row classes to {row_class.max()} and column classes to {col_class.max()}"
+        )
     row_scale = side.take("row_scale", tables.rows, row_class, SCALE_MIN, SCALE_MAX)
-    row_neg = side.take("row_scale_neg", tables.rows, row_scale, SCALE_MIN, SCALE_MAX) if negative else None
+    row_neg = (
+        side.take("row_scale_neg", tables.rows, row_scale, SCALE_MIN, SCALE_MAX)
+        if negative
+        else None
+    )
     col_scale = side.take("col_scale", tables.cols, col_class, SCALE_MIN, SCALE_MAX)
-    streams = tables.rows * piece_count(tables.cols)
     segment_bits = side.take("segment_bits", -(-streams // SEGMENT), zeros, 1, 1 << 31)
     payload = words[side.finish() :]
     bits = int(segment_bits.sum())
@@ -177,7 +198,7 @@ def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> Layout:
 class _SideReader:
     """Takes the fields of a matrix from its words, one after another."""
 
-    def __init__(self, fields: dict[str, Field], words: NDArray[np.uint32]) -> None:
+    def __init__(self, fields: dict[str, Field], words: U32) -> None:
         self._fields, self._words, self._position = fields, words, 0
 
     def flag(self) -> bool:
@@ -185,9 +206,13 @@ class _SideReader:
         return bool(self._words[0] & 1)
 
     def take(self, name: str, count: int, predictor: I64, low: int, high: int) -> I64:
-        values, self._position = self._fields[name].decode(self._words, self._position, count, predictor)
+        values, self._position = self._fields[name].decode(
+            self._words, self._position, count, predictor
+        )
         if values.min() < low or values.max() > high:
-            raise CorruptError(f"{name} from {values.min()} to {values.max()}, allowed {low} to {high}")
+            raise CorruptError(
+                f"{name} from {values.min()} to {values.max()}, allowed {low} to {high}"
+            )
         return values
 
     def finish(self) -> int:

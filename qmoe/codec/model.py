@@ -1,24 +1,23 @@
-"""Choice of the tables of a group: which contexts share a table and which kind (R, V) each table is.
+"""Choice of a group's tables: which contexts share one and of which kind (R, V) it is.
 
-Both are decided from histograms of the weights by context, as if weights were independent within a context, without parsing
-the streams. Contexts are ordered by expected magnitude, so tables are runs of neighbouring contexts and dynamic
-programming finds the best cut.
+Both are decided from histograms of the weights by context, as if weights were independent within a
+context, without parsing the streams. Contexts are ordered by expected magnitude, so tables are runs
+of neighbouring contexts and dynamic programming finds the best cut.
 """
 
 from dataclasses import dataclass
 
 import numba as nb
 import numpy as np
-from numpy.typing import NDArray
 
+from qmoe.codec.arrays import F64, I64, U8
 from qmoe.codec.huffman import code_lengths
-from qmoe.codec.symbols import symbol_count
+from qmoe.codec.symbols import MAX_ESCAPES, symbol_count, value_bound
 
 MAX_TABLES = 16
 RUNS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 62)
 VALUES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 31, 48, 64, 96, 127)
 _TABLE_BITS = 16 + 90  # typical header cost of a table
-F64, I64 = NDArray[np.float64], NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,16 @@ class Model:
         kinds: (R, V) per table.
         escapes: X, common to all.
         bits: expected size of the streams.
+        entropy: of the weights given their tables, bits.
     """
 
     first: list[int]
     kinds: list[tuple[int, int]]
     escapes: int
     bits: float
+    entropy: float
 
-    def table_of(self, contexts: int) -> NDArray[np.uint8]:
+    def table_of(self, contexts: int) -> U8:
         """Table of each context, uint8 [contexts]."""
         starts = np.zeros(contexts, np.int64)
         starts[self.first] = 1
@@ -46,7 +47,8 @@ class Model:
 
 @nb.njit(cache=True, nogil=True)
 def _cut(prefix: F64, tables: int, table_bits: float) -> I64:
-    """Best cut of contexts into at most `tables` runs; prefix float64 [contexts + 1, alphabet] of counts. Returns the starts."""
+    """Best cut of contexts into at most `tables` runs; prefix float64 [contexts + 1, alphabet] of
+    counts. Returns the starts."""
     contexts, alphabet = prefix.shape[0] - 1, prefix.shape[1]
     cost = np.zeros((contexts, contexts + 1))
     for s in range(contexts):
@@ -81,7 +83,8 @@ def _cut(prefix: F64, tables: int, table_bits: float) -> I64:
 
 @nb.njit(cache=True, nogil=True)
 def _expected_counts(histogram: F64, run: int, value: int, escapes: int, out: I64) -> float:
-    """Expected symbol counts per 2^20 starting symbols of a table; returns the weights that they advance.
+    """Expected symbol counts per 2^20 starting symbols of a table; returns the weights that they
+    advance.
 
     histogram: float64 [256], count of q at index q + 128.
     """
@@ -125,45 +128,73 @@ def _kind_cost(histogram: F64, run: int, value: int, escapes: int, limit: int) -
     counts = np.zeros(n, np.int64)
     advance = _expected_counts(histogram, run, value, escapes, counts)
     lengths = code_lengths(counts, limit)
-    return (counts * lengths).sum() / advance
+    return float((counts * lengths).sum() / advance)
 
 
-def choose(histogram: I64, limit: int, max_size: int) -> Model:
-    """Tables for a group.
+def cut(histogram: I64) -> list[int]:
+    """Contexts at which the tables of a group start, first 0.
 
     Args:
         histogram: int64 [contexts, 256], count of q at index q + 128 in each context.
-        limit: longest code, bits.
-        max_size: largest |q| of the group.
     """
     used = np.flatnonzero(histogram.sum(0))
     contexts = np.flatnonzero(histogram.sum(1))
     prefix = np.zeros((contexts.size + 1, used.size))
     np.cumsum(histogram[contexts][:, used], axis=0, out=prefix[1:])
-    cuts = _cut(prefix, MAX_TABLES, float(_TABLE_BITS))
-    first = [0, *(int(contexts[c]) for c in cuts[1:])]
-    escapes = min(5, max(max_size - 1, 0).bit_length())
-    kinds, bits = [], 0.0
+    return [0, *(int(contexts[c]) for c in _cut(prefix, MAX_TABLES, float(_TABLE_BITS))[1:])]
+
+
+def choose(histogram: I64, first: list[int], limit: int, max_size: int) -> Model:
+    """Kinds of the tables of a group.
+
+    Args:
+        histogram: int64 [contexts, 256], count of q at index q + 128 in each context.
+        first: of `cut`.
+        limit: longest code, bits.
+        max_size: largest |q| of the group.
+    """
+    escapes = min(MAX_ESCAPES, max(max_size - 1, 0).bit_length())
+    kinds, bits, entropy = [], 0.0, 0.0
     for start, stop in zip(first, [*first[1:], histogram.shape[0]], strict=True):
-        cost, kind = _best_kind(histogram[start:stop].sum(0).astype(np.float64), limit, escapes)
+        counts = histogram[start:stop].sum(0).astype(np.float64)
+        cost, kind = _best_kind(counts, limit, escapes)
         kinds.append(kind)
         bits += cost
-    return Model(first, kinds, escapes, bits)
+        some = counts[counts > 0]
+        entropy += float((some * np.log2(some.sum() / some)).sum())
+    return Model(first, kinds, escapes, bits, entropy)
 
 
 def _best_kind(histogram: F64, limit: int, escapes: int) -> tuple[float, tuple[int, int]]:
+    """Cheapest (R, V) and its bits, by descent from a first guess over neighbouring runs and
+    values."""
     weights = histogram.sum()
-    sizes = np.abs(np.flatnonzero(histogram) - 128)
-    top = int(sizes.max())
-    best = (np.inf, (1, 1))
-    for run in RUNS:
-        for value in VALUES:
-            if symbol_count(run, value, escapes) > 1 << limit:
-                break
-            header = 2.0 * run * value
-            bits = _kind_cost(histogram, run, value, escapes, limit) * weights + header
-            if bits < best[0]:
-                best = bits, (run, value)
-            if value >= top:
-                break
-    return best
+    zeros = min(histogram[128] / weights, 0.999)
+    guess = 1.0 if zeros < 0.1 else float(np.log(0.2) / np.log(zeros))
+    costs: dict[tuple[int, int], float] = {}
+
+    def cost(i: int, j: int) -> float:
+        if not (0 <= i < len(RUNS) and 0 <= j < len(VALUES)):
+            return np.inf
+        if (i, j) not in costs:
+            run, value = RUNS[i], VALUES[j]
+            fits = symbol_count(run, value, escapes) <= 1 << limit and value <= value_bound(limit)
+            bits = (
+                _kind_cost(histogram, run, value, escapes, limit) * weights + 2.0 * run * value
+                if fits
+                else np.inf
+            )
+            costs[i, j] = bits
+        return costs[i, j]
+
+    at = int(np.searchsorted(RUNS[:-1], guess)), 0
+    while True:
+        i, j = at
+        around = [
+            at,
+            *((i + x, j + y) for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1))),
+        ]
+        best = min(around, key=lambda c: cost(*c))
+        if best == at:
+            return cost(*at), (RUNS[i], VALUES[j])
+        at = best

@@ -1,7 +1,8 @@
-"""Side data of a matrix (classes, scale indices, segment lengths): integer sequences as Huffman code plus raw low bits.
+"""Side data of a matrix (classes, scales, segment lengths): Huffman codes plus raw low bits.
 
-A `Field` is the model of one such sequence, shared by a group and stored in its header:
-``value = base + slope * predictor + step * (symbol << raw_bits | raw)``. A field whose only symbol is 0 writes no code at all.
+A `Field` is the model of one such sequence, shared by a group and stored in its header: ``value =
+base + slope * predictor + step * (symbol << raw_bits | raw)``. A field whose only symbol is 0
+writes no code at all.
 """
 
 from collections.abc import Sequence
@@ -9,13 +10,12 @@ from dataclasses import dataclass
 
 import numba as nb
 import numpy as np
-from numpy.typing import NDArray
 
+from qmoe.codec.arrays import I64, U8, U32, U64
 from qmoe.codec.bits import BitReader, BitWriter
 from qmoe.codec.huffman import MAX_LENGTH, canonical_codes, code_lengths, fill_lookup, is_complete
 from qmoe.errors import CorruptError
 
-I64 = NDArray[np.int64]
 _BASE, _STEP, _SLOPE, _RAW, _COUNT = 32, 12, 8, 5, 8  # widths of a field's header entries, bits
 _MAX_RAW = 18
 
@@ -36,7 +36,7 @@ class Field:
     slope: int
     step: int
     raw_bits: int
-    lengths: NDArray[np.uint8]
+    lengths: U8
 
     def write(self, out: BitWriter) -> None:
         """Appends the model to a header."""
@@ -60,40 +60,49 @@ class Field:
         if count > 1:
             lengths[:] = [source.get(4) for _ in range(count)]
             if not is_complete(lengths, MAX_LENGTH):
-                raise CorruptError(f"side data field with an incomplete code of lengths {lengths.tolist()}")
+                raise CorruptError(
+                    f"side data field with an incomplete code of lengths {lengths.tolist()}"
+                )
         base -= (base >> 31) << 32
         return Field(base, slope - ((slope >> 7) << 8), step, raw_bits, lengths)
 
-    def encode(self, values: I64, predictor: I64 | int = 0) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-        """Bit strings of a sequence: value uint64 [n] and width uint8 [n] of each element, for `pack`."""
+    def encode(self, values: I64, predictor: I64 | int = 0) -> tuple[U64, U8]:
+        """Bit strings of a sequence: value uint64 [n] and width uint8 [n] of each element, for
+        `pack`."""
         units = (values - self.slope * predictor - self.base) // self.step
         high = units >> self.raw_bits
         raw = (units & ((1 << self.raw_bits) - 1)).astype(np.uint64)
         if self.lengths.size == 1:
             return raw, np.full(values.size, self.raw_bits, np.uint8)
         widths = self.lengths[high]
-        return canonical_codes(self.lengths)[high] | raw << widths.astype(np.uint64), widths + np.uint8(self.raw_bits)
+        return canonical_codes(self.lengths)[high] | raw << widths.astype(
+            np.uint64
+        ), widths + np.uint8(self.raw_bits)
 
     def decode(
-        self, words: NDArray[np.uint32], position: int, count: int, predictor: I64 | int = 0
+        self, words: U32, position: int, count: int, predictor: I64 | int = 0
     ) -> tuple[I64, int]:
         """Reads `count` values at bit `position` of `words`, which must end with two padding words.
 
         Returns:
-            int64 [count] and the position behind them. Raises CorruptError when the words end too early.
+            int64 [count] and the position behind them. Raises CorruptError when the words end too
+            early.
         """
         units = np.empty(count, np.int64)
         coded = self.lengths.size > 1
         lookup = fill_lookup(self.lengths, MAX_LENGTH) if coded else np.zeros(1, np.uint32)
         end = 32 * (words.size - 2)
-        position = _read_units(words, position, end, lookup, self.raw_bits, units)
-        if position < 0:
+        after = int(_read_units(words, np.int64(position), end, lookup, self.raw_bits, units))
+        if after < 0:
             raise CorruptError(f"side data runs over its {end} bits")
-        return self.base + self.slope * predictor + self.step * units, position
+        return self.base + self.slope * predictor + self.step * units, after
 
 
-def fit_field(values: Sequence[I64], predictors: Sequence[I64] | None = None, slopes: Sequence[int] = (0,)) -> Field:
-    """The cheapest field for the sequences of a group (header included), by trying slopes and numbers of raw bits."""
+def fit_field(
+    values: Sequence[I64], predictors: Sequence[I64] | None = None, slopes: Sequence[int] = (0,)
+) -> Field:
+    """The cheapest field for the sequences of a group (header included), by trying slopes and
+    numbers of raw bits."""
     best: tuple[float, Field] | None = None
     flat = np.concatenate(values)
     prediction = np.concatenate(predictors) if predictors is not None else np.zeros_like(flat)
@@ -118,13 +127,16 @@ def fit_field(values: Sequence[I64], predictors: Sequence[I64] | None = None, sl
             if counts.size == 1:
                 break
     if best is None:
-        raise ValueError(f"side data values from {flat.min()} to {flat.max()} do not fit the format")
+        raise ValueError(
+            f"side data values from {flat.min()} to {flat.max()} do not fit the format"
+        )
     return best[1]
 
 
 @nb.njit(cache=True, nogil=True)
-def pack(values: NDArray[np.uint64], widths: NDArray[np.uint8], words: NDArray[np.uint32]) -> int:
-    """Writes bit strings one after another into zeroed `words`, least significant bit first; returns the number of bits."""
+def pack(values: U64, widths: U8, words: U32) -> int:
+    """Writes bit strings one after another into zeroed `words`, least significant bit first;
+    returns the number of bits."""
     position = 0
     for i in range(values.size):
         word, shift = position >> 5, np.uint64(position & 31)
@@ -138,17 +150,18 @@ def pack(values: NDArray[np.uint64], widths: NDArray[np.uint8], words: NDArray[n
 
 @nb.njit(cache=True, nogil=True)
 def _read_units(
-    words: NDArray[np.uint32], position: int, end: int, lookup: NDArray[np.uint32], raw_bits: int, out: I64
-) -> int:
+    words: U32, position: np.int64, end: int, lookup: U32, raw_bits: int, out: I64
+) -> np.int64:
     mask = np.uint64(lookup.size - 1)
     raw_mask = np.uint64((1 << raw_bits) - 1)
     for i in range(out.size):
         if position > end:
-            return -1
+            return np.int64(-1)
         word = position >> 5
-        window = (np.uint64(words[word]) | np.uint64(words[word + 1]) << np.uint64(32)) >> np.uint64(position & 31)
-        entry = lookup[window & mask]
-        length = np.uint64(entry & np.uint32(15))
-        out[i] = np.int64(entry >> np.uint32(4)) << raw_bits | np.int64((window >> length) & raw_mask)
-        position += np.int64(length) + raw_bits
-    return position if position <= end else -1
+        window = np.uint64(words[word]) | np.uint64(words[word + 1]) << np.uint64(32)
+        window >>= np.uint64(position & 31)
+        entry = np.int64(lookup[window & mask])
+        raw = np.int64(window >> np.uint64(entry & 15) & raw_mask)
+        out[i] = entry >> 4 << raw_bits | raw
+        position += (entry & 15) + raw_bits
+    return position if position <= end else np.int64(-1)

@@ -10,13 +10,24 @@ symbol                                (advance, value)    meaning
 1 + 2 * R * V + 2 * k + s             (0, 2^k or -2^k)    adds to the weight just written
 ====================================  ==================  ==================================
 
-with 0 <= r < R, 1 <= v <= V, 0 <= k < X. R = 1 codes weights singly. A weight beyond V is +-V plus escapes of its own sign.
+with 0 <= r < R, 1 <= v <= V, 0 <= k < X. R = 1 codes weights singly. A weight beyond V is +-V plus
+escapes of its own sign.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
-MAX_RUN, MAX_VALUE, MAX_ESCAPES = 62, 127, 7
+from qmoe.codec.arrays import I32, I64
+
+MAX_RUN, MAX_VALUE, MAX_ESCAPES = 62, 127, 5
+SHORT_LIMIT, SHORT_VALUE = (
+    8,
+    31,
+)  # with codes of 8 bits values fit in 6 bits, so that lookup entries fit in 16
+
+
+def value_bound(limit: int) -> int:
+    """Largest V with codes of at most `limit` bits."""
+    return SHORT_VALUE if limit <= SHORT_LIMIT else MAX_VALUE
 
 
 def symbol_count(run: int, value: int, escapes: int) -> int:
@@ -24,7 +35,7 @@ def symbol_count(run: int, value: int, escapes: int) -> int:
     return 1 + 2 * run * value + 2 * escapes
 
 
-def symbol_effects(run: int, value: int, escapes: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def symbol_effects(run: int, value: int, escapes: int) -> tuple[I32, I32]:
     """Advance and value of every symbol, int32 [symbol_count] each."""
     signs = np.array([1, -1], np.int32)
     steps = np.repeat(np.arange(1, run + 1, dtype=np.int32), 2 * value)
@@ -34,8 +45,9 @@ def symbol_effects(run: int, value: int, escapes: int) -> tuple[NDArray[np.int32
     return advance, np.concatenate([np.zeros(1, np.int32), values, powers.astype(np.int32)])
 
 
-def length_predictor(run: int, value: int, escapes: int) -> NDArray[np.int64]:
-    """For each symbol the earlier one whose code length predicts its own: the other sign, one run or one value less; -1 = none."""
+def length_predictor(run: int, value: int, escapes: int) -> I64:
+    """For each symbol the earlier one whose code length predicts its own: the other sign, one run
+    or one value less; -1 = none."""
     n = symbol_count(run, value, escapes)
     source = np.arange(n, dtype=np.int64) - 2
     plain = np.arange(n) <= 2 * run * value

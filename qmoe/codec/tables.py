@@ -1,4 +1,4 @@
-"""The header of a group: everything that its matrices share. Written once, validated before anything is sized by it.
+"""The header of a group: what its matrices share, validated before anything is sized by it.
 
 docs/format-codec.md is the specification; `write_tables` and `parse_tables` are its two directions.
 """
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from qmoe.codec.arrays import I64, U8, U16, U32
 from qmoe.codec.bits import BitReader, BitWriter
 from qmoe.codec.classes import CONTEXTS
 from qmoe.codec.geometry import MAX_COLS, MAX_ROWS
@@ -20,10 +20,11 @@ from qmoe.codec.sidedata import Field
 from qmoe.codec.symbols import (
     MAX_ESCAPES,
     MAX_RUN,
-    MAX_VALUE,
+    SHORT_LIMIT,
     length_predictor,
     symbol_count,
     symbol_effects,
+    value_bound,
 )
 from qmoe.errors import CorruptError
 
@@ -45,20 +46,22 @@ class Tables:
         escapes: X.
         lengths: code lengths of each table, uint8 [symbol count].
         fields: models of the side data by name, see FIELDS.
-        checksum: crc32 of the blob; seeds the checksum of every matrix, so that a matrix fits its own tables only.
-        lookup: uint32 [tables, 2^L]; entry = code length | advance << 8 | (value & 0xff) << 16 for the next L bits.
+        checksum: crc32 of the blob; seeds the checksum of every matrix, so that a matrix fits its
+            own tables only.
+        lookup: uint32 [tables, 2^L]; entry = code length | advance << 8 | (value & 0xff) << 16 for
+            the next L bits.
     """
 
     rows: int
     cols: int
     limit: int
-    table_of: NDArray[np.uint8]
+    table_of: U8
     kinds: tuple[tuple[int, int], ...]
     escapes: int
-    lengths: tuple[NDArray[np.uint8], ...]
+    lengths: tuple[U8, ...]
     fields: dict[str, Field]
     checksum: int
-    lookup: NDArray[np.uint32] = field(init=False, repr=False)
+    lookup: U32 = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         lookup = np.empty((len(self.kinds), 1 << self.limit), np.uint32)
@@ -74,24 +77,20 @@ class Tables:
         """Symbols that share a table: 32 // L, so that they fit in one 32-bit word."""
         return 32 // self.limit
 
-    @property
-    def largest_value(self) -> int:
-        """Largest |value| of one symbol; up to 31 the entries fit in 16 bits, see `lookup16`."""
-        return max(max(v for _, v in self.kinds), 1 << self.escapes >> 1)
-
-    def lookup16(self) -> NDArray[np.uint16]:
-        """The lookup tables as uint16 [tables, 2^L]: code length | advance << 4 | (value & 63) << 10.
+    def lookup16(self) -> U16:
+        """The lookup tables as uint16 [tables, 256]: code length | advance << 4 | (value & 63) <<
+        10.
 
         Raises:
-            ValueError: a symbol's value does not fit in 6 bits.
+            ValueError: L is not 8; longer codes may have values that do not fit in 6 bits.
         """
-        if self.largest_value > 31:
-            raise ValueError(f"values up to {self.largest_value} do not fit in 16-bit entries")
+        if self.limit != SHORT_LIMIT:
+            raise ValueError(f"16-bit entries need codes of {SHORT_LIMIT} bits, got {self.limit}")
         e = self.lookup
         return (e & 15 | (e >> 8 & 63) << 4 | (e >> 16 & 63) << 10).astype(np.uint16)
 
 
-def to_blob(words: NDArray[np.uint32], seed: int) -> tuple[Tensor, int]:
+def to_blob(words: U32, seed: int) -> tuple[Tensor, int]:
     """Appends the crc32 (seeded) of the words as a last word: uint8 tensor and checksum."""
     data = words.astype("<u4").tobytes()
     checksum = zlib.crc32(data, seed)
@@ -99,19 +98,24 @@ def to_blob(words: NDArray[np.uint32], seed: int) -> tuple[Tensor, int]:
     return torch.from_numpy(blob.copy()), checksum
 
 
-def from_blob(blob: Tensor, least: int, magic: int, seed: int, check: bool) -> tuple[NDArray[np.uint32], int]:
-    """Words of a blob without its checksum, and the checksum; CorruptError unless size, magic and checksum are right."""
+def from_blob(blob: Tensor, least: int, magic: int, seed: int, check: bool) -> tuple[U32, int]:
+    """Words of a blob without its checksum, and the checksum; CorruptError if either is wrong."""
     if blob.dtype != torch.uint8 or blob.ndim != 1 or blob.device.type != "cpu":
-        raise ValueError(f"a blob is a flat uint8 CPU tensor, got {blob.dtype} {tuple(blob.shape)} on {blob.device}")
+        got = f"{blob.dtype} {tuple(blob.shape)} on {blob.device}"
+        raise ValueError(f"a blob is a flat uint8 CPU tensor, got {got}")
     data = blob.contiguous().numpy()
     if data.size % 4 or data.size < 4 * least:
-        raise CorruptError(f"blob of {data.size} bytes; expected a multiple of 4 and at least {4 * least}")
+        raise CorruptError(
+            f"blob of {data.size} bytes; expected a multiple of 4 and at least {4 * least}"
+        )
     words = np.frombuffer(data.tobytes(), "<u4")
     if words[0] != magic:
         raise CorruptError(f"blob starts with {int(words[0]):#010x}, expected {magic:#010x}")
     stored = int(words[-1])
     if check and stored != (actual := zlib.crc32(data[:-4].tobytes(), seed)):
-        raise CorruptError(f"checksum of a blob of {data.size} bytes is {actual:#010x}, stored {stored:#010x}")
+        raise CorruptError(
+            f"checksum of a blob of {data.size} bytes is {actual:#010x}, stored {stored:#010x}"
+        )
     return words[:-1], stored
 
 
@@ -119,10 +123,10 @@ def write_tables(
     rows: int,
     cols: int,
     limit: int,
-    table_of: NDArray[np.uint8],
+    table_of: U8,
     kinds: tuple[tuple[int, int], ...],
     escapes: int,
-    lengths: tuple[NDArray[np.uint8], ...],
+    lengths: tuple[U8, ...],
     fields: dict[str, Field],
 ) -> tuple[Tensor, Tables]:
     """Header blob (uint8 tensor, a multiple of 4 bytes) and the parsed tables."""
@@ -136,7 +140,9 @@ def write_tables(
     for c in range(1, CONTEXTS):
         out.put(int(table_of[c] != table_of[c - 1]), 1)
     deltas = [_deltas(kind, escapes, n) for kind, n in zip(kinds, lengths, strict=True)]
-    meta = code_lengths(np.bincount(np.concatenate(deltas), minlength=16).astype(np.int64), MAX_LENGTH)
+    meta = code_lengths(
+        np.bincount(np.concatenate(deltas), minlength=16).astype(np.int64), MAX_LENGTH
+    )
     codes = canonical_codes(meta)
     for length in meta:
         out.put(int(length), 4)
@@ -151,7 +157,7 @@ def write_tables(
     return blob, Tables(rows, cols, limit, table_of, kinds, escapes, lengths, fields, checksum)
 
 
-def _deltas(kind: tuple[int, int], escapes: int, lengths: NDArray[np.uint8]) -> NDArray[np.int64]:
+def _deltas(kind: tuple[int, int], escapes: int, lengths: U8) -> I64:
     source = length_predictor(*kind, escapes)
     predicted = np.where(source >= 0, lengths[source], 0).astype(np.int64)
     return (lengths - predicted) & 15
@@ -189,15 +195,20 @@ def parse_tables(blob: Tensor, check: bool = True) -> Tables:
         lengths.append(lengths_of)
     fields = {name: Field.read(source) for name in FIELDS}
     source.finish()
-    return Tables(rows, cols, limit, table_of, tuple(kinds), escapes, tuple(lengths), fields, checksum)
+    return Tables(
+        rows, cols, limit, table_of, tuple(kinds), escapes, tuple(lengths), fields, checksum
+    )
 
 
 def _read_table(
-    source: BitReader, limit: int, escapes: int, lookup: NDArray[np.uint32]
-) -> tuple[tuple[int, int], NDArray[np.uint8]]:
+    source: BitReader, limit: int, escapes: int, lookup: U32
+) -> tuple[tuple[int, int], U8]:
     run, value = source.get(6), source.get(7)
-    if not 1 <= run <= MAX_RUN or not 1 <= value <= MAX_VALUE or symbol_count(run, value, escapes) > 1 << limit:
-        raise CorruptError(f"table of runs to {run} and values to {value} with codes of {limit} bits")
+    fits = symbol_count(run, value, escapes) <= 1 << limit and value <= value_bound(limit)
+    if not 1 <= run <= MAX_RUN or value < 1 or not fits:
+        raise CorruptError(
+            f"table of runs to {run} and values to {value} with codes of {limit} bits"
+        )
     lengths = np.zeros(symbol_count(run, value, escapes), np.uint8)
     for symbol, other in enumerate(length_predictor(run, value, escapes)):
         entry = int(lookup[source.peek(MAX_LENGTH)])
