@@ -27,22 +27,26 @@ def grouped_dot(
         return
     begin = tl.load(offsets + e)
     count = tl.load(offsets + e + 1) - begin
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first_row = tl.program_id(0) * ROWS
+    r = tl.arange(0, ROWS)
     k = tl.arange(0, DEPTH)
-    scale = tl.load(row_scale + e.to(tl.int64) * rows + r, mask=r < rows, other=0.0)
-    w_at = codes + (slot.to(tl.int64) * rows + r.to(tl.int64)[None, :]) * depth + k[:, None]
+    m = tl.arange(0, TOKENS)
+    real = r < rows - first_row
+    scale = tl.load(row_scale + e.to(tl.int64) * rows + first_row + r, mask=real, other=0.0)
+    codes += (slot.to(tl.int64) * rows + first_row) * depth
+    y += first_row
     for tile in range(tl.program_id(2), tl.cdiv(count, TOKENS), SPLIT):
-        m = tile * TOKENS + tl.arange(0, TOKENS)
-        here = m < count
-        x_at = xs + (begin + m).to(tl.int64)[:, None] * depth + k[None, :]
+        here = m < count - tile * TOKENS
+        start = (begin + tile * TOKENS).to(tl.int64)
+        x = xs + start * depth
         total = tl.zeros([TOKENS, ROWS], tl.float32)
         for d in range(0, depth, DEPTH):
-            a = tl.load(x_at + d, mask=here[:, None], other=0.0)
-            w = tl.load(w_at + d, mask=(r < rows)[None, :], other=0.0)
+            a = tl.load(x + m[:, None] * depth + (d + k)[None, :], mask=here[:, None], other=0.0)
+            w = tl.load(codes + r[None, :] * depth + (d + k)[:, None], mask=real[None, :], other=0.0)
             if EXACT:
                 total += tl.dot(a.to(tl.float32), w.to(tl.float32), input_precision="ieee")
             else:
                 total += tl.dot(a, w)
-        pair = tl.load(order + begin + m, mask=here, other=0).to(tl.int64)
+        pair = tl.load(order + start + m, mask=here, other=0).to(tl.int64)
         to = y + pair[:, None] * rows + r[None, :]
-        tl.store(to, (total * scale[None, :]).to(y.dtype.element_ty), mask=here[:, None] & (r < rows)[None, :])
+        tl.store(to, (total * scale[None, :]).to(y.dtype.element_ty), mask=here[:, None] & real[None, :])

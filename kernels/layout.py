@@ -138,7 +138,7 @@ def pack_projection(matrices: Sequence[tuple[Tables, Layout]], segments: int = 1
             raise ValueError(f"experts of a projection must have one shape, got {(m.rows, m.cols)} and {(first.rows, first.cols)}")
     groups = list({id(t): t for t, _ in matrices}.values())
     span = max(m.span for _, m in matrices)
-    wide = any(t.largest_value > 31 for t in groups)
+    wide = any(int(np.abs(_values(t)).max()) > 31 for t in groups)
     lut, maps = _lookup(groups, wide)
     parts = [_programs(t, m, segments) for t, m in matrices]
     sizes = np.cumsum([0, *(p.words for p in parts)])
@@ -233,12 +233,17 @@ def _programs(tables: Tables, m: Layout, segments: int) -> _Programs:
     return replace(out, words=words)
 
 
+def _values(t: Tables) -> NDArray[np.int64]:
+    """Value of every lookup entry."""
+    return (t.lookup >> 16 & 0xFF).astype(np.uint8).view(np.int8).astype(np.int64)
+
+
 def _lookup(groups: Sequence[Tables], wide: bool) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
     """Device lookup tables of all groups and their context maps."""
     entries, maps, base = [], np.zeros((len(groups), CONTEXTS), np.int32), 0
     for g, t in enumerate(groups):
         length, advance = t.lookup & 15, t.lookup >> 8 & 63
-        value = (t.lookup >> 16 & 0xFF).astype(np.uint8).view(np.int8).astype(np.int64) + (128 if wide else 32)
+        value = _values(t) + (128 if wide else 32)
         entry = advance | value.astype(np.uint32) << 6 | length << (14 if wide else 12)
         entries.append((entry.astype(np.uint32).view(np.int32) if wide else entry.astype(np.uint16).view(np.int16)).ravel())
         table = np.minimum(np.arange(CONTEXTS), t.table_of.size - 1)

@@ -32,7 +32,7 @@ class Plan:
     token_tile: int = 64
     row_tile: int = 128
     depth_tile: int = 64
-    dot_warps: int = 4
+    dot_warps: int = 8
     dot_stages: int = 3
     scratch_bytes: int = 64 << 20
     asm: bool = True

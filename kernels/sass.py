@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 ALU = frozenset(
     "LEA LOP3 SHF ISETP SEL VIMNMX IMNMX VIADD IADD3 IADD PRMT SGXT FSEL FSETP FMNMX I2FP VIADDMNMX PLOP3 LOP IADD32I".split()
 )
+ROUND = frozenset({"depth", "size"})  # integers that are always multiples of 16, which a launch would tell the compiler
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def compile_for(kernel: Any, types: Mapping[str, str], constants: Mapping[str, A
     """
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") or n in ROUND}
     source = ASTSource(kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
     if isinstance(target, str):
         out = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
@@ -98,8 +99,9 @@ def inner_loop(listing: str) -> Counter[str]:
         if not jump or jump[1] not in labels or labels[jump[1]] <= last_end:
             continue
         body = [x for x in lines[labels[jump[1]] : i + 1] if re.search(r"/\*[0-9a-f]{4,}\*/", x)]
-        if len(body) > 1:
-            last_end = i
+        if len(body) == 1:  # the trap behind the code
+            continue
+        last_end = i
         if len(body) > len(best):
             best = body
     return Counter(m[1] for x in best if (m := re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", x)))
