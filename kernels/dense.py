@@ -1,9 +1,14 @@
-"""Decode to integers: a warp writes the codes of 32 stream segments into a zeroed scratch. Device code; twin `decode_torch`.
+# ruff: noqa: ANN001, ANN201 -- arguments of device code have no Python types
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+"""Decode to integers: a warp writes the codes of 32 stream segments into a zeroed scratch. Device
+code; twin `decode_torch`.
 
-Replaces `for r, c in nonzeros(expert): out[r, p, position(c) - 1] = code`; out is [slots, rows, P, depth] in the order of the coded
-columns, bf16, float32 or int8: codes up to +-128 are exact in all of them. A weight may be the sum of several symbols (the later
-ones advance by 0); the lane keeps the sum in a register and stores it again, so nothing is read back. Writes are masked to
-0 <= position < depth and to the lane's own row.
+Replaces `for r, c in nonzeros(expert): out[r, p, position(c) - 1] = code`; out is [slots, rows, P,
+depth] in the order of the coded
+columns, bf16, float32 or int8: codes up to +-128 are exact in all of them. A weight may be the sum
+of several symbols (the later ones advance by 0); the lane keeps the sum in a register and stores it
+again, so nothing is read back. Writes are masked to 0 <= position < depth and to the lane's own
+row.
 """
 
 import triton
@@ -14,25 +19,31 @@ from qmoe.kernels.device import latch, refill, symbol, window_of
 
 @triton.jit
 def zero_active(out, counts, first, experts, size, BLOCK: tl.constexpr):
-    """Zeros of the scratch of the experts that have tokens; grid (blocks of `size` = elements per expert, slots)."""
+    """Zeros of the scratch of the experts that have tokens; grid (blocks of `size` = elements per
+    expert, slots).
+    """
     slot = tl.program_id(1)
     e = first + slot
-    if e < experts:
-        if tl.load(counts + e) > 0:
-            i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            zeros = tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty)
-            tl.store(out + slot.to(tl.int64) * size + i, zeros, mask=i < size)
+    if e >= experts:
+        return
+    if tl.load(counts + e) > 0:
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        zeros = tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty)
+        tl.store(out + slot.to(tl.int64) * size + i, zeros, mask=i < size)
 
 
 @triton.jit
 def decode_active(
     words, records, lanes, starts, classes, context_maps, expert_maps, expert_limits, lut,
-    row_scale, row_scale_neg, out, counts, first, experts, rows, stored, depth, tiles, entry_bytes, map_stride,
+    row_scale, row_scale_neg, out, counts, first, experts, rows, stored, depth, tiles, entry_bytes,
+    map_stride,
     L: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One warp: 32 segments of one piece of expert first + slot, if it has tokens; grid (NP, slots).
+    """One warp: 32 segments of one piece of expert first + slot, if it has tokens; grid (NP,
+    slots).
 
-    NEG: negative codes are multiplied by row_scale_neg / row_scale, so that row_scale alone is left to be applied.
+    NEG: negative codes are multiplied by row_scale_neg / row_scale, so that row_scale alone is left
+        to be applied.
     """
     lane = tl.arange(0, 32)
     program = tl.program_id(0)
@@ -69,7 +80,9 @@ def decode_active(
         at_row = e.to(tl.int64) * rows + row
         ratio *= tl.load(row_scale_neg + at_row, mask=row < rows, other=1.0)
         ratio /= tl.load(row_scale + at_row, mask=row < rows, other=1.0)
-    last = tl.minimum(limit - 1, depth)  # position of the last real column; parked lanes are beyond it
+    last = tl.minimum(
+        limit - 1, depth
+    )  # position of the last real column; parked lanes are beyond it
     total = tl.zeros([32], tl.float32)
     for _ in range(steps):
         table = latch(lut, classes, context_map, pos, entry_bytes, ASM)

@@ -1,6 +1,10 @@
-"""Device code that every kernel shares: one lane of a warp follows one stream segment. Knows nothing about experts or files.
+# ruff: noqa: ANN001, ANN201 -- arguments of device code have no Python types
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+"""Device code that every kernel shares: one lane of a warp follows one stream segment. Knows
+nothing about experts or files.
 
-The loop that the kernels replace, for one segment of one row (`x` in the order of the coded columns, one zero on each side):
+The loop that the kernels replace, for one segment of one row (`x` in the order of the coded
+columns, one zero on each side):
 
     while groups_left:
         table = lut[context_map[row_class + column_class[pos]]]         # latched once per G symbols
@@ -9,14 +13,17 @@ The loop that the kernels replace, for one segment of one row (`x` in the order 
             pos += advance; y += value * x[pos]; skip nbits
         pos = min(pos, limit)
 
-A lookup entry is one unsigned integer: advance in bits 0..5, value + bias in the next 6 (16-bit entries) or 8 bits (32-bit
-entries), code length above. Or-ing all other bits of the mantissa of 2^23 to one and subtracting that constant turns the value field
-into a float in two instructions, multiplied by VALUE_SCALE = 64; the sums are divided by 64 at the end.
+A lookup entry is one unsigned integer: advance in bits 0..5, value + bias in the next 6 (16-bit
+entries) or 8 bits (32-bit entries), code length above. Or-ing all other bits of the mantissa of
+2^23 to one and subtracting that constant turns the value field into a float in two instructions,
+multiplied by VALUE_SCALE = 64; the sums are divided by 64 at the end.
 
 Safety, whatever the words hold:
-- the word index only grows, by one word per group at most (G * L <= 32), and is masked at the end of its program's words;
+- the word index only grows, by one word per group at most (G * L <= 32), and is masked at the end
+  of its program's words;
 - a table index is L bits, the table base comes from tables that were built and checked on the host;
-- `pos` is clamped to `limit` after each group, so inside a group it stays below limit + 63 * G: x has that many zeros behind it;
+- `pos` is clamped to `limit` after each group, so inside a group it stays below limit + 63 * G: x
+  has that many zeros behind it;
 - the number of groups is a stored count; nothing in the stream decides how long a loop runs.
 """
 
@@ -28,7 +35,9 @@ VALUE_SCALE = 64  # values leave `symbol` multiplied by this
 
 @triton.jit
 def address(base, index, stride, ASM: tl.constexpr):
-    """base + index * stride in bytes as int64; one IMAD.WIDE instead of two LEAs (the compiler must not see `stride`)."""
+    """base + index * stride in bytes as int64; one IMAD.WIDE instead of two LEAs (the compiler must
+    not see `stride`).
+    """
     if ASM:
         return tl.inline_asm_elementwise(
             "{ .reg .b64 t; mul.wide.u32 t, $1, $2; add.s64 $0, t, $3; }", "=l,r,r,l",
@@ -40,7 +49,9 @@ def address(base, index, stride, ASM: tl.constexpr):
 
 @triton.jit
 def gather(base, index, stride, TYPE: tl.constexpr, ASM: tl.constexpr):
-    """Loads TYPE at `base` + index * stride bytes; base is any pointer, stride must equal TYPE's size."""
+    """Loads TYPE at `base` + index * stride bytes; base is any pointer, stride must equal TYPE's
+    size.
+    """
     if ASM:
         return tl.load(address(base, index, stride, ASM).to(tl.pointer_type(TYPE)))
     else:
@@ -49,12 +60,16 @@ def gather(base, index, stride, TYPE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def symbol(lut, window, entry_bytes, L: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
-    """Looks up the code in the low bits of `window` (uint32). Returns (advance int32, value float32 * 64, code length uint32)."""
+    """Looks up the code in the low bits of `window` (uint32). Returns (advance int32, value float32
+    * 64, code length uint32).
+    """
     index = (window & ((1 << L) - 1)).to(tl.int32)
     if WIDE:
         e = gather(lut, index, entry_bytes, tl.uint32, ASM)
         length = e >> 14
-        value = (e | 0x4B03C03F).to(tl.float32, bitcast=True) - 8642623.0  # 2^23 + 0x3C03F + 64 * 128
+        value = (e | 0x4B03C03F).to(
+            tl.float32, bitcast=True
+        ) - 8642623.0  # 2^23 + 0x3C03F + 64 * 128
     else:
         e = gather(lut, index, entry_bytes, tl.uint16, ASM).to(tl.uint32)
         length = e >> 12
@@ -82,7 +97,9 @@ def refill(words, next_word, end, low, high, used):
 
 @triton.jit
 def latch(lut, classes, context_map, pos, entry_bytes, ASM: tl.constexpr):
-    """Address of the table for the column class at `pos` (context_map already points at the row's class)."""
+    """Address of the table for the column class at `pos` (context_map already points at the row's
+    class).
+    """
     column_class = tl.load(classes + pos).to(tl.int32)
     first = tl.load(context_map + column_class)
     return address(lut, first, entry_bytes, ASM)

@@ -1,7 +1,11 @@
-"""Who shares a decoded expert: pairs (token, expert) -> groups of up to B pairs of one expert, on the device, without synchronization.
+# ruff: noqa: ANN001, ANN201 -- arguments of device code have no Python types
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+"""Who shares a decoded expert: pairs (token, expert) -> groups of up to B pairs of one expert, on
+the device, without synchronization.
 
-Shapes are functions of the number of pairs T, of E and B only: at most min(T, (T + E (B - 1)) / B) groups. Which group a pair lands in does not change its
-result. `group_pairs_torch` is the definition; the kernel does the same for up to MAX_PAIRS pairs in one launch instead of a dozen.
+Shapes are functions of the number of pairs T, of E and B only: at most min(T, (T + E (B - 1)) / B)
+groups. Which group a pair lands in does not change its result. `group_pairs_torch` is the
+definition; the kernel does the same for up to MAX_PAIRS pairs in one launch instead of a dozen.
 """
 
 import torch
@@ -26,18 +30,23 @@ def group_pairs_torch(index: Tensor, experts: int, batch: int) -> tuple[Tensor, 
         batch: B, pairs per group.
 
     Returns:
-        group_expert int32 [groups], -1 = empty; group_pairs int32 [groups, B], -1 = empty; slots int32 [pairs], group * B + place or -1.
+        group_expert int32 [groups], -1 = empty; group_pairs int32 [groups, B], -1 = empty; slots
+        int32 [pairs], group * B + place or -1.
     """
     t, device = index.numel(), index.device
     index = torch.where((index >= 0) & (index < experts), index, experts).long()
     order = torch.argsort(index, stable=True)
     expert = index[order]
-    counts = torch.zeros(experts + 1, dtype=torch.long, device=device).index_add_(0, index, torch.ones_like(index))
+    counts = torch.zeros(experts + 1, dtype=torch.long, device=device).index_add_(
+        0, index, torch.ones_like(index)
+    )
     rank = torch.arange(t, device=device) - (counts.cumsum(0) - counts)[expert]
     started = (counts + batch - 1) // batch
     slot = ((started.cumsum(0) - started)[expert] + rank // batch) * batch + rank % batch
     groups = group_count(t, experts, batch)
-    slot = torch.where(expert < experts, slot, groups * batch)  # one place behind the end takes what is dropped
+    slot = torch.where(
+        expert < experts, slot, groups * batch
+    )  # one place behind the end takes what is dropped
     group_expert = torch.full((groups + 1,), -1, dtype=torch.int32, device=device)
     group_expert[slot // batch] = torch.where(expert < experts, expert, -1).int()
     pairs = torch.full((groups * batch + 1,), -1, dtype=torch.int32, device=device)
@@ -48,8 +57,20 @@ def group_pairs_torch(index: Tensor, experts: int, batch: int) -> tuple[Tensor, 
 
 
 @triton.jit
-def group_small(index, group_expert, group_pairs, slots, pairs, groups, experts, B: tl.constexpr, BLOCK: tl.constexpr):
-    """`group_pairs_torch` by one program that compares all pairs with all; BLOCK >= pairs, a power of two."""
+def group_small(
+    index,
+    group_expert,
+    group_pairs,
+    slots,
+    pairs,
+    groups,
+    experts,
+    B: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`group_pairs_torch` by one program that compares all pairs with all; BLOCK >= pairs, a power
+    of two.
+    """
     i = tl.arange(0, BLOCK)
     for g in range(0, groups, BLOCK):
         tl.store(group_expert + g + i, tl.full([BLOCK], -1, tl.int32), mask=g + i < groups)

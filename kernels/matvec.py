@@ -1,4 +1,7 @@
-"""Decode inside the product: 1 to 8 tokens per expert, one launch for all (token, expert) pairs of a layer. Device code.
+# ruff: noqa: ANN001, ANN201 -- arguments of device code have no Python types
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+"""Decode inside the product: 1 to 8 tokens per expert, one launch for all (token, expert) pairs of
+a layer. Device code.
 
 Replaces
 
@@ -6,12 +9,15 @@ Replaces
         for b in pairs(g):
             y[g, :, b] = W[expert(g)] @ x[token(b)]   # W = codes * col_scale * row_scale
 
-by `gather_inputs` (puts x, times the column scales, into the order of the coded columns), `matvec` (every lane follows one
-stream segment and stores its partial sum) and `sum_partials` or `silu_inputs` or `sum_tokens` (add the partial sums in a fixed order).
-No atomics: equal inputs give equal bits, and the result of a pair does not depend on the other pairs.
+by `gather_inputs` (puts x, times the column scales, into the order of the coded columns), `matvec`
+(every lane follows one stream segment and stores its partial sum) and `sum_partials` or
+`silu_inputs` or `sum_tokens` (add the partial sums in a fixed order).
+No atomics: equal inputs give equal bits, and the result of a pair does not depend on the other
+pairs.
 
 Shapes, with E experts, P pieces, S segments, NP = P * S * ceil(rows / 32) programs per expert:
-- group_expert int32 [groups], outside 0..E-1 for an empty group; group_pairs int32 [groups, B], -1 for an empty place;
+- group_expert int32 [groups], outside 0..E-1 for an empty group; group_pairs int32 [groups, B], -1
+  for an empty place;
 - slots int32 [pairs]: g * B + b of the pair, -1 if its expert is outside 0..E-1;
 - xs [groups, P, width, B] float32 or bf16: position p of a piece at index p + 1, zeros elsewhere;
 - partial float32 [groups, P * S, B, rows].
@@ -29,7 +35,9 @@ def gather_inputs(
     x, group_expert, group_pairs, columns, scales, xs, experts, cols, fan, stored, out_width,
     B: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """xs[g, p, i, b] = x[pair(g, b) // fan, columns[e, p, i + OFFSET]] * scales[...]; grid (blocks of out_width, P, groups)."""
+    """xs[g, p, i, b] = x[pair(g, b) // fan, columns[e, p, i + OFFSET]] * scales[...]; grid (blocks
+    of out_width, P, groups).
+    """
     g = tl.program_id(2).to(tl.int64)
     piece = tl.program_id(1)
     pieces = tl.num_programs(1)
@@ -62,7 +70,8 @@ def half(word, index: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def matvec(
-    words, records, lanes, starts, classes, context_maps, expert_maps, expert_limits, lut, row_scale, row_scale_neg,
+    words, records, lanes, starts, classes, context_maps, expert_maps, expert_limits, lut,
+    row_scale, row_scale_neg,
     xs, group_expert, partial,
     experts, rows, stored, width, tiles, entry_bytes, x_bytes, map_stride,
     B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr,
@@ -70,7 +79,8 @@ def matvec(
 ):  # fmt: skip
     """One warp: 32 segments of one piece of one expert against B inputs; grid (NP, groups).
 
-    `entry_bytes` and `x_bytes` are the sizes of a lookup entry and of one x load, passed at run time (see `device.address`).
+    `entry_bytes` and `x_bytes` are the sizes of a lookup entry and of one x load, passed at run
+    time (see `device.address`).
     """
     lane = tl.arange(0, 32)
     program = tl.program_id(0)
@@ -94,7 +104,9 @@ def matvec(
     classes += (e.to(tl.int64) * (slots // S) + piece) * stored
     PER: tl.constexpr = 64 // X_BITS if B * X_BITS > 64 else B  # inputs per load
     LOADS: tl.constexpr = B // PER
-    WORD: tl.constexpr = tl.uint64 if PER * X_BITS == 64 else (tl.uint32 if PER * X_BITS == 32 else tl.uint16)
+    WORD: tl.constexpr = (
+        tl.uint64 if PER * X_BITS == 64 else (tl.uint32 if PER * X_BITS == 32 else tl.uint16)
+    )
     xs += (g * (slots // S) + piece) * width * B
     inside = row < rows
     if NEG:
@@ -175,7 +187,7 @@ def matvec(
 
 @triton.jit
 def slot_sum(partial, slot, element, rows, SLOTS: tl.constexpr, B: tl.constexpr, mask):
-    """Sum over the P * S partial sums of one pair at `element` (row index); slot < 0 gives zeros."""
+    """Sum over the P * S partial sums of a pair at row `element`; slot < 0 gives zeros."""
     at = tl.maximum(slot, 0).to(tl.int64)
     end = tl.where(slot >= 0, rows, 0)
     base = partial + ((at // B) * SLOTS * B + at % B) * rows + element
@@ -186,7 +198,9 @@ def slot_sum(partial, slot, element, rows, SLOTS: tl.constexpr, B: tl.constexpr,
 
 
 @triton.jit
-def sum_partials(partial, slots, y, rows, SLOTS: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr):
+def sum_partials(
+    partial, slots, y, rows, SLOTS: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr
+):
     """y[pair, r] = sum of the pair's partial sums; grid (blocks of rows, pairs)."""
     pair = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -201,10 +215,12 @@ def silu_inputs(
     partial, group_expert, group_pairs, columns, scales, xs, experts, inner, stored, width,
     SLOTS: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The gate between the projections, straight into the down projection's inputs; grid (blocks of width, P of down, groups).
+    """The gate between the projections, straight into the down projection's inputs; grid (blocks of
+    width, P of down, groups).
 
-    xs[g, p, i, b] = silu(gate) * up * scale at column = columns[e, p, i]: gate = row `column` of the first projection's sums, up = row
-    inner + column. HALF rounds gate, up and the product to bf16 (1) or fp16 (2) first, as the uncompressed model does; 0 keeps float32.
+    xs[g, p, i, b] = silu(gate) * up * scale at column = columns[e, p, i]: gate = row `column` of
+    the first projection's sums, up = row inner + column. HALF rounds gate, up and the product to
+    bf16 (1) or fp16 (2) first, as the uncompressed model does; 0 keeps float32.
     """
     g = tl.program_id(2).to(tl.int64)
     pieces = tl.num_programs(1)
@@ -229,7 +245,9 @@ def silu_inputs(
 
 @triton.jit
 def rounded(v, HALF: tl.constexpr):
-    """float32 rounded to nearest even as bf16 (1) or fp16 (2), or left alone (0); by bits, since the interpreter truncates to bf16."""
+    """float32 rounded to nearest even as bf16 (1) or fp16 (2), or left alone (0); by bits, since
+    the interpreter truncates to bf16.
+    """
     if HALF == 1:
         bits = v.to(tl.uint32, bitcast=True)
         even = bits + 0x7FFF + ((bits >> 16) & 1)
@@ -242,9 +260,19 @@ def rounded(v, HALF: tl.constexpr):
 
 @triton.jit
 def sum_tokens(
-    partial, slots, weights, out, rows, K: tl.constexpr, SLOTS: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr
+    partial,
+    slots,
+    weights,
+    out,
+    rows,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    B: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """out[n, r] = sum over k of weights[n, k] * y[n * K + k, r], in the order of k; grid (blocks of rows, tokens)."""
+    """out[n, r] = sum over k of weights[n, k] * y[n * K + k, r], in the order of k; grid (blocks of
+    rows, tokens).
+    """
     n = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

@@ -1,22 +1,24 @@
-"""Compiled loops that re-arrange streams for a GPU: where to cut them, and words interleaved by lane. See `qmoe.kernels.layout`."""
+"""Compiled loops that re-arrange streams for a GPU: where to cut them, and words interleaved by
+lane. See `qmoe.kernels.layout`.
+"""
 
 import numba as nb
 import numpy as np
-from numpy.typing import NDArray
 
-U8, I32, I64 = NDArray[np.uint8], NDArray[np.int32], NDArray[np.int64]
-U32 = NDArray[np.uint32]
+from qmoe.codec.arrays import I32, I64, U8, U32
 
 
 @nb.njit(cache=True, nogil=True)
-def _group(words: U32, bit: int, at: int, table: int, lookup: U32, limit: int, latch: int, span: int) -> tuple[int, int, int]:
+def _group(
+    words: U32, bit: int, at: int, table: int, lookup: U32, limit: int, latch: int, span: int
+) -> tuple[int, int, int]:
     """Follows one group of symbols. Returns (bit, position, advance of the first symbol)."""
     window = np.uint64(words[bit >> 5]) | np.uint64(words[(bit >> 5) + 1]) << np.uint64(32)
     window >>= np.uint64(bit & 31)
     first = -1
     for _ in range(latch):
         entry = np.int64(lookup[(table << limit) | np.int64(window & np.uint64((1 << limit) - 1))])
-        length, advance = entry & 15, (entry >> 8) & 63
+        length, advance = int(entry & 15), int((entry >> 8) & 63)
         window >>= np.uint64(length)
         bit += length
         at += advance
@@ -29,16 +31,25 @@ def _group(words: U32, bit: int, at: int, table: int, lookup: U32, limit: int, l
 
 @nb.njit(cache=True, nogil=True)
 def cut_streams(
-    words: U32, stream_start: I32, row_class: U8, slot_class: U8, table_of: U8, lookup: U32, limit: int, cuts: I64
+    words: U32,
+    stream_start: I32,
+    row_class: U8,
+    slot_class: U8,
+    table_of: U8,
+    lookup: U32,
+    limit: int,
+    cuts: I64,
 ) -> int:
     """Finds where each stream may be cut into segments of about equal numbers of groups.
 
-    A cut is a bit and a position at which a group starts with a symbol that advances, so that no weight belongs to two segments.
+    A cut is a bit and a position at which a group starts with a symbol that advances, so that no
+    weight belongs to two segments.
 
     Args:
         words, stream_start, row_class, slot_class: of a `Layout`.
         table_of, lookup, limit: of its `Tables`, lookup flat.
-        cuts: int64 [rows * pieces, segments + 1, 3], written: bit, position, groups before, at the start of each segment and at the end;
+        cuts: int64 [rows * pieces, segments + 1, 3], written: bit, position, groups before, at the
+            start of each segment and at the end;
             missing segments are empty at the end.
 
     Returns:
@@ -56,8 +67,15 @@ def cut_streams(
             while at < span:
                 if bit >= end:
                     return stream
-                after, to, advance = _group(words, bit, at, int(table_of[a + classes[at]]), lookup, limit, latch, span)
-                if p == passes - 1 and s < segments and n * segments >= s * groups and (advance > 0 or s == 0):
+                after, to, advance = _group(
+                    words, bit, at, int(table_of[a + classes[at]]), lookup, limit, latch, span
+                )
+                if (
+                    p == passes - 1
+                    and s < segments
+                    and n * segments >= s * groups
+                    and (advance > 0 or s == 0)
+                ):
                     cuts[stream, s, 0], cuts[stream, s, 1], cuts[stream, s, 2] = bit, at, n
                     s += 1
                 bit, at, n = after, to, n + 1
@@ -70,7 +88,7 @@ def cut_streams(
 
 
 @nb.njit(cache=True, nogil=True)
-def interleave(words: U32, start: I64, count: I64, base: int, out: NDArray[np.int32]) -> None:
+def interleave(words: U32, start: I64, count: I64, base: int, out: I32) -> None:
     """Copies bit strings so that word k of lane l lies at out[base + 32 * k + l].
 
     Args:

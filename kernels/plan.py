@@ -1,6 +1,8 @@
-"""Launch plans: how a layer's shape is cut into programs on an architecture. A table and its arithmetic; nothing is tuned at run time.
+"""Launch plans: how a layer's shape is cut into programs on an architecture. A table and its
+arithmetic; nothing is tuned at run time.
 
-`scripts/tune` measures on a GPU and prints the rows for `PLANS`; unknown architectures use the row of the next older one.
+`scripts/tune` measures on a GPU and prints the rows for `PLANS`; unknown architectures use the row
+of the next older one.
 """
 
 import math
@@ -16,9 +18,11 @@ class Plan:
 
     Attributes:
         segment: columns of a stream below which it is not cut further when a model is loaded.
-        fill: lanes that a batch-1 launch should have at least; streams are cut into segments until it does.
+        fill: lanes that a batch-1 launch should have at least; streams are cut into segments until
+            it does.
         costs: relative time of the matvec loop with 1, 2, 4 and 8 tokens per expert.
-        tile_cost: relative time of decoding an expert to a tile, and of one tile of tokens times it.
+        tile_cost: relative time of decoding an expert to a tile, and of one tile of tokens times
+            it.
         token_tile, row_tile, depth_tile: block of the grouped product (tokens, rows, columns).
         dot_warps, dot_stages: warps and pipeline stages of the grouped product.
         scratch_bytes: decoded experts that are held at a time for the grouped product.
@@ -64,7 +68,9 @@ def plan_of(device: torch.device) -> Plan:
 
 
 def segments(plan: Plan, rows: int, cols: int, top_k: int) -> int:
-    """Segments per stream so that one token's experts fill the GPU, without segments below `plan.segment` columns."""
+    """Segments per stream so that one token's experts fill the GPU, without segments below
+    `plan.segment` columns.
+    """
     pieces = -(-cols // 1024)
     wanted = -(-plan.fill // max(1, rows * pieces * top_k))
     return max(1, min(wanted, 8, -(-cols // pieces) // plan.segment))
@@ -72,10 +78,12 @@ def segments(plan: Plan, rows: int, cols: int, top_k: int) -> int:
 
 @lru_cache(maxsize=4096)
 def batch_of(plan: Plan, tokens: int, top_k: int, experts: int) -> int:
-    """Tokens per expert that one pass of the matvec handles, 1, 2, 4 or 8; 0 = the grouped product is cheaper.
+    """Tokens per expert that one pass of the matvec handles, 1, 2, 4 or 8; 0 = the grouped product
+    is cheaper.
 
-    Expected cost if every token picked its experts evenly: a pass per started group of B tokens, against decoding each expert that has any
-    token once and multiplying it with tiles of tokens.
+    Expected cost if every token picked its experts evenly: a pass per started group of B tokens,
+        against decoding each expert that has any token once and multiplying it with tiles of
+        tokens.
     """
     if tokens == 1:
         return 1
@@ -84,7 +92,9 @@ def batch_of(plan: Plan, tokens: int, top_k: int, experts: int) -> int:
     active = tiles = 0.0
     for n in range(1, tokens + 1):
         log = math.lgamma(tokens + 1) - math.lgamma(n + 1) - math.lgamma(tokens - n + 1)
-        rest = (tokens - n) * math.log1p(-share) if share < 1 else (0.0 if n == tokens else -math.inf)
+        rest = (
+            (tokens - n) * math.log1p(-share) if share < 1 else (0.0 if n == tokens else -math.inf)
+        )
         p = math.exp(log + n * math.log(share) + rest)
         active += p
         tiles += p * -(-n // plan.token_tile)

@@ -1,4 +1,6 @@
-"""y = W[expert] x for every (token, expert) pair of a layer: launchers of the kernels, and the torch twins that define them."""
+"""y = W[expert] x for every (token, expert) pair of a layer: launchers of the kernels, and the
+torch twins that define them.
+"""
 
 import torch
 import triton
@@ -8,12 +10,15 @@ from qmoe.kernels import dense, grouped, groups, matvec
 from qmoe.kernels.layout import NO_ROW, Projection
 from qmoe.kernels.plan import Plan, batch_of, plan_of
 
-INTERPRETED = not isinstance(matvec.matvec, triton.JITFunction)  # TRITON_INTERPRET=1: kernels run on CPU tensors
+INTERPRETED = not isinstance(
+    matvec.matvec, triton.JITFunction
+)  # TRITON_INTERPRET=1: kernels run on CPU tensors
 _BLOCK = 256
 
 
 def decode_torch(p: Projection, expert: int) -> Tensor:
-    """Codes of one expert by position: float32 [rows, pieces, span + 1], the weight of the column at position i at index i.
+    """Codes of one expert by position: float32 [rows, pieces, span + 1], the weight of the column
+    at position i at index i.
 
     The definition of the device decoders: one step of this loop is one symbol of every lane.
     """
@@ -46,7 +51,9 @@ def decode_torch(p: Projection, expert: int) -> Tensor:
             pos = pos + (entry & 63)
             value = (entry >> 6 & ((1 << value_bits) - 1)) - bias
             real = (step < steps) & (pos < limit)
-            codes.index_put_((place, piece, torch.where(real, pos, p.width)), value.float(), accumulate=True)
+            codes.index_put_(
+                (place, piece, torch.where(real, pos, p.width)), value.float(), accumulate=True
+            )
         pos = torch.minimum(pos, limit)
         left = left - 1
         if p.segments > 1:
@@ -57,14 +64,18 @@ def decode_torch(p: Projection, expert: int) -> Tensor:
 
 
 def weights_torch(p: Projection, expert: int) -> Tensor:
-    """Dense weights of one expert, float32 [rows, cols]: codes * column scale * row scale, as `QuantizedMatrix.dequantize`."""
+    """Dense weights of one expert, float32 [rows, cols]: codes * column scale * row scale, as
+    `QuantizedMatrix.dequantize`.
+    """
     return _dense(p, expert, decode_torch(p, expert))
 
 
 def _dense(p: Projection, expert: int, codes: Tensor) -> Tensor:
     scale = p.row_scale[expert][:, None]
     if p.row_scale_neg is not None:
-        scale = torch.where(codes < 0, p.row_scale_neg[expert][:, None, None], scale[:, :, None]).flatten(1)
+        scale = torch.where(
+            codes < 0, p.row_scale_neg[expert][:, None, None], scale[:, :, None]
+        ).flatten(1)
     values = (codes * p.scales[expert]).flatten(1) * scale
     column = p.columns[expert].long().flatten()
     out = torch.zeros(p.rows, p.cols + 1, device=codes.device)
@@ -73,9 +84,11 @@ def _dense(p: Projection, expert: int, codes: Tensor) -> Tensor:
 
 
 def project_torch(p: Projection, x: Tensor, index: Tensor, fan: int) -> Tensor:
-    """Twin of `project`: ``y[t] = W[index[t]] @ x[t // fan]`` in float32, zeros where index is outside 0..E-1."""
+    """Twin of `project`: ``y[t] = W[index[t]] @ x[t // fan]`` in float32, zeros where index is
+    outside 0..E-1.
+    """
     y = torch.zeros(index.numel(), p.rows, device=x.device)
-    for e in index.unique().tolist():
+    for e in sorted(set(index.tolist())):
         if 0 <= e < p.experts:
             t = torch.where(index == e)[0]
             y[t] = x[t // fan].float() @ weights_torch(p, e).T
@@ -83,13 +96,25 @@ def project_torch(p: Projection, x: Tensor, index: Tensor, fan: int) -> Tensor:
 
 
 def inputs_type(x: Tensor) -> torch.dtype:
-    """Type in which scaled inputs are held: bf16 for bf16 activations, float32 for the others (fp16 would overflow)."""
+    """Type in which scaled inputs are held: bf16 for bf16 activations, float32 for the others (fp16
+    would overflow).
+    """
     return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
 
 def decoder_args(p: Projection) -> tuple[Tensor, ...]:
     """The tensors that every decoding kernel starts with."""
-    return p.words, p.records, p.lanes, p.starts, p.classes, p.context_maps, p.expert_maps, p.expert_limits, p.lut
+    return (
+        p.words,
+        p.records,
+        p.lanes,
+        p.starts,
+        p.classes,
+        p.context_maps,
+        p.expert_maps,
+        p.expert_limits,
+        p.lut,
+    )
 
 
 def make_groups(index: Tensor, experts: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +127,9 @@ def make_groups(index: Tensor, experts: int, batch: int) -> tuple[Tensor, Tensor
     members = torch.empty(count, batch, dtype=torch.int32, device=index.device)
     slots = torch.empty(pairs, dtype=torch.int32, device=index.device)
     block = max(16, triton.next_power_of_2(pairs))
-    groups.group_small[(1,)](index, expert, members, slots, pairs, count, experts, B=batch, BLOCK=block, num_warps=4)
+    groups.group_small[(1,)](
+        index, expert, members, slots, pairs, count, experts, B=batch, BLOCK=block, num_warps=4
+    )
     return expert, members, slots
 
 
@@ -111,7 +138,8 @@ def gathered(p: Projection, x: Tensor, expert: Tensor, members: Tensor, fan: int
     count, batch = members.shape
     xs = torch.empty(count, p.pieces, p.width, batch, dtype=inputs_type(x), device=x.device)
     matvec.gather_inputs[(triton.cdiv(p.width, _BLOCK), p.pieces, count)](
-        x, expert, members, p.columns, p.scales, xs, p.experts, p.cols, fan, p.columns.shape[2], p.width,
+        x, expert, members, p.columns, p.scales, xs, p.experts, p.cols, fan, p.columns.shape[2],
+        p.width,
         B=batch, OFFSET=0, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return xs
@@ -121,18 +149,29 @@ def partial_sums(p: Projection, xs: Tensor, expert: Tensor, plan: Plan) -> Tenso
     """float32 [groups, P * S, B, rows]: every segment's share of W[expert] xs."""
     count, _, _, batch = xs.shape
     bits = 8 * xs.element_size()
-    partial = torch.empty(count, p.pieces * p.segments, batch, p.rows, dtype=torch.float32, device=xs.device)
+    partial = torch.empty(
+        count, p.pieces * p.segments, batch, p.rows, dtype=torch.float32, device=xs.device
+    )
     negative = p.row_scale if p.row_scale_neg is None else p.row_scale_neg
     for limit in p.limits:
         matvec.matvec[(p.programs, count)](
             *decoder_args(p), p.row_scale, negative, xs, expert, partial,
-            p.experts, p.rows, p.columns.shape[2], p.width, p.tiles, 4 if p.wide else 2, min(8, batch * bits // 8), p.context_maps.shape[1],
-            B=batch, X_BITS=bits, L=limit, S=p.segments, WIDE=p.wide, NEG=p.row_scale_neg is not None, ASM=plan.asm, num_warps=1,
+            p.experts, p.rows, p.columns.shape[2], p.width, p.tiles, 4 if p.wide else 2, min(8,
+            batch * bits // 8), p.context_maps.shape[1],
+            B=batch, X_BITS=bits, L=limit, S=p.segments, WIDE=p.wide,
+            NEG=p.row_scale_neg is not None, ASM=plan.asm, num_warps=1,
         )  # fmt: skip
     return partial
 
 
-def project(p: Projection, x: Tensor, index: Tensor, fan: int, plan: Plan | None = None, batch: int | None = None) -> Tensor:
+def project(
+    p: Projection,
+    x: Tensor,
+    index: Tensor,
+    fan: int,
+    plan: Plan | None = None,
+    batch: int | None = None,
+) -> Tensor:
     """``y[t] = W[index[t]] @ x[t // fan]`` by the kernels.
 
     Args:
@@ -162,17 +201,25 @@ def project(p: Projection, x: Tensor, index: Tensor, fan: int, plan: Plan | None
     return y
 
 
-def decode_experts(p: Projection, out: Tensor, counts: Tensor, first: int, plan: Plan, ratio: bool) -> None:
-    """Fills out [slots, rows, P, depth] with the codes of experts first.. that have counts > 0; `ratio` see `dense.decode_active`."""
+def decode_experts(
+    p: Projection, out: Tensor, counts: Tensor, first: int, plan: Plan, ratio: bool
+) -> None:
+    """Fills out [slots, rows, P, depth] with the codes of experts first.. that have counts > 0;
+    `ratio` see `dense.decode_active`.
+    """
     slots, _, _, depth = out.shape
     size = out[0].numel()
-    dense.zero_active[(triton.cdiv(size, 2048), slots)](out, counts, first, p.experts, size, BLOCK=2048, num_warps=4)
+    dense.zero_active[(triton.cdiv(size, 2048), slots)](
+        out, counts, first, p.experts, size, BLOCK=2048, num_warps=4
+    )
     negative = p.row_scale if p.row_scale_neg is None else p.row_scale_neg
     for limit in p.limits:
         dense.decode_active[(p.programs, slots)](
-            *decoder_args(p), p.row_scale, negative, out, counts, first, p.experts, p.rows, p.columns.shape[2], depth, p.tiles,
+            *decoder_args(p), p.row_scale, negative, out, counts, first, p.experts, p.rows,
+            p.columns.shape[2], depth, p.tiles,
             4 if p.wide else 2, p.context_maps.shape[1],
-            L=limit, S=p.segments, WIDE=p.wide, NEG=ratio and p.row_scale_neg is not None, ASM=plan.asm, num_warps=1,
+            L=limit, S=p.segments, WIDE=p.wide, NEG=ratio and p.row_scale_neg is not None,
+            ASM=plan.asm, num_warps=1,
         )  # fmt: skip
 
 
@@ -189,7 +236,8 @@ def project_grouped(p: Projection, x: Tensor, index: Tensor, fan: int, plan: Pla
     xs = torch.empty(pairs, p.pieces, depth, dtype=kind, device=x.device)
     sorted_expert, order = expert[order].int(), order.int()
     matvec.gather_inputs[(triton.cdiv(depth, _BLOCK), p.pieces, pairs)](
-        x, sorted_expert, order, p.columns, p.scales, xs, p.experts, p.cols, fan, p.columns.shape[2], depth,
+        x, sorted_expert, order, p.columns, p.scales, xs, p.experts, p.cols, fan,
+        p.columns.shape[2], depth,
         B=1, OFFSET=1, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     size = p.rows * p.pieces * depth
@@ -202,13 +250,16 @@ def project_grouped(p: Projection, x: Tensor, index: Tensor, fan: int, plan: Pla
         grouped.grouped_dot[(triton.cdiv(p.rows, plan.row_tile), slots, split)](
             xs, codes, p.row_scale, offsets, order, y, first, p.experts, p.rows, p.pieces * depth,
             TOKENS=plan.token_tile, ROWS=plan.row_tile, DEPTH=plan.depth_tile, SPLIT=split,
-            EXACT=INTERPRETED or kind == torch.float32, num_warps=plan.dot_warps, num_stages=plan.dot_stages,
+            EXACT=INTERPRETED or kind == torch.float32, num_warps=plan.dot_warps,
+            num_stages=plan.dot_stages,
         )  # fmt: skip
     return y
 
 
 def weights(p: Projection, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Dense weights of one expert by the kernel, [rows, cols]: float32 equals `weights_torch` bit for bit."""
+    """Dense weights of one expert by the kernel, [rows, cols]: float32 equals `weights_torch` bit
+    for bit.
+    """
     depth = p.columns.shape[2] - 1
     codes = torch.empty(1, p.rows, p.pieces, depth, dtype=torch.float32, device=p.words.device)
     counts = torch.ones(p.experts, dtype=torch.int32, device=p.words.device)

@@ -1,7 +1,9 @@
-"""Matrices with the class mix of a real quantized expert, for measurements that need realistic streams but no model.
+"""Matrices with the class mix of a real quantized expert, for measurements that need realistic
+streams but no model.
 
-Gaussian weights on steps that spread over columns and rows as the rate-distortion quantizer spreads them: at 0.8 bits the stand-in
-matches experts of the example model in zeros (0.80), symbols per weight and tables (docs/log-kernels.md).
+Gaussian weights on steps that spread over columns and rows as the rate-distortion quantizer spreads
+them: at 0.8 bits the stand-in matches experts of the example model in zeros (0.80), symbols per
+weight and tables (docs/log-kernels.md).
 """
 
 import torch
@@ -20,4 +22,6 @@ def sample_matrix(rows: int, cols: int, bits: float = 0.8, seed: int = 0) -> Qua
     codes = torch.randn(rows, cols, generator=g).mul_(row).mul_(col).mul_(SIZE_AT_BITS[bits])
     row_scale = (torch.randn(rows, generator=g) * 5).round() * 4 - 300
     col_scale = (col[0].log2() * -4).round() * 16
-    return QuantizedMatrix(codes.round_().clamp_(-127, 127).to(torch.int8), row_scale.short(), col_scale.short())
+    return QuantizedMatrix(
+        codes.round_().clamp_(-127, 127).to(torch.int8), row_scale.short(), col_scale.short()
+    )

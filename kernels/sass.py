@@ -16,11 +16,35 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# instructions of the integer/logic pipe, which takes a warp instruction every two cycles per scheduler; MOV-like ones go either way
+# instructions of the integer/logic pipe, which takes a warp instruction every two cycles per
+# scheduler; MOV-like ones go either way
 ALU = frozenset(
-    "LEA LOP3 SHF ISETP SEL VIMNMX IMNMX VIADD IADD3 IADD PRMT SGXT FSEL FSETP FMNMX I2FP VIADDMNMX PLOP3 LOP IADD32I".split()
+    [
+        "LEA",
+        "LOP3",
+        "SHF",
+        "ISETP",
+        "SEL",
+        "VIMNMX",
+        "IMNMX",
+        "VIADD",
+        "IADD3",
+        "IADD",
+        "PRMT",
+        "SGXT",
+        "FSEL",
+        "FSETP",
+        "FMNMX",
+        "I2FP",
+        "VIADDMNMX",
+        "PLOP3",
+        "LOP",
+        "IADD32I",
+    ]
 )
-ROUND = frozenset({"depth", "size"})  # integers that are always multiples of 16, which a launch would tell the compiler
+ROUND = frozenset(
+    {"depth", "size"}
+)  # integers that are always multiples of 16, which a launch would tell the compiler
 
 
 @dataclass(frozen=True)
@@ -50,18 +74,29 @@ class Compiled:
         return sum(n for op, n in self.loop.items() if op in ALU)
 
 
-def compile_for(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], target: int | str, **options: int) -> Compiled:
+def compile_for(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    target: int | str,
+    **options: int,
+) -> Compiled:
     """Compiles `kernel` for a CUDA capability (80, 90, ...) or an AMD architecture ("gfx942").
 
     Args:
         kernel: a `triton.jit` function.
-        types: type of each run-time argument, e.g. "*bf16"; unnamed ones are "i32". Pointers are taken as 16-byte aligned.
+        types: type of each run-time argument, e.g. "*bf16"; unnamed ones are "i32". Pointers are
+            taken as 16-byte aligned.
         constants: values of the constexpr arguments.
         options: num_warps and the like.
     """
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") or n in ROUND}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or n in ROUND
+    }
     source = ASTSource(kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
     if isinstance(target, str):
         out = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
@@ -79,11 +114,17 @@ def _cuda(cubin: bytes) -> Compiled:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = subprocess.run([tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True).stdout
-        listing = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+        listing = subprocess.run(
+            [tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True
+        ).stdout
     registers = max(map(int, re.findall(r"REG:(\d+)", usage)))
     local = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
-    return Compiled(registers, local, inner_loop(listing), len(re.findall(r"/\*[0-9a-f]{4,}\*/", listing)))
+    return Compiled(
+        registers, local, inner_loop(listing), len(re.findall(r"/\*[0-9a-f]{4,}\*/", listing))
+    )
 
 
 def inner_loop(listing: str) -> Counter[str]:

@@ -1,8 +1,11 @@
-"""What can be known about the kernels without a GPU: registers, spills, instructions and cache lines per weight, and a model of the H200.
+"""What can be known about the kernels without a GPU: registers, spills, instructions and cache
+lines per weight, and a model of the H200.
 
-The model: 132 SMs at 1.75 GHz; per warp and step (one symbol in each of 32 lanes) an SM needs N / 4 cycles to issue N instructions, A / 2 cycles for A
-of them on the half-rate integer pipe, and one L1 cycle per distinct cache line that the step touches; the largest of the three is the bound. bf16's floor
-is the time to read two bytes per weight from memory at 4.3 TB/s. The line rule has not been checked on a GPU.
+The model: 132 SMs at 1.75 GHz; per warp and step (one symbol in each of 32 lanes) an SM needs N / 4
+cycles to issue N instructions, A / 2 cycles for A of them on the half-rate integer pipe, and one L1
+cycle per distinct cache line that the step touches; the largest of the three is the bound. bf16's
+floor is the time to read two bytes per weight from memory at 4.3 TB/s. The line rule has not been
+checked on a GPU.
 """
 
 import json as json_module
@@ -23,39 +26,103 @@ TARGETS: tuple[int | str, ...] = (80, 89, 90, 100, "gfx942")
 SM_CYCLES = 132 * 1.75e9
 BF16_WEIGHTS = 4.3e12 / 2
 BUDGET = 7.0  # lane instructions per weight of the batch-1 loop at 0.8 bit
-_DECODER = dict.fromkeys(("words", "records", "lanes", "starts", "context_maps", "expert_maps", "expert_limits"), "*i32") | {
+_DECODER = dict.fromkeys(("words", "records", "lanes", "starts", "context_maps", "expert_maps",
+"expert_limits"), "*i32") | {
     "classes": "*u8", "lut": "*i16", "row_scale": "*fp32", "row_scale_neg": "*fp32"
 }  # fmt: skip
-_ROUTING = {"group_expert": "*i32", "group_pairs": "*i32", "slots": "*i32", "columns": "*i16", "scales": "*fp32", "partial": "*fp32"}
+_ROUTING = {
+    "group_expert": "*i32",
+    "group_pairs": "*i32",
+    "slots": "*i32",
+    "columns": "*i16",
+    "scales": "*fp32",
+    "partial": "*fp32",
+}
 
 
-def kernels(target: int | str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+def kernels(
+    target: int | str,
+) -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """Everything that is compiled: name -> (kernel, argument types, constants, options)."""
     asm = isinstance(target, int)
     warp = {"num_warps": 1}
     out: dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = {}
     loop = _DECODER | _ROUTING | {"xs": "*bf16"}
-    for name, changed in {
-        "matvec 1": {}, "matvec 2": {"B": 2}, "matvec 4": {"B": 4}, "matvec 8": {"B": 8}, "matvec 1 float32": {"X_BITS": 32},
-        "matvec 8 float32": {"B": 8, "X_BITS": 32}, "matvec 1 in 2 segments": {"S": 2}, "matvec 1 of 10 bits": {"L": 10},
-        "matvec 1 of 12 bits": {"L": 12}, "matvec 1 wide": {"WIDE": True}, "matvec 1 two row scales": {"NEG": True},
-    }.items():  # fmt: skip
-        constants = {"B": 1, "X_BITS": 16, "L": 8, "S": 1, "WIDE": False, "NEG": False, "ASM": asm} | changed
-        types = loop | ({"lut": "*i32"} if constants["WIDE"] else {}) | ({"xs": "*fp32"} if constants["X_BITS"] == 32 else {})
+    variants: dict[str, dict[str, Any]] = {
+        "matvec 1": {},
+        "matvec 2": {"B": 2},
+        "matvec 4": {"B": 4},
+        "matvec 8": {"B": 8},
+        "matvec 1 float32": {"X_BITS": 32},
+        "matvec 8 float32": {"B": 8, "X_BITS": 32},
+        "matvec 1 in 2 segments": {"S": 2},
+        "matvec 1 of 10 bits": {"L": 10},
+        "matvec 1 of 12 bits": {"L": 12},
+        "matvec 1 wide": {"WIDE": True},
+        "matvec 1 two row scales": {"NEG": True},
+    }
+    for name, changed in variants.items():
+        constants = {
+            "B": 1,
+            "X_BITS": 16,
+            "L": 8,
+            "S": 1,
+            "WIDE": False,
+            "NEG": False,
+            "ASM": asm,
+        } | changed
+        types = (
+            loop
+            | ({"lut": "*i32"} if constants["WIDE"] else {})
+            | ({"xs": "*fp32"} if constants["X_BITS"] == 32 else {})
+        )
         out[name] = matvec.matvec, types, constants, warp
     decode = {"L": 8, "S": 1, "WIDE": False, "NEG": False, "ASM": asm}
     out["decode"] = dense.decode_active, _DECODER | {"out": "*bf16", "counts": "*i32"}, decode, warp
     block = {"BLOCK": 256}
-    out["inputs"] = matvec.gather_inputs, _ROUTING | {"x": "*bf16", "xs": "*bf16"}, {"B": 1, "OFFSET": 0} | block, {}
-    out["gate"] = matvec.silu_inputs, _ROUTING | {"xs": "*bf16"}, {"SLOTS": 2, "B": 1, "HALF": 1} | block, {}
-    out["sum pairs"] = matvec.sum_partials, _ROUTING | {"y": "*bf16"}, {"SLOTS": 2, "B": 1} | block, {}
+    out["inputs"] = (
+        matvec.gather_inputs,
+        _ROUTING | {"x": "*bf16", "xs": "*bf16"},
+        {"B": 1, "OFFSET": 0} | block,
+        {},
+    )
+    out["gate"] = (
+        matvec.silu_inputs,
+        _ROUTING | {"xs": "*bf16"},
+        {"SLOTS": 2, "B": 1, "HALF": 1} | block,
+        {},
+    )
+    out["sum pairs"] = (
+        matvec.sum_partials,
+        _ROUTING | {"y": "*bf16"},
+        {"SLOTS": 2, "B": 1} | block,
+        {},
+    )
     sums = {"K": 8, "SLOTS": 1, "B": 1} | block
     out["sum tokens"] = matvec.sum_tokens, _ROUTING | {"weights": "*bf16", "out": "*bf16"}, sums, {}
     out["groups"] = groups.group_small, _ROUTING | {"index": "*i64"}, {"B": 8, "BLOCK": 256}, {}
     plan = PLANS[90]
-    dot = {"TOKENS": plan.token_tile, "ROWS": plan.row_tile, "DEPTH": plan.depth_tile, "SPLIT": 1, "EXACT": False}
-    dot_types = {"xs": "*bf16", "codes": "*bf16", "row_scale": "*fp32", "offsets": "*i32", "order": "*i32", "y": "*bf16"}
-    out["grouped dot"] = grouped.grouped_dot, dot_types, dot, {"num_warps": PLANS[90].dot_warps, "num_stages": PLANS[90].dot_stages}
+    dot = {
+        "TOKENS": plan.token_tile,
+        "ROWS": plan.row_tile,
+        "DEPTH": plan.depth_tile,
+        "SPLIT": 1,
+        "EXACT": False,
+    }
+    dot_types = {
+        "xs": "*bf16",
+        "codes": "*bf16",
+        "row_scale": "*fp32",
+        "offsets": "*i32",
+        "order": "*i32",
+        "y": "*bf16",
+    }
+    out["grouped dot"] = (
+        grouped.grouped_dot,
+        dot_types,
+        dot,
+        {"num_warps": PLANS[90].dot_warps, "num_stages": PLANS[90].dot_stages},
+    )
     out["zero"] = dense.zero_active, {"out": "*bf16", "counts": "*i32"}, {"BLOCK": 2048}, {}
     return out
 
@@ -64,14 +131,22 @@ def packed(matrices: Sequence[QuantizedMatrix], segments: int = 1) -> Projection
     """A projection from quantized matrices, by way of the codec."""
     group = encode_group(matrices)
     tables = parse_tables(group.tables)
-    return pack_projection([(tables, parse_matrix(tables, blob)) for blob in group.matrices], segments)
+    return pack_projection(
+        [(tables, parse_matrix(tables, blob)) for blob in group.matrices], segments
+    )
 
 
 def estimate(loop: Compiled, symbols: int, touched: Touched) -> dict[str, float]:
-    """Model of a matvec loop that takes `symbols` symbols a turn: weights per second by each bound, and lane instructions per weight."""
+    """Model of a matvec loop that takes `symbols` symbols a turn: weights per second by each bound,
+    and lane instructions per weight.
+    """
     n, alu = loop.instructions / symbols, loop.alu / symbols
     weights = 32 / touched.steps_per_weight * SM_CYCLES  # per second if a step took an SM one cycle
-    bounds = {"issue": weights / (n / 4), "alu": weights / (alu / 2), "lines": weights / touched.lines}
+    bounds = {
+        "issue": weights / (n / 4),
+        "alu": weights / (alu / 2),
+        "lines": weights / touched.lines,
+    }
     return {
         "instructions_per_symbol": n,
         "alu_per_symbol": alu,
@@ -89,11 +164,13 @@ def run(json: bool = False, matrices: Sequence[QuantizedMatrix] | None = None) -
 
     Args:
         json: print one line of JSON instead of the table.
-        matrices: quantized experts of one projection to take symbols and cache lines from; default is `sample_matrix` at 0.8 bit.
+        matrices: quantized experts of one projection to take symbols and cache lines from; default
+            is `sample_matrix` at 0.8 bit.
 
     Returns:
-        {"targets": {target: {kernel: {registers, spills, instructions, alu, code}}}, "model": {kernel: `estimate`},
-        "stored_bits", "memory_bits" (per weight, on disk and in kernel form), "spills" (total), "budget", "within_budget"}.
+        {"targets": {target: {kernel: {registers, spills, instructions, alu, code}}}, "model":
+        {kernel: `estimate`}, "stored_bits", "memory_bits" (per weight, on disk and in kernel form),
+        "spills" (total), "budget", "within_budget"}.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET, where nothing can be compiled.
@@ -107,7 +184,9 @@ def run(json: bool = False, matrices: Sequence[QuantizedMatrix] | None = None) -
     touched = {size: trace(p, 0, input_bytes=size) for size in (2, 4, 8, 16)}
     result: dict[str, Any] = {
         "targets": {},
-        "stored_bits": 8 * (group.tables.numel() + sum(b.numel() for b in group.matrices)) / weights,
+        "stored_bits": 8
+        * (group.tables.numel() + sum(b.numel() for b in group.matrices))
+        / weights,
         "memory_bits": 8 * p.nbytes() / weights,
         "budget": BUDGET,
         "bf16_weights_per_s": BF16_WEIGHTS,
@@ -117,14 +196,31 @@ def run(json: bool = False, matrices: Sequence[QuantizedMatrix] | None = None) -
         rows = {}
         for name, (kernel, types, constants, options) in kernels(target).items():
             c = compile_for(kernel, types, constants, target, **options)
-            rows[name] = {"registers": c.registers, "spills": c.spills, "instructions": c.instructions, "alu": c.alu, "code": c.code}
-            if target == 90 and name.startswith("matvec") and constants["L"] == p.limits[0] and constants["S"] == 1:
-                model[name] = estimate(c, 32 // constants["L"], touched[min(16, constants["B"] * constants["X_BITS"] // 8)])
+            rows[name] = {
+                "registers": c.registers,
+                "spills": c.spills,
+                "instructions": c.instructions,
+                "alu": c.alu,
+                "code": c.code,
+            }
+            if (
+                target == 90
+                and name.startswith("matvec")
+                and constants["L"] == p.limits[0]
+                and constants["S"] == 1
+            ):
+                model[name] = estimate(
+                    c,
+                    32 // constants["L"],
+                    touched[min(16, constants["B"] * constants["X_BITS"] // 8)],
+                )
         result["targets"][str(target)] = rows
     result["model"] = model
     result["spills"] = sum(k["spills"] for t in result["targets"].values() for k in t.values())
     first = model.get("matvec 1")
-    result["within_budget"] = bool(first and first["instructions_per_weight"] <= BUDGET and result["spills"] == 0)
+    result["within_budget"] = bool(
+        first and first["instructions_per_weight"] <= BUDGET and result["spills"] == 0
+    )
     print(json_module.dumps(result) if json else report(result))
     return result
 
@@ -136,18 +232,42 @@ def report(result: dict[str, Any]) -> str:
     lines.append(f"{'kernel':26}" + "".join(f"{t:>20}" for t in targets))
     for name in result["targets"][targets[0]]:
         cells = [result["targets"][t][name] for t in targets]
-        text = (f"{c['registers']} / {c['spills']} / {c['instructions'] or '-'} ({c['alu'] or '-'})" for c in cells)
+        text = (
+            f"{c['registers']} / {c['spills']} / {c['instructions'] or '-'} ({c['alu'] or '-'})"
+            for c in cells
+        )
         lines.append(f"{name:26}" + "".join(f"{t:>20}" for t in text))
     lines.append("")
     lines.append(
-        f"H200 model, class mix of {result['stored_bits']:.3f} stored bits per weight ({result['memory_bits']:.3f} in kernel form); "
+        f"H200 model, class mix of {result['stored_bits']:.3f} stored bits per weight "
+        f"({result['memory_bits']:.3f} in kernel form); "
         f"bf16 reads {result['bf16_weights_per_s'] / 1e12:.2f} T weights/s"
     )
-    head = ("symbols/weight", "instr/symbol", "instr/weight", "issue T/s", "ALU T/s", "lines T/s", "x bf16")
+    head = (
+        "symbols/weight",
+        "instr/symbol",
+        "instr/weight",
+        "issue T/s",
+        "ALU T/s",
+        "lines T/s",
+        "x bf16",
+    )
     lines.append(f"{'loop':26}" + "".join(f"{h:>16}" for h in head))
     for name, m in result["model"].items():
-        values = (m["symbols_per_weight"], m["instructions_per_symbol"], m["instructions_per_weight"])
-        rates = (m["issue_weights_per_s"] / 1e12, m["alu_weights_per_s"] / 1e12, m["lines_weights_per_s"] / 1e12, m["over_bf16"])
+        values = (
+            m["symbols_per_weight"],
+            m["instructions_per_symbol"],
+            m["instructions_per_weight"],
+        )
+        rates = (
+            m["issue_weights_per_s"] / 1e12,
+            m["alu_weights_per_s"] / 1e12,
+            m["lines_weights_per_s"] / 1e12,
+            m["over_bf16"],
+        )
         lines.append(f"{name:26}" + "".join(f"{v:16.2f}" for v in (*values, *rates)))
-    lines.append(f"budget {result['budget']} instructions per weight, no spills: {'kept' if result['within_budget'] else 'EXCEEDED'}")
+    lines.append(
+        f"budget {result['budget']} instructions per weight, no spills: "
+        f"{'kept' if result['within_budget'] else 'EXCEEDED'}"
+    )
     return "\n".join(lines)

@@ -1,6 +1,8 @@
-"""What the lanes of a warp touch, step by step: the batch-1 loop of `qmoe.kernels.matvec` followed in torch, to count cache lines.
+"""What the lanes of a warp touch, step by step: the batch-1 loop of `qmoe.kernels.matvec` followed
+in torch, to count cache lines.
 
-A load of a warp costs the L1 cache about a cycle per distinct line of 128 bytes; this counts them on real streams.
+A load of a warp costs the L1 cache about a cycle per distinct line of 128 bytes; this counts them
+on real streams.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ class Touched:
     """Means over the steps of a warp (one step = one symbol of each lane).
 
     Attributes:
-        table, inputs, words, classes: distinct lines per step of the lookup, of x, of refills, and of class and context map loads.
+        table, inputs, words, classes: distinct lines per step of the lookup, of x, of refills, and
+            of class and context map loads.
         steps_per_weight: symbols stepped per coded weight, counting lanes that wait for others.
         symbols_per_weight: the same without waiting.
     """
@@ -38,7 +41,7 @@ class Touched:
 
 def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) -> Touched:
     """Follows up to `programs` evenly spaced programs of an expert."""
-    chosen = torch.linspace(0, p.programs - 1, min(programs, p.programs)).long().unique()
+    chosen = torch.linspace(0, p.programs - 1, min(programs, p.programs)).long()
     lanes = p.lanes[expert, chosen].long()
     row, base = lanes & NO_ROW, lanes >> 24
     first, _, steps, limit = p.records[expert, chosen].long()[:, :, None].unbind(1)
@@ -60,7 +63,10 @@ def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) 
         column = p.classes[expert, piece, place].long()
         sums["classes"] += _lines(place, live) + _lines((base + column) * 4, live)
         table = maps[base + column]
-        low, high = words[at.clamp(max=words.numel() - 33)], words[(at + 32).clamp(max=words.numel() - 1)]
+        low, high = (
+            words[at.clamp(max=words.numel() - 33)],
+            words[(at + 32).clamp(max=words.numel() - 1)],
+        )
         window = low >> used | (high << (32 - used)) & 0xFFFFFFFF
         for _ in range(32 // bits):
             useful += int((live & (pos < limit) & (row < p.rows) & (left > 0)).sum())
@@ -78,10 +84,18 @@ def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) 
         sums["words"] += _lines((at + 64) * 4, live & need)
         at, used = at + 32 * need, used & 31
     real = row < p.rows
-    weights = float((real * (limit - 1)).sum()) / p.segments  # a segment is its part of a stream, on average
-    share = weights * (p.cols / p.pieces / float((limit - 1).float().mean()))  # columns of zeros are weights, too
+    weights = (
+        float((real * (limit - 1)).sum()) / p.segments
+    )  # a segment is its part of a stream, on average
+    share = weights * (
+        p.cols / p.pieces / float((limit - 1).float().mean())
+    )  # columns of zeros are weights, too
     count = running / 32
-    return Touched(*(s / count for s in sums.values()), running / share, useful / share)
+    return Touched(
+        **{name: s / count for name, s in sums.items()},
+        steps_per_weight=running / share,
+        symbols_per_weight=useful / share,
+    )
 
 
 def _lines(address: Tensor, live: Tensor) -> float:

@@ -1,4 +1,6 @@
-"""Kernel form of experts, torch twins, operators on the CPU, launch plans, and compilation without a GPU."""
+"""Kernel form of experts, torch twins, operators on the CPU, launch plans, and compilation without
+a GPU.
+"""
 
 import dataclasses
 import json
@@ -37,7 +39,19 @@ def parsed(matrices, limit=None):
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize(
     ("rows", "cols"),
-    [(1, 1), (2, 2), (1, 4097), (4097, 1), (31, 15), (32, 16), (33, 17), (64, 767), (20, 1024), (40, 1025), (9, 3000)],
+    [
+        (1, 1),
+        (2, 2),
+        (1, 4097),
+        (4097, 1),
+        (31, 15),
+        (32, 16),
+        (33, 17),
+        (64, 767),
+        (20, 1024),
+        (40, 1025),
+        (9, 3000),
+    ],
 )
 def test_twin_decodes_every_shape(rows, cols, segments):
     matrices = [matrix(rows, cols, seed=s) for s in range(2)]
@@ -70,7 +84,9 @@ def test_groups_with_different_code_limits():
 
 def test_agrees_with_the_codec():
     (entry,) = parsed([sample_matrix(96, 1500)])
-    assert torch.equal(project.weights_torch(pack_projection([entry]), 0), decode_codes(*entry).dequantize())
+    assert torch.equal(
+        project.weights_torch(pack_projection([entry]), 0), decode_codes(*entry).dequantize()
+    )
 
 
 def test_lanes_hold_every_row_once_and_are_in_step():
@@ -149,22 +165,34 @@ def test_biases_and_foreign_experts():
 @pytest.mark.skipif(INTERPRETED, reason="takes the twins' path")
 def test_compiles_to_one_graph_and_passes_opcheck():
     pack = layer()
-    hidden, index, weight = torch.randn(3, 48), torch.tensor([[0, 1], [1, 0], [1, 3]]), torch.rand(3, 2)
+    hidden, index, weight = (
+        torch.randn(3, 48),
+        torch.tensor([[0, 1], [1, 0], [1, 3]]),
+        torch.rand(3, 2),
+    )
 
     def run(*args):
-        return ops.experts_forward(pack, *args, "silu") + ops.experts_forward(pack, *args, ops.silu_gate)
+        return ops.experts_forward(pack, *args, "silu") + ops.experts_forward(
+            pack, *args, ops.silu_gate
+        )
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(hidden, index, weight), run(hidden, index, weight))
     up, down = pack.up, pack.down
     args = (hidden, index, weight, up.tensors(), up.numbers(), down.tensors(), down.numbers())
     torch.library.opcheck(torch.ops.qmoe.experts_silu.default, args)
-    torch.library.opcheck(torch.ops.qmoe.project.default, (hidden, index.flatten(), 2, up.tensors(), up.numbers()))
+    torch.library.opcheck(
+        torch.ops.qmoe.project.default, (hidden, index.flatten(), 2, up.tensors(), up.numbers())
+    )
 
 
 def test_layer_refuses_what_does_not_fit():
     pack = layer()
-    hidden, index, weight = torch.randn(3, 48), torch.zeros(3, 2, dtype=torch.long), torch.rand(3, 2)
+    hidden, index, weight = (
+        torch.randn(3, 48),
+        torch.zeros(3, 2, dtype=torch.long),
+        torch.rand(3, 2),
+    )
     with pytest.raises(ValueError, match=r"\[N, 48\], got torch.float32 \(3, 47\)"):
         ops.experts_forward(pack, hidden[:, 1:], index, weight)
     with pytest.raises(ValueError, match="float64"):
@@ -207,14 +235,21 @@ def test_scripts_without_a_gpu(capsys):
 
     for script in ("bench_gpu", "tune"):
         path = Path(__file__).parent.parent / "scripts" / script
-        run = subprocess.run([sys.executable, path], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(path.parent.parent)})
+        run = subprocess.run(
+            [sys.executable, path],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(path.parent.parent)},
+        )
         assert run.returncode == 2
         assert run.stderr.strip().startswith("no CUDA device")
         assert "Traceback" not in run.stderr
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("name", ["matvec 1", "matvec 8", "matvec 1 in 2 segments", "decode", "grouped dot", "gate"])
+@pytest.mark.parametrize(
+    "name", ["matvec 1", "matvec 8", "matvec 1 in 2 segments", "decode", "grouped dot", "gate"]
+)
 def test_no_spills_on_sm90(name):
     kernel, types, constants, options = static.kernels(90)[name]
     c = sass.compile_for(kernel, types, constants, 90, **options)
@@ -228,7 +263,9 @@ def test_batch_one_loop_is_within_its_budget():
     c = sass.compile_for(kernel, types, constants, 90, **options)
     p = static.packed([sample_matrix(512, 1024)])
     model = static.estimate(c, 4, trace(p, 0))
-    assert c.loop["LDG"] == 11  # 4 entries, 4 inputs, class, context, refill: the right loop was counted
+    assert (
+        c.loop["LDG"] == 11
+    )  # 4 entries, 4 inputs, class, context, refill: the right loop was counted
     assert model["instructions_per_weight"] <= static.BUDGET
     assert model["over_bf16"] > 1
 

@@ -1,7 +1,7 @@
 """The Triton kernels themselves, run by Triton's interpreter on the CPU against their twins.
 
-The interpreter is chosen when a kernel is defined, so these tests need a process of their own: without TRITON_INTERPRET=1 this file has one test,
-which starts that process.
+The interpreter is chosen when a kernel is defined, so these tests need a process of their own:
+without TRITON_INTERPRET=1 this file has one test, which starts that process.
 """
 
 import dataclasses
@@ -18,14 +18,17 @@ from qmoe.kernels.layout import pack_projection
 from qmoe.types import QuantizedMatrix
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts"
+)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_the_interpreter():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=os.getcwd(),
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, cwd=os.getcwd(),
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
 
@@ -42,7 +45,9 @@ def matrix(rows, cols, size=0.4, negative=False, seed=0):
 def packed(matrices, segments=1, limit=None):
     group = encode_group(matrices, limit)
     tables = parse_tables(group.tables)
-    return pack_projection([(tables, parse_matrix(tables, blob)) for blob in group.matrices], segments)
+    return pack_projection(
+        [(tables, parse_matrix(tables, blob)) for blob in group.matrices], segments
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +56,9 @@ def poison(monkeypatch):
     empty, empty_like = torch.empty, torch.empty_like
 
     def fill(t):
-        return t.fill_(float("nan") if t.is_floating_point() else 0x3FFFFFFF if t.dtype.itemsize > 1 else 1)
+        return t.fill_(
+            float("nan") if t.is_floating_point() else 0x3FFFFFFF if t.dtype.itemsize > 1 else 1
+        )
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
@@ -95,7 +102,9 @@ def test_product_of_every_kind(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_batch_gives_the_same_bits(dtype):
     p = packed([matrix(10, 50, seed=s) for s in range(3)])
-    index = torch.tensor([0, 0, 0, 2, 3, -1, 0, 0, 0, 0, 0, 0])  # 1 is empty, 2 starved, 0 hot; two pairs of no expert
+    index = torch.tensor(
+        [0, 0, 0, 2, 3, -1, 0, 0, 0, 0, 0, 0]
+    )  # 1 is empty, 2 starved, 0 hot; two pairs of no expert
     x = torch.randn(6, 50).to(dtype)
     twin = project.project_torch(p, x, index, 2)
     first = project.project(p, x, index, 2, batch=1)
@@ -103,7 +112,9 @@ def test_every_batch_gives_the_same_bits(dtype):
     assert not first[4:6].any()
     for batch in (2, 4, 8):
         assert torch.equal(project.project(p, x, index, 2, batch=batch), first)
-    assert bench.relative_rms(project.project(p, x, index, 2, batch=0), twin) < bench.TOLERANCE[dtype]
+    assert (
+        bench.relative_rms(project.project(p, x, index, 2, batch=0), twin) < bench.TOLERANCE[dtype]
+    )
 
 
 @interpreted
@@ -113,7 +124,13 @@ def test_result_of_a_pair_does_not_depend_on_the_others():
     index = torch.tensor([0, 1, 0, 0, 1, 0])
     for batch in (4, 0):
         y = project.project(p, x, index, 1, batch=batch)
-        other = project.project(p, torch.cat([x[:1], torch.randn(5, 40)]), torch.tensor([0, 0, 1, 1, 1, 1]), 1, batch=batch)
+        other = project.project(
+            p,
+            torch.cat([x[:1], torch.randn(5, 40)]),
+            torch.tensor([0, 0, 1, 1, 1, 1]),
+            1,
+            batch=batch,
+        )
         assert torch.equal(y[0], other[0])
 
 
@@ -124,7 +141,10 @@ def test_layer(tokens, dtype):
     up = packed([matrix(24, 20, seed=s) for s in range(3)])
     down = packed([matrix(20, 12, seed=5 + s) for s in range(3)])
     pack = ops.ExpertsPack(up, down)
-    hidden, index = torch.randn(tokens, 20).to(dtype), torch.tensor([[1, 0], [1, 3], [1, 2]])[:tokens]
+    hidden, index = (
+        torch.randn(tokens, 20).to(dtype),
+        torch.tensor([[1, 0], [1, 3], [1, 2]])[:tokens],
+    )
     weight = torch.rand(tokens, 2)
     expected = bench.dense_layer(pack, hidden.float(), index, weight)
     for gate in ("silu", ops.silu_gate):
@@ -169,13 +189,17 @@ def test_garbage_in_the_stream_stays_inside_the_buffers(seed):
     expert, members, _ = project.make_groups(torch.zeros(1, dtype=torch.long), 1, 1)
     results = []
     for value in (0x11, 0x6E):  # what lies behind the buffers must not matter
-        names = [f.name for f in dataclasses.fields(p) if isinstance(getattr(p, f.name), torch.Tensor)]
+        names = [
+            f.name for f in dataclasses.fields(p) if isinstance(getattr(p, f.name), torch.Tensor)
+        ]
         kept = {n: guarded(words if n == "words" else getattr(p, n), value) for n in names}
         q = dataclasses.replace(p, **{n: view for n, (_, view) in kept.items()})
         xs = guarded(project.gathered(q, x, expert, members, 1), float("nan"))
         sums = project.partial_sums(q, xs[1], expert, plan.PORTABLE)
         codes = guarded(torch.zeros(1, p.rows, p.pieces, p.columns.shape[2] - 1), 7.0)
-        project.decode_experts(q, codes[1], torch.ones(1, dtype=torch.int32), 0, plan.PORTABLE, ratio=False)
+        project.decode_experts(
+            q, codes[1], torch.ones(1, dtype=torch.int32), 0, plan.PORTABLE, ratio=False
+        )
         assert (codes[0][:256] == 7).all()
         assert (codes[0][-256:] == 7).all()
         assert not sums.isnan().any()
