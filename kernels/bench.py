@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from qmoe.codec import encode_group, parse_matrix, parse_tables
+from qmoe.kernels import shared
 from qmoe.kernels.layout import LANES, NO_ROW, Projection, pack_projection
 from qmoe.kernels.ops import ExpertsPack, experts_forward, silu_gate
 from qmoe.kernels.plan import BATCHES, Plan, plan_of, segments
 from qmoe.kernels.project import project, project_torch, weights, weights_torch
 from qmoe.kernels.sample import sample_matrix
 
+DEVICE = "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # relative rms
 
 
@@ -148,7 +150,7 @@ def random_layer(shape: Shape, plan: Plan, bits: float = 0.8) -> ExpertsPack:
 
 
 def routing(
-    tokens: int, experts: int, top_k: int, seed: int, device: str = "cuda"
+    tokens: int, experts: int, top_k: int, seed: int, device: str = DEVICE
 ) -> tuple[Tensor, Tensor]:
     """Random routing: index int64 and weights float32 [tokens, k], distinct experts per token."""
     g = torch.Generator().manual_seed(seed)
@@ -161,7 +163,7 @@ def relative_rms(y: Tensor, reference: Tensor) -> float:
     return float((y.float() - reference.float()).norm() / reference.float().norm().clamp_min(1e-30))
 
 
-def check(device: str = "cuda") -> list[str]:
+def check(device: str = DEVICE) -> list[str]:
     """Compares every kernel with its twin on small ragged layers. Returns failures, one sentence
     each; empty = sound.
     """
@@ -184,12 +186,17 @@ def check(device: str = "cuda") -> list[str]:
         for dtype, tolerance in TOLERANCE.items():
             x = torch.randn(8, cols, device=device).to(dtype)
             expected = project_torch(p, x, index, 2)
-            for batch in (*BATCHES, 0):
-                y = project(p, x, index, 2, batch=batch)
+            plan = plan_of(x.device)
+            runs = [(plan, b) for b in (*BATCHES, 0)]
+            if shared.SUPPORTED and plan.asm:
+                runs += [(replace(plan, shared=True), b) for b in BATCHES]
+            for tried, batch in runs:
+                y = project(p, x, index, 2, tried, batch)
                 error = relative_rms(y, expected)
                 if not error <= tolerance:
                     bad.append(
-                        f"product with {where}, {dtype}, {batch or 'grouped'}: "
+                        f"product with {where}, {dtype}, {batch or 'grouped'}"
+                        f"{', shared tables' if tried.shared else ''}: "
                         f"relative error {error:.2e}, at most {tolerance}"
                     )
     bad += _check_layer(device)
@@ -257,8 +264,8 @@ def bf16_calls(shape: Shape, tokens: int, rounds: int) -> list[Callable[[], obje
     projection (what cuBLAS does best).
     """
     size = (shape.experts, shape.up_rows, shape.hidden), (shape.experts, shape.hidden, shape.inner)
-    up, down = (torch.empty(s, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02) for s in size)
-    x = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    up, down = (torch.empty(s, dtype=torch.bfloat16, device=DEVICE).normal_(0, 0.02) for s in size)
+    x = torch.randn(tokens, shape.hidden, device=DEVICE, dtype=torch.bfloat16)
 
     def layer(groups: list[tuple[int, Tensor]]) -> None:
         for e, token in groups:
@@ -269,7 +276,8 @@ def bf16_calls(shape: Shape, tokens: int, rounds: int) -> list[Callable[[], obje
     for r in range(rounds):
         index, _ = routing(tokens, shape.experts, shape.top_k, r, "cpu")
         groups = [
-            (e, torch.where(index == e)[0].cuda()) for e in sorted(set(index.flatten().tolist()))
+            (e, torch.where(index == e)[0].to(DEVICE))
+            for e in sorted(set(index.flatten().tolist()))
         ]
         out.append(partial(layer, groups))
     return out
@@ -285,12 +293,12 @@ def grouped_calls(shape: Shape, tokens: int, rounds: int) -> list[Callable[[], o
     if product is None or shape.hidden % 8 or shape.inner % 8:
         return []
     up = torch.empty(
-        shape.experts, shape.up_rows, shape.hidden, dtype=torch.bfloat16, device="cuda"
+        shape.experts, shape.up_rows, shape.hidden, dtype=torch.bfloat16, device=DEVICE
     ).normal_(0, 0.02)
     down = torch.empty(
-        shape.experts, shape.hidden, shape.inner, dtype=torch.bfloat16, device="cuda"
+        shape.experts, shape.hidden, shape.inner, dtype=torch.bfloat16, device=DEVICE
     ).normal_(0, 0.02)
-    x = torch.randn(tokens * shape.top_k, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(tokens * shape.top_k, shape.hidden, device=DEVICE, dtype=torch.bfloat16)
 
     def layer(ends: Tensor) -> None:
         h = product(x, up.transpose(1, 2), offs=ends)
@@ -299,7 +307,7 @@ def grouped_calls(shape: Shape, tokens: int, rounds: int) -> list[Callable[[], o
     out: list[Callable[[], object]] = []
     for r in range(rounds):
         index, _ = routing(tokens, shape.experts, shape.top_k, r, "cpu")
-        ends = torch.bincount(index.flatten(), minlength=shape.experts).cumsum(0).int().cuda()
+        ends = torch.bincount(index.flatten(), minlength=shape.experts).cumsum(0).int().to(DEVICE)
         out.append(partial(layer, ends))
     return out
 
@@ -308,7 +316,7 @@ def encoded_calls(
     pack: ExpertsPack, shape: Shape, tokens: int, rounds: int
 ) -> list[Callable[[], object]]:
     """The encoded layer on the same routings."""
-    x = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(tokens, shape.hidden, device=DEVICE, dtype=torch.bfloat16)
     gate = "silu" if shape.gated else torch.relu
     routes = [routing(tokens, shape.experts, shape.top_k, r) for r in range(rounds)]
     return [partial(experts_forward, pack, x, i, w, gate) for i, w in routes]

@@ -85,10 +85,10 @@ def decode_active(
     )  # position of the last real column; parked lanes are beyond it
     total = tl.zeros([32], tl.float32)
     for _ in range(steps):
-        table = latch(lut, classes, context_map, pos, entry_bytes, ASM)
+        table = latch(lut, classes, context_map, pos, entry_bytes, ASM, False)
         window = window_of(low, high, used)
         for _u in tl.static_range(32 // L):
-            advance, value, length = symbol(table, window, entry_bytes, L, WIDE, ASM)
+            advance, value, length = symbol(lut, table, window, entry_bytes, L, WIDE, ASM, False)
             window = window >> length
             used += length.to(tl.int32)
             pos += advance

@@ -59,21 +59,30 @@ def gather(base, index, stride, TYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def symbol(lut, window, entry_bytes, L: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
-    """Looks up the code in the low bits of `window` (uint32). Returns (advance int32, value float32
-    * 64, code length uint32).
+def symbol(
+    tables, table, window, entry_bytes,
+    L: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Looks up the code in the low bits of `window` (uint32).
+
+    `table` is the address of the table, or its first entry in the shared-memory array `tables`.
+    Returns (advance int32, value float32 * 64, code length uint32).
     """
     index = (window & ((1 << L) - 1)).to(tl.int32)
-    if WIDE:
-        e = gather(lut, index, entry_bytes, tl.uint32, ASM)
-        length = e >> 14
-        value = (e | 0x4B03C03F).to(
-            tl.float32, bitcast=True
-        ) - 8642623.0  # 2^23 + 0x3C03F + 64 * 128
+    if SHARED:
+        e = tables.gather(table + index, axis=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    elif WIDE:
+        e = gather(table, index, entry_bytes, tl.uint32, ASM)
     else:
-        e = gather(lut, index, entry_bytes, tl.uint16, ASM).to(tl.uint32)
+        e = gather(table, index, entry_bytes, tl.uint16, ASM).to(tl.uint32)
+    if WIDE:
+        length = e >> 14
+        # 2^23 + 0x3C03F + 64 * 128
+        value = (e | 0x4B03C03F).to(tl.float32, bitcast=True) - 8642623.0
+    else:
         length = e >> 12
-        value = (e | 0x4B00F03F).to(tl.float32, bitcast=True) - 8452159.0  # 2^23 + 0xF03F + 64 * 32
+        # 2^23 + 0xF03F + 64 * 32
+        value = (e | 0x4B00F03F).to(tl.float32, bitcast=True) - 8452159.0
     return (e & 63).to(tl.int32), value, length
 
 
@@ -96,10 +105,14 @@ def refill(words, next_word, end, low, high, used):
 
 
 @triton.jit
-def latch(lut, classes, context_map, pos, entry_bytes, ASM: tl.constexpr):
-    """Address of the table for the column class at `pos` (context_map already points at the row's
-    class).
+def latch(lut, classes, context_map, pos, entry_bytes, ASM: tl.constexpr, SHARED: tl.constexpr):
+    """The table for the column class at `pos`; context_map already points at the row's class.
+
+    Its address, or if SHARED its first entry counted from where `lut` (an integer then) starts.
     """
     column_class = tl.load(classes + pos).to(tl.int32)
     first = tl.load(context_map + column_class)
-    return address(lut, first, entry_bytes, ASM)
+    if SHARED:
+        return first - lut
+    else:
+        return address(lut, first, entry_bytes, ASM)

@@ -62,7 +62,7 @@ class Projection:
         context_maps: int32 [groups, 128], first lookup entry of the table of each context.
         expert_maps: int32 [E], group of an expert.
         expert_limits: int32 [E], code limit L of an expert.
-        lut: int16 or int32 [entries], see `qmoe.kernels.device`.
+        lut: int16 or int32 [entries + 4096], see `qmoe.kernels.device`.
         row_scale: float32 [E, rows]; row_scale_neg: the same for negative codes, or None.
     """
 
@@ -316,4 +316,6 @@ def _lookup(groups: Sequence[Tables], wide: bool) -> tuple[NDArray[np.generic], 
         table = np.minimum(np.arange(CONTEXTS), t.table_of.size - 1)
         maps[g] = base + (t.table_of[table].astype(np.int32) << t.limit)
         base += entries[-1].size
+    # a kernel may copy 16 tables of 8 bits at once, whichever group's it starts at
+    entries.append(np.zeros(16 << 8, entries[0].dtype))
     return np.concatenate(entries), maps

@@ -69,27 +69,22 @@ def half(word, index: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def matvec(
-    words, records, lanes, starts, classes, context_maps, expert_maps, expert_limits, lut,
-    row_scale, row_scale_neg,
-    xs, group_expert, partial,
-    experts, rows, stored, width, tiles, entry_bytes, x_bytes, map_stride,
+def follow(
+    lane, zero, nothing, e, lut, tables,
+    words, records, lanes, starts, classes, context_maps, expert_maps,
+    row_scale, row_scale_neg, xs, partial,
+    rows, stored, width, tiles, entry_bytes, x_bytes, map_stride,
     B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr,
-    WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr,
+    WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """One warp: 32 segments of one piece of one expert against B inputs; grid (NP, groups).
+    """The work of one program of `matvec`: expert e, already checked.
 
-    `entry_bytes` and `x_bytes` are the sizes of a lookup entry and of one x load, passed at run
-    time (see `device.address`).
+    `lane`, `zero` and `nothing` are 0..31, integer and float zeros [32]: made by the caller, since
+    Gluon gives tensors a layout. `tables` holds the lookup tables if SHARED, and `lut` is then the
+    number of its first entry.
     """
-    lane = tl.arange(0, 32)
     program = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
-    e = tl.load(group_expert + g)
-    if (e < 0) | (e >= experts):
-        return
-    if tl.load(expert_limits + e) != L:
-        return
     at = e.to(tl.int64) * tl.num_programs(0) + program
     first = tl.load(records + at * 4)
     end = tl.load(records + at * 4 + 1)
@@ -116,25 +111,27 @@ def matvec(
     low = tl.load(words + next_word)
     high = tl.load(words + next_word + 32)
     next_word += 64
-    used = tl.zeros([32], tl.int32)
-    pos = tl.zeros([32], tl.int32)
+    used = zero
+    pos = zero
     if S > 1:
         start = tl.load(starts + at * 32 + lane)
         pos = start & 0xFFFF
         left = start >> 16
-    acc0 = tl.zeros([32], tl.float32)
-    acc1 = tl.zeros([32], tl.float32)
-    acc2 = tl.zeros([32], tl.float32)
-    acc3 = tl.zeros([32], tl.float32)
-    acc4 = tl.zeros([32], tl.float32)
-    acc5 = tl.zeros([32], tl.float32)
-    acc6 = tl.zeros([32], tl.float32)
-    acc7 = tl.zeros([32], tl.float32)
+    acc0 = nothing
+    acc1 = nothing
+    acc2 = nothing
+    acc3 = nothing
+    acc4 = nothing
+    acc5 = nothing
+    acc6 = nothing
+    acc7 = nothing
     for _ in range(steps):
-        table = latch(lut, classes, context_map, pos, entry_bytes, ASM)
+        table = latch(lut, classes, context_map, pos, entry_bytes, ASM, SHARED)
         window = window_of(low, high, used)
         for _u in tl.static_range(32 // L):
-            advance, value, length = symbol(table, window, entry_bytes, L, WIDE, ASM)
+            advance, value, length = symbol(
+                tables, table, window, entry_bytes, L, WIDE, ASM, SHARED
+            )
             window = window >> length
             used += length.to(tl.int32)
             pos += advance
@@ -169,7 +166,7 @@ def matvec(
             pos = tl.where(left > 0, pos, limit)
         next_word, low, high, used = refill(words, next_word, end, low, high, used)
     to = partial + ((g * slots + slot) * B) * rows + row
-    scale = tl.full([32], 1.0 / 64, tl.float32)
+    scale = nothing + 1.0 / 64
     if not NEG:
         scale *= tl.load(row_scale + e.to(tl.int64) * rows + row, mask=inside, other=0.0)
     tl.store(to, acc0 * scale, mask=inside)
@@ -183,6 +180,34 @@ def matvec(
         tl.store(to + 5 * rows, acc5 * scale, mask=inside)
         tl.store(to + 6 * rows, acc6 * scale, mask=inside)
         tl.store(to + 7 * rows, acc7 * scale, mask=inside)
+
+
+@triton.jit
+def matvec(
+    words, records, lanes, starts, classes, context_maps, expert_maps, expert_limits, lut,
+    row_scale, row_scale_neg,
+    xs, group_expert, partial,
+    experts, rows, stored, width, tiles, entry_bytes, x_bytes, map_stride,
+    B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr,
+    WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One warp: 32 segments of one piece of one expert against B inputs; grid (NP, groups).
+
+    `entry_bytes` and `x_bytes` are the sizes of a lookup entry and of one x load, passed at run
+    time (see `device.address`).
+    """
+    e = tl.load(group_expert + tl.program_id(1))
+    if (e < 0) | (e >= experts):
+        return
+    if tl.load(expert_limits + e) != L:
+        return
+    follow(
+        tl.arange(0, 32), tl.zeros([32], tl.int32), tl.zeros([32], tl.float32), e, lut, lut,
+        words, records, lanes, starts, classes, context_maps, expert_maps,
+        row_scale, row_scale_neg, xs, partial,
+        rows, stored, width, tiles, entry_bytes, x_bytes, map_stride,
+        B, X_BITS, L, S, WIDE, NEG, ASM, False,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from qmoe.kernels import matvec
 from qmoe.kernels.layout import Projection
 from qmoe.kernels.plan import batch_of, plan_of
 from qmoe.kernels.project import (
+    FOUR_WARPS,
     INTERPRETED,
     gathered,
     inputs_type,
@@ -123,7 +124,7 @@ def _fused(pack: ExpertsPack, hidden: Tensor, index: Tensor, weights: Tensor, ba
     matvec.silu_inputs[(triton.cdiv(down.width, _BLOCK), down.pieces, len(expert))](
         partial, expert, members, down.columns, down.scales, xs, up.experts, down.cols,
         down.columns.shape[2], down.width,
-        SLOTS=partial.shape[1], B=batch, BLOCK=_BLOCK, HALF=_HALF[hidden.dtype], num_warps=4,
+        SLOTS=partial.shape[1], B=batch, BLOCK=_BLOCK, HALF=_HALF[hidden.dtype], **FOUR_WARPS,
     )  # fmt: skip
     partial = partial_sums(down, xs, expert, plan)
     out = torch.empty_like(hidden)
@@ -137,7 +138,7 @@ def _fused(pack: ExpertsPack, hidden: Tensor, index: Tensor, weights: Tensor, ba
         SLOTS=partial.shape[1],
         B=batch,
         BLOCK=_BLOCK,
-        num_warps=4,
+        **FOUR_WARPS,
     )
     return out
 

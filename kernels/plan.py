@@ -6,6 +6,8 @@ of the next older one.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,6 +29,8 @@ class Plan:
         dot_warps, dot_stages: warps and pipeline stages of the grouped product.
         scratch_bytes: decoded experts that are held at a time for the grouped product.
         asm: inline PTX for address arithmetic.
+        shared: lookup tables in shared memory where the kernel supports it (`qmoe.kernels.shared`);
+            off until a GPU has confirmed that it is right and faster.
     """
 
     segment: int = 384
@@ -40,6 +44,7 @@ class Plan:
     dot_stages: int = 3
     scratch_bytes: int = 64 << 20
     asm: bool = True
+    shared: bool = False
 
 
 BATCHES = (1, 2, 4, 8)
@@ -58,9 +63,26 @@ def plan_for(capability: int) -> Plan:
     return PLANS[max(known)] if known else PORTABLE
 
 
-@lru_cache
+_forced: list[Plan] = []
+
+
+@contextmanager
+def forced(plan: Plan) -> Iterator[None]:
+    """Every device has this plan inside the context; for measurements, not thread-safe."""
+    _forced.append(plan)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
 def plan_of(device: torch.device) -> Plan:
     """Plan of a device."""
+    return _forced[-1] if _forced else _plan_of(device)
+
+
+@lru_cache
+def _plan_of(device: torch.device) -> Plan:
     if device.type != "cuda" or torch.version.hip is not None:
         return PORTABLE
     major, minor = torch.cuda.get_device_capability(device)

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from qmoe.kernels import dense, grouped, groups, matvec
+from qmoe.kernels import dense, grouped, groups, matvec, shared
 from qmoe.kernels.layout import NO_ROW, Projection
 from qmoe.kernels.plan import Plan, batch_of, plan_of
 
@@ -14,6 +14,9 @@ INTERPRETED = not isinstance(
     matvec.matvec, triton.JITFunction
 )  # TRITON_INTERPRET=1: kernels run on CPU tensors
 _BLOCK = 256
+# the instruction counts rest on fused multiply-add; Triton's default is about to change
+ONE_WARP = {"num_warps": 1, "enable_fp_fusion": True}
+FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def decode_torch(p: Projection, expert: int) -> Tensor:
@@ -128,7 +131,7 @@ def make_groups(index: Tensor, experts: int, batch: int) -> tuple[Tensor, Tensor
     slots = torch.empty(pairs, dtype=torch.int32, device=index.device)
     block = max(16, triton.next_power_of_2(pairs))
     groups.group_small[(1,)](
-        index, expert, members, slots, pairs, count, experts, B=batch, BLOCK=block, num_warps=4
+        index, expert, members, slots, pairs, count, experts, B=batch, BLOCK=block, **FOUR_WARPS
     )
     return expert, members, slots
 
@@ -140,7 +143,7 @@ def gathered(p: Projection, x: Tensor, expert: Tensor, members: Tensor, fan: int
     matvec.gather_inputs[(triton.cdiv(p.width, _BLOCK), p.pieces, count)](
         x, expert, members, p.columns, p.scales, xs, p.experts, p.cols, fan, p.columns.shape[2],
         p.width,
-        B=batch, OFFSET=0, BLOCK=_BLOCK, num_warps=4,
+        B=batch, OFFSET=0, BLOCK=_BLOCK, **FOUR_WARPS,
     )  # fmt: skip
     return xs
 
@@ -154,12 +157,15 @@ def partial_sums(p: Projection, xs: Tensor, expert: Tensor, plan: Plan) -> Tenso
     )
     negative = p.row_scale if p.row_scale_neg is None else p.row_scale_neg
     for limit in p.limits:
-        matvec.matvec[(p.programs, count)](
+        kernel = matvec.matvec
+        if plan.shared and limit == shared.LIMIT and not p.wide:
+            kernel = shared.matvec_shared
+        kernel[(p.programs, count)](
             *decoder_args(p), p.row_scale, negative, xs, expert, partial,
             p.experts, p.rows, p.columns.shape[2], p.width, p.tiles, 4 if p.wide else 2, min(8,
             batch * bits // 8), p.context_maps.shape[1],
             B=batch, X_BITS=bits, L=limit, S=p.segments, WIDE=p.wide,
-            NEG=p.row_scale_neg is not None, ASM=plan.asm, num_warps=1,
+            NEG=p.row_scale_neg is not None, ASM=plan.asm, **ONE_WARP,
         )  # fmt: skip
     return partial
 
@@ -196,7 +202,7 @@ def project(
     partial = partial_sums(p, gathered(p, x, expert, members, fan), expert, plan)
     y = torch.empty(pairs, p.rows, dtype=x.dtype, device=x.device)
     matvec.sum_partials[(triton.cdiv(p.rows, _BLOCK), pairs)](
-        partial, slots, y, p.rows, SLOTS=partial.shape[1], B=batch, BLOCK=_BLOCK, num_warps=4
+        partial, slots, y, p.rows, SLOTS=partial.shape[1], B=batch, BLOCK=_BLOCK, **FOUR_WARPS
     )
     return y
 
@@ -210,7 +216,7 @@ def decode_experts(
     slots, _, _, depth = out.shape
     size = out[0].numel()
     dense.zero_active[(triton.cdiv(size, 2048), slots)](
-        out, counts, first, p.experts, size, BLOCK=2048, num_warps=4
+        out, counts, first, p.experts, size, BLOCK=2048, **FOUR_WARPS
     )
     negative = p.row_scale if p.row_scale_neg is None else p.row_scale_neg
     for limit in p.limits:
@@ -219,7 +225,7 @@ def decode_experts(
             p.columns.shape[2], depth, p.tiles,
             4 if p.wide else 2, p.context_maps.shape[1],
             L=limit, S=p.segments, WIDE=p.wide, NEG=ratio and p.row_scale_neg is not None,
-            ASM=plan.asm, num_warps=1,
+            ASM=plan.asm, **ONE_WARP,
         )  # fmt: skip
 
 
@@ -238,7 +244,7 @@ def project_grouped(p: Projection, x: Tensor, index: Tensor, fan: int, plan: Pla
     matvec.gather_inputs[(triton.cdiv(depth, _BLOCK), p.pieces, pairs)](
         x, sorted_expert, order, p.columns, p.scales, xs, p.experts, p.cols, fan,
         p.columns.shape[2], depth,
-        B=1, OFFSET=1, BLOCK=_BLOCK, num_warps=4,
+        B=1, OFFSET=1, BLOCK=_BLOCK, **FOUR_WARPS,
     )  # fmt: skip
     size = p.rows * p.pieces * depth
     slots = max(1, min(p.experts, plan.scratch_bytes // (size * kind.itemsize)))
@@ -251,7 +257,7 @@ def project_grouped(p: Projection, x: Tensor, index: Tensor, fan: int, plan: Pla
             xs, codes, p.row_scale, offsets, order, y, first, p.experts, p.rows, p.pieces * depth,
             TOKENS=plan.token_tile, ROWS=plan.row_tile, DEPTH=plan.depth_tile, SPLIT=split,
             EXACT=INTERPRETED or kind == torch.float32, num_warps=plan.dot_warps,
-            num_stages=plan.dot_stages,
+            num_stages=plan.dot_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 

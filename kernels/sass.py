@@ -15,6 +15,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 # instructions of the integer/logic pipe, which takes a warp instruction every two cycles per
 # scheduler; MOV-like ones go either way
@@ -84,20 +85,22 @@ def compile_for(
     """Compiles `kernel` for a CUDA capability (80, 90, ...) or an AMD architecture ("gfx942").
 
     Args:
-        kernel: a `triton.jit` function.
+        kernel: a `triton.jit` or `gluon.jit` function.
         types: type of each run-time argument, e.g. "*bf16"; unnamed ones are "i32". Pointers are
             taken as 16-byte aligned.
         constants: values of the constexpr arguments.
         options: num_warps and the like.
     """
     names = kernel.arg_names
+    options = {"enable_fp_fusion": True} | options
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
         if signature[n].startswith("*") or n in ROUND
     }
-    source = ASTSource(kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
     if isinstance(target, str):
         out = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
         return _amd(out.asm["amdgcn"])

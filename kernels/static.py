@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qmoe.codec import encode_group, parse_matrix, parse_tables
-from qmoe.kernels import dense, grouped, groups, matvec
+from qmoe.kernels import dense, grouped, groups, matvec, shared
 from qmoe.kernels.layout import Projection, pack_projection
 from qmoe.kernels.plan import PLANS
 from qmoe.kernels.sample import sample_matrix
@@ -77,6 +77,18 @@ def kernels(
             | ({"xs": "*fp32"} if constants["X_BITS"] == 32 else {})
         )
         out[name] = matvec.matvec, types, constants, warp
+    if asm and shared.SUPPORTED:
+        for batch in (1, 4, 8):
+            constants = {
+                "B": batch,
+                "X_BITS": 16,
+                "L": 8,
+                "S": 1,
+                "WIDE": False,
+                "NEG": False,
+                "ASM": asm,
+            }
+            out[f"matvec {batch} shared"] = shared.matvec_shared, loop, constants, warp
     decode = {"L": 8, "S": 1, "WIDE": False, "NEG": False, "ASM": asm}
     out["decode"] = dense.decode_active, _DECODER | {"out": "*bf16", "counts": "*i32"}, decode, warp
     block = {"BLOCK": 256}
@@ -136,7 +148,9 @@ def packed(matrices: Sequence[QuantizedMatrix], segments: int = 1) -> Projection
     )
 
 
-def estimate(loop: Compiled, symbols: int, touched: Touched) -> dict[str, float]:
+def estimate(
+    loop: Compiled, symbols: int, touched: Touched, shared_tables: bool = False
+) -> dict[str, float]:
     """Model of a matvec loop that takes `symbols` symbols a turn: weights per second by each bound,
     and lane instructions per weight.
     """
@@ -145,12 +159,12 @@ def estimate(loop: Compiled, symbols: int, touched: Touched) -> dict[str, float]
     bounds = {
         "issue": weights / (n / 4),
         "alu": weights / (alu / 2),
-        "lines": weights / touched.lines,
+        "lines": weights / touched.cycles(shared_tables),
     }
     return {
         "instructions_per_symbol": n,
         "alu_per_symbol": alu,
-        "lines_per_symbol": touched.lines,
+        "lines_per_symbol": touched.cycles(shared_tables),
         "symbols_per_weight": touched.steps_per_weight,
         "instructions_per_weight": n * touched.steps_per_weight,
         **{f"{k}_weights_per_s": v for k, v in bounds.items()},
@@ -213,6 +227,7 @@ def run(json: bool = False, matrices: Sequence[QuantizedMatrix] | None = None) -
                     c,
                     32 // constants["L"],
                     touched[min(16, constants["B"] * constants["X_BITS"] // 8)],
+                    kernel is shared.matvec_shared,
                 )
         result["targets"][str(target)] = rows
     result["model"] = model

@@ -20,12 +20,14 @@ class Touched:
     """Means over the steps of a warp (one step = one symbol of each lane).
 
     Attributes:
+        banks: cycles of the lookup if the tables are in shared memory (the fullest of 32 banks).
         table, inputs, words, classes: distinct lines per step of the lookup, of x, of refills, and
             of class and context map loads.
         steps_per_weight: symbols stepped per coded weight, counting lanes that wait for others.
         symbols_per_weight: the same without waiting.
     """
 
+    banks: float
     table: float
     inputs: float
     words: float
@@ -33,10 +35,9 @@ class Touched:
     steps_per_weight: float
     symbols_per_weight: float
 
-    @property
-    def lines(self) -> float:
-        """All lines per step."""
-        return self.table + self.inputs + self.words + self.classes
+    def cycles(self, shared: bool = False) -> float:
+        """L1 cycles per step, with the tables in global or in shared memory."""
+        return (self.banks if shared else self.table) + self.inputs + self.words + self.classes
 
 
 def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) -> Touched:
@@ -55,7 +56,7 @@ def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) 
     if p.segments > 1:
         pos, left = p.starts[expert, chosen].long() & 0xFFFF, p.starts[expert, chosen].long() >> 16
     used = torch.zeros_like(pos)
-    sums = dict.fromkeys(("table", "inputs", "words", "classes"), 0.0)
+    sums = dict.fromkeys(("banks", "table", "inputs", "words", "classes"), 0.0)
     running = useful = 0
     for step in range(int(steps.max())):
         live = (step < steps).expand_as(pos)
@@ -75,6 +76,7 @@ def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) 
             entry = lut[index]
             length = entry >> (6 + value_bits)
             window, used, pos = window >> length, used + length, pos + (entry & 63)
+            sums["banks"] += _banks((index - maps[0]) * entry_bytes, live)
             sums["table"] += _lines(index * entry_bytes, live)
             sums["inputs"] += _lines(pos * input_bytes, live)
         pos, left = torch.minimum(pos, limit), left - 1
@@ -103,3 +105,12 @@ def _lines(address: Tensor, live: Tensor) -> float:
     line = torch.where(live, address // LINE, -1).sort(dim=1).values
     fresh = (line[:, 1:] != line[:, :-1]) & (line[:, 1:] >= 0)
     return float(fresh.sum() + (line[:, 0] >= 0).sum())
+
+
+def _banks(address: Tensor, live: Tensor) -> float:
+    """Distinct words in the fullest bank of each program, summed over programs."""
+    word = torch.where(live, address // 4, -1).sort(dim=1).values
+    fresh = (word >= 0) & torch.nn.functional.pad(word[:, 1:] != word[:, :-1], (1, 0), value=True)
+    count = torch.zeros(len(word), 32, dtype=torch.long)
+    count.scatter_add_(1, word.clamp(min=0) % 32, fresh.long())
+    return float(count.max(dim=1).values.sum())
