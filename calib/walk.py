@@ -9,7 +9,7 @@ Knows nothing about weights, solvers or experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from qmoe.host import BlockRef, Host
 Batch = dict[str, Tensor]
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, not an error: it ends a forward after the current block
+class _Stop(Exception):  # control flow: it ends a forward after the current block
     pass
 
 
@@ -55,10 +55,8 @@ class Walk:
         with self._stubs(block, current), torch.no_grad():
             for n, batch in enumerate(self.batches):
                 self.batch, current["out"] = n, None
-                try:
+                with suppress(_Stop):
                     self.host.model(**batch, use_cache=False)
-                except _Stop:
-                    pass
                 if keep:
                     old = self._saved[n].get(block.list_name)
                     self._saved[n][block.list_name] = _tree(self.store.keep, current["out"])

@@ -141,8 +141,9 @@ class Host:
         ]
         if missing:
             raise SourceError(
-                f"{self.checkpoint.directory}: no tensor on disk for {missing[0]} ({len(missing)} parameters of "
-                f"{type(self.model).__name__} are missing); the checkpoint is incomplete or does not match config.json"
+                f"{self.checkpoint.directory}: no tensor on disk for {missing[0]} "
+                f"({len(missing)} parameters of {type(self.model).__name__} are missing); "
+                "the checkpoint is incomplete or does not match config.json"
             )
 
     def blocks(self) -> Iterator[BlockRef]:
@@ -179,7 +180,8 @@ class Host:
         if info.mismatched_keys:
             name, disk, expected = sorted(info.mismatched_keys)[0]
             raise SourceError(
-                f"{self.checkpoint.directory}: {name} has shape {tuple(disk)} on disk, config.json asks for "
+                f"{self.checkpoint.directory}: {name} has shape {tuple(disk)} on disk, "
+                "config.json asks for "
                 f"{tuple(expected)}; the checkpoint does not match its config"
             )
         if info.conversion_errors:
@@ -247,8 +249,8 @@ class Host:
         """Rows [expert * rows, (expert + 1) * rows) of a parameter that holds all experts, through
         its converter.
         """
-        converter, collected = None, {}
-        collected: dict[str, list[Tensor]]
+        converter: Any = None
+        collected: dict[str, list[Tensor]] = {}
         for disk, pattern in sorted(self.sources[target].items()):
             number = _EXPERT_NUMBER.search(disk)
             if number and int(number.group(1)) != expert:
@@ -268,8 +270,9 @@ class Host:
         for pattern, tensors in collected.items():
             converter.collected_tensors[pattern] = tensors
         made = converter.convert(target, model=self.model, config=self.config, hf_quantizer=None)
-        result = next(iter(made.values()))
-        return result[0] if isinstance(result, list) else result
+        result: Any = next(iter(made.values()))
+        found: Tensor = result[0] if isinstance(result, list) else result
+        return found
 
     def experts_of(self, block: BlockRef) -> list[tuple[ExpertsLayout, nn.Module]]:
         """The experts modules of a block in the order in which its forward calls them."""
@@ -369,7 +372,8 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         )
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
-            f"{checkpoint.directory}: model type {kind!r} is not known to transformers {transformers.__version__}"
+            f"{checkpoint.directory}: model type {kind!r} is not known to "
+            f"transformers {transformers.__version__}"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the checkpoint presents dense tensors
@@ -413,7 +417,8 @@ def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     ]
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no list of blocks of the types {sorted(kinds)}; this layout is not supported"
+            f"{type(model).__name__}: no list of blocks of the types {sorted(kinds)}; "
+            "this layout is not supported"
         )
     return found
 

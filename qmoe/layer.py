@@ -100,12 +100,14 @@ def quantize_layer(
     tokens: list[int] = []
     notes = [""] * layout.experts
     for group in groups(layout):
+        seen: list[int] = []
         for projection, problem, solution in work.solve(group):
+            seen = problem.tokens.tolist()
             sink(projection.name, group, solution.matrices)
             for e, note in zip(group, solution.notes, strict=True):
                 if note and note not in notes[e]:
                     notes[e] = f"{notes[e]}; {note}" if notes[e] else note
-        tokens += problem.tokens.tolist()
+        tokens += seen
         progress(len(group))
     return Coverage(tokens, notes)
 
@@ -146,7 +148,7 @@ class _Work:
         return total, int(used.sum())
 
     def solve(self, group: range) -> Iterator[tuple[Projection, Problem, Solution]]:
-        """Yields every projection of a group, solved; then the group's outputs are in the streams."""
+        """Yields every projection of a group, solved; then its outputs are in the streams."""
         weights = [
             {k: w.float().to(self.device) for k, w in read.items()}
             for read in (self.host.read_expert(self.layout, self.module, e) for e in group)
