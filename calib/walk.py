@@ -56,7 +56,7 @@ class Walk:
             for n, batch in enumerate(self.batches):
                 self.batch, current["out"] = n, None
                 with suppress(_Stop):
-                    self.host.model(**batch, use_cache=False)
+                    self.host.model(**self._inputs(batch), use_cache=False)
                 if keep:
                     old = self._saved[n].get(block.list_name)
                     self._saved[n][block.list_name] = _tree(self.store.keep, current["out"])
@@ -68,7 +68,13 @@ class Walk:
         for n, batch in enumerate(self.batches):
             with self._stubs(None, current), torch.no_grad():
                 self.batch = n
-                yield self.host.model(**batch, use_cache=False).logits
+                yield self.host.model(**self._inputs(batch), use_cache=False).logits
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.host.device)
+
+    def _inputs(self, batch: Batch) -> Batch:
+        return {name: self._place(tensor) for name, tensor in batch.items()}
 
     @contextmanager
     def _stubs(self, block: BlockRef | None, current: dict[str, Any]) -> Iterator[None]:
@@ -77,7 +83,7 @@ class Walk:
         def stub(b: BlockRef, real: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if block is None or b.module is not block.module:
-                    return self._saved[self.batch][b.list_name]
+                    return _tree(self._place, self._saved[self.batch][b.list_name])
                 current["out"] = real(*args, **kwargs)
                 raise _Stop
 

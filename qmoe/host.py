@@ -75,6 +75,7 @@ class Host:
         checkpoint: Checkpoint,
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         """Builds the empty model.
 
@@ -83,6 +84,7 @@ class Host:
             dtype: compute dtype of materialised weights; parameters that the family keeps in
                 float32 stay so.
             trust_remote_code: run model code that the checkpoint brings along.
+            device: where the dense parts of blocks are put; the CPU if not given.
 
         Raises:
             UnsupportedModelError: a model type that transformers does not know, or no block lists
@@ -90,6 +92,7 @@ class Host:
             SourceError: a parameter of the model that no tensor of the checkpoint feeds.
         """
         self.checkpoint, self.dtype = checkpoint, dtype
+        self.device = device or torch.device("cpu")
         self.config = _read_config(checkpoint, trust_remote_code)
         with torch.device("meta"):
             self.model = _model_class(self.config, checkpoint, trust_remote_code)._from_config(
@@ -100,6 +103,9 @@ class Host:
         # meta
         self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
         self.model._initialize_missing_keys(is_quantized=False)
+        for buffer in self.model.buffers():
+            if not buffer.is_meta:
+                buffer.data = buffer.data.to(self.device)
         self._mapping = get_model_conversion_mapping(self.model, None, None)
         self._map_names()
         self.block_lists = _block_lists(self.model)
@@ -190,8 +196,10 @@ class Host:
                 f"{self.checkpoint.directory}: cannot convert {name}: {str(text).strip()}"
             )
         for name, tensor in _named_tensors(self.model):
-            if want(name) and not tensor.is_meta and tensor.is_floating_point():
-                check_finite(name, tensor)
+            if want(name) and not tensor.is_meta:
+                if tensor.is_floating_point():
+                    check_finite(name, tensor)
+                tensor.data = tensor.data.to(self.device)
 
     def load_rest(self) -> None:
         """Everything outside the blocks: embeddings, final norms, head, vision tower."""
@@ -297,7 +305,7 @@ class Host:
         out = {}
         for name, tensor in self.model.state_dict().items():
             if want(name) and not tensor.is_meta and name not in tied:
-                out[name] = tensor.to(self._stored_dtype(name, tensor))
+                out[name] = tensor.cpu().to(self._stored_dtype(name, tensor))
         return out
 
     def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:

@@ -158,7 +158,7 @@ class _Work:
             problem = self._problem(group, projection, weights, decoded)
             solution = self.method.solve(problem)
             for d, m in zip(decoded, solution.matrices, strict=True):
-                d[projection.name] = m.dequantize()
+                d[projection.name] = m.dequantize().to(self.device)
             yield projection, problem, solution
         for e, w, d in zip(group, weights, decoded, strict=True):
             self._outputs(self.quantized, e, d)
