@@ -122,6 +122,10 @@ class _Stored:
         return shard.read(name, selection)
 
 
+    def prefetch(self, name: str, selection: Selection = ...) -> None:
+        self._owner(name).prefetch(name, selection)
+
+
 class Checkpoint:
     """A source checkpoint; made by `open_checkpoint`.
 
@@ -186,6 +190,17 @@ class Checkpoint:
         if virtual is not None:
             return virtual.read(self._stored, selection)
         return self._stored.read(self._visible(name), selection)
+
+    def prefetch(self, name: str, selection: Selection = ...) -> None:
+        """Ask the operating system to read what `read` with the same arguments will need; costs no
+        memory of this process.
+        """
+        virtual = self._virtual.get(name)
+        if virtual is None:
+            self._stored.prefetch(self._visible(name), selection)
+        elif selection is ...:
+            for part in virtual.parts:
+                self._stored.prefetch(part)
 
     def lazy(self, name: str, selection: Selection = ...) -> Lazy:
         """The tensor as an object that transformers' ``convert_and_load_state_dict_in_model``

@@ -89,17 +89,19 @@ class ContainerWriter:
         self._replace, self._max = replace, max_shard_bytes
         self._root = self.out.with_name(self.out.name + ".partial")
         self._data, self._journal = self._root / "data", self._root / "journal"
+        self.work = self._root / "work"  # for files of the run that do not become part of `out`
         self._check_free()
         with writing(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         try:
             if not resume:
-                for folder in (self._data, self._journal):
+                for folder in (self._data, self._journal, self.work):
                     shutil.rmtree(folder, ignore_errors=True)
             with writing(self._root):
                 self._data.mkdir(exist_ok=True)
                 self._journal.mkdir(exist_ok=True)
+                self.work.mkdir(exist_ok=True)
                 sync_directory(self._root)
                 sync_directory(self._root.parent)
             self._settle_job(dict(job or {}))

@@ -201,6 +201,14 @@ class Host:
         """A block without the parameters in `skip` (its experts' matrices)."""
         self.load(lambda t: t.startswith(f"{block.name}.") and t not in skip)
 
+    def free_head(self) -> None:
+        """Puts the output embeddings back on the meta device unless the input shares them: no block
+        needs them.
+        """
+        head, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is not None and head.weight is not inputs.weight:
+            head.to("meta")
+
     def free(self, block: BlockRef) -> None:
         """Puts a block's weights back on the meta device."""
         block.module.to("meta")
@@ -271,6 +279,30 @@ class Host:
         result = next(iter(made.values()))
         return result[0] if isinstance(result, list) else result
 
+    def prefetch(self, layout: ExpertsLayout, module: nn.Module, experts: range) -> None:
+        """Asks the operating system to read some experts' matrices ahead."""
+        for name in KINDS[layout.kind].encoded(module):
+            target = f"{layout.path}.{name}"
+            number = _EXPERT_NUMBER.search(target)
+            if number and int(number.group(1)) not in experts:
+                continue
+            rows = 0 if number else module.get_parameter(name).shape[0] // layout.experts
+            for disk in self.sources.get(target, ()):
+                own = _EXPERT_NUMBER.search(disk)
+                if own is None:
+                    part = slice(experts.start * rows, experts.stop * rows)
+                    self.checkpoint.prefetch(disk, part)
+                elif int(own.group(1)) in experts:
+                    self.checkpoint.prefetch(disk)
+
+    def prefetch_block(self, block: BlockRef) -> None:
+        """Asks the operating system to read a block without its experts' matrices ahead."""
+        skip = self.encoded_names(block)
+        for target, disks in self.sources.items():
+            if target.startswith(f"{block.name}.") and target not in skip:
+                for disk in disks:
+                    self.checkpoint.prefetch(disk)
+
     def experts_of(self, block: BlockRef) -> list[tuple[ExpertsLayout, nn.Module]]:
         """The experts modules of a block in the order in which its forward calls them."""
         inside = f"{block.name}."
@@ -284,18 +316,16 @@ class Host:
             for name in KINDS[layout.kind].encoded(module)
         }
 
-    def dense(self, want: Callable[[str], bool]) -> dict[str, Tensor]:
+    def dense(self, want: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
         """Resident parameters and persistent buffers by module name, in the dtype that they have on
-        disk.
+        disk, one at a time.
 
         Tied copies are left out: the model ties them again when it is loaded.
         """
         tied = {name for name, _ in _tied(self.model)}
-        out = {}
         for name, tensor in self.model.state_dict().items():
             if want(name) and not tensor.is_meta and name not in tied:
-                out[name] = tensor.to(self._stored_dtype(name, tensor))
-        return out
+                yield name, tensor.to(self._stored_dtype(name, tensor))
 
     def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
         if not tensor.is_floating_point():

@@ -119,6 +119,10 @@ class HubShard(SafetensorsShard):
         self._repository = repository
         self._remote: Mapping[str, Entry] | None = None
 
+    def prefetch(self, tensor: str, selection: Selection = ...) -> None:
+        if self._repository.cached(self.file) is not None:  # a hint must not start a download
+            super().prefetch(tensor, selection)
+
     def path(self) -> Path:
         return self._repository.fetch(self.file)
 

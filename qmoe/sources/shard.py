@@ -77,6 +77,9 @@ class Shard(ABC):
     def read(self, tensor: str, selection: Selection = ...) -> Tensor:
         """A copy of the tensor or of the selected part, in the file's dtype, on the CPU."""
 
+    def prefetch(self, tensor: str, selection: Selection = ...) -> None:  # noqa: B027 - optional
+        """Hint that this part will be read soon; nothing where the file cannot be hinted at."""
+
     @abstractmethod
     def digest(self) -> bytes:
         """sha256 of what identifies the file's contents cheaply: size, header, last bytes."""
@@ -214,6 +217,20 @@ class SafetensorsShard(Shard):
             self._digest = hashlib.sha256(stat.st_size.to_bytes(8, "little") + raw + end).digest()
             self._identity = (stat.st_size, stat.st_mtime_ns)
             self._entries = entries
+        finally:
+            os.close(fd)
+
+    def prefetch(self, tensor: str, selection: Selection = ...) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        entry = self.entries[tensor]
+        start, stop, _ = leading(selection, entry.shape)
+        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        fd = self._open()
+        try:
+            os.posix_fadvise(
+                fd, entry.start + start * row, (stop - start) * row, os.POSIX_FADV_WILLNEED
+            )
         finally:
             os.close(fd)
 
