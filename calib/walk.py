@@ -21,7 +21,7 @@ from qmoe.host import BlockRef, Host
 Batch = dict[str, Tensor]
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, not an error: it ends a forward after the current block
+class _Stop(Exception):  # control flow: ends a forward after the current block
     pass
 
 
