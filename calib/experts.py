@@ -108,7 +108,7 @@ def park(
         seen[walk.batch] = (store.keep(call.hidden), index, weights)
         stop_forward()
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         walk.run(block, keep=False)
     finally:
@@ -118,10 +118,10 @@ def park(
         found |= other
     rows = [found[n][0] for n in sorted(found)]
     _, cols, slots, dtype = next(iter(found.values()))
-    hidden = store.shared((sum(rows), cols), dtype)
-    index = store.shared((sum(rows), slots), torch.int32)
-    weight = store.shared((sum(rows), slots), torch.float32)
-    output = store.shared((sum(rows), slots, width), dtype)
+    hidden = store.shared(world, (sum(rows), cols), dtype)
+    index = store.shared(world, (sum(rows), slots), torch.int32)
+    weight = store.shared(world, (sum(rows), slots), torch.float32)
+    output = store.shared(world, (sum(rows), slots, width), dtype)
     starts = [0, *accumulate(rows)]
     for n in sorted(seen):
         part = slice(starts[n], starts[n + 1])
@@ -146,7 +146,7 @@ def plugged(walk: Walk, module: nn.Module, parked: Parked) -> Iterator[None]:
         total = parked.output[starts[n] : starts[n + 1]].sum(1)
         return total.to(call.hidden.device).reshape(*call.shape, -1)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
@@ -161,7 +161,7 @@ def second_moment(x: Tensor, y: Tensor | None = None, device: torch.device | Non
     """
     y = x if y is None else y
     total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=device or x.device)
-    for a, b in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True):
+    for a, b in zip(torch.split(x, _CHUNK), torch.split(y, _CHUNK), strict=True):
         a, b = a.to(total.device), b.to(total.device)
         total += (a.T @ b).double()
     return total

@@ -56,6 +56,12 @@ class Resident:
         """See `Outputs`."""
         return self._kept[list_name, batch]
 
+    def drop(self) -> None:
+        """Forgets everything."""
+        for value in self._kept.values():
+            tree(self._store.release, value)
+        self._kept.clear()
+
 
 class Durable:
     """Outputs in ``folder/<block>/<batch>``, each file flushed to the disk before `put` returns.
@@ -94,7 +100,8 @@ class Durable:
             path.parent.mkdir(exist_ok=True)
             with open(path, "wb") as f:
                 line = json.dumps(header).encode("ascii")
-                for data in (line + b" " * (-(len(line) + 1) % 8) + b"\n", *map(_flat, tensors)):
+                parts: list[bytes | memoryview] = [line + b"\n", *map(tensor_bytes, tensors)]
+                for data in parts:
                     f.write(data)
                     digest.update(data)
                 f.write(digest.digest())
@@ -219,13 +226,9 @@ def _build(shape: dict[str, Any], tensors: list[Tensor]) -> Any:
     return tuple(parts) if kind == "tuple" else parts
 
 
-def _flat(tensor: Tensor) -> memoryview:
-    return tensor_bytes(tensor)
-
-
 def _line(f: Any) -> bytes:
     """The header line of an unbuffered file; leaves the position behind it."""
-    text = b""
+    text = bytearray()
     while not text.endswith(b"\n"):
         piece = f.read(4096)
         if not piece:
@@ -234,8 +237,8 @@ def _line(f: Any) -> bytes:
         if b"\n" in piece:
             end = text.index(b"\n") + 1
             f.seek(end)
-            return text[:end]
-    return text
+            return bytes(text[:end])
+    return bytes(text)
 
 
 def _read(f: Any, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -30,15 +30,11 @@ class ActivationStore:
     not grow with the calibration set.
     """
 
-    def __init__(
-        self, budget: int, directory: Path | None = None, world: World | None = None
-    ) -> None:
+    def __init__(self, budget: int, directory: Path | None = None) -> None:
         """Args: budget in bytes; directory for the files (default: the system's temporary
-        directory); world: the processes that `shared` tensors are for, all of which use the same
-        directory.
+        directory), the same for all processes of a run.
         """
         self.budget, self.used, self.spilled = budget, 0, 0
-        self._world = world or World()
         self._parent, self._count, self._shared = directory, 0, 0
         self._folder: Path | None = None
         self._maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
@@ -63,13 +59,13 @@ class ActivationStore:
         path.unlink()
         return out
 
-    def shared(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of undefined values that all processes see; they must call this in step.
+    def shared(self, world: World, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of undefined values that all processes of `world` see; they must call this in
+        step.
 
         Raises:
             OutputError: the disk cannot take the file. LostProcessError: a process is gone.
         """
-        world = self._world
         size = torch.Size(shape).numel() * dtype.itemsize
         if world.size == 1 or size == 0:
             return self.empty(shape, dtype)

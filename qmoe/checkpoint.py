@@ -7,7 +7,7 @@ their dense names, decoded while read. Nothing is ever written to a local source
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -20,11 +20,11 @@ from qmoe.sources.formats import quantization_settings, recognise
 from qmoe.sources.hub import HubShard, Repository
 from qmoe.sources.selection import Selection
 from qmoe.sources.shard import DTYPE_NAMES, SafetensorsShard, Shard, TorchShard
+from qmoe.sources.stored import Stored
 from qmoe.sources.virtual import Virtual
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
-OPEN_MAPS = 4  # torch .bin files mapped at a time
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -52,80 +52,6 @@ class Lazy:
         return self._checkpoint.read(self._name, self._selection)[selection]
 
 
-class _Stored:
-    """Tensors as they are in the files of a checkpoint."""
-
-    def __init__(self, shards: Sequence[Shard], where: dict[str, Shard] | None) -> None:
-        self.shards = list(shards)
-        self._mapped: list[TorchShard] = []
-        self._checked: set[Shard] = set()
-        self._indexed = where is not None
-        self.where = where or {}
-        if where is None:
-            for shard in shards:
-                self.where.update(dict.fromkeys(shard.entries, shard))
-
-    def check(self, shard: Shard) -> None:
-        """Compare a file's header with the index; done once per file, for remote files when they
-        are first looked into.
-        """
-        if shard in self._checked:
-            return
-        present = shard.entries
-        for name in present:
-            owner = self.where.get(name)
-            if owner is None:
-                raise SourceError(
-                    f"{shard.name} holds {name!r}, which the index does not name; index and files "
-                    "are of different checkpoints"
-                )
-            if owner is not shard:
-                raise SourceError(
-                    f"tensor {name!r} is in {owner.name} and in {shard.name}; remove the "
-                    "duplicate or the wrong file"
-                )
-        for name, owner in self.where.items():
-            if owner is shard and name not in present:
-                raise SourceError(
-                    f"the index says that {name!r} is in {shard.name}, which does not hold it; "
-                    "download both again"
-                )
-        self._checked.add(shard)
-
-    def _owner(self, name: str) -> Shard:
-        shard = self.where.get(name)
-        if shard is None:
-            raise SourceError(
-                f"tensor {name!r} is not in the checkpoint ({len(self.where)} tensors in "
-                f"{len(self.shards)} files)"
-            )
-        self.check(shard)
-        return shard
-
-    def names(self) -> list[str]:
-        return sorted(self.where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._owner(name).entries[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._owner(name).entries[name].dtype
-
-    def read(self, name: str, selection: Selection = ...) -> Tensor:
-        shard = self._owner(name)
-        if isinstance(shard, TorchShard):
-            if shard in self._mapped:
-                self._mapped.remove(shard)
-            self._mapped.append(shard)
-            while len(self._mapped) > OPEN_MAPS:
-                self._mapped.pop(0).close()
-        return shard.read(name, selection)
-
-
-    def prefetch(self, name: str, selection: Selection = ...) -> None:
-        self._owner(name).prefetch(name, selection)
-
-
 class Checkpoint:
     """A source checkpoint; made by `open_checkpoint`.
 
@@ -139,7 +65,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self, directory: Path, config: dict[str, Any], stored: _Stored, identity: str
+        self, directory: Path, config: dict[str, Any], stored: Stored, identity: str
     ) -> None:
         self.directory = directory
         self._identity = identity
@@ -191,17 +117,6 @@ class Checkpoint:
             return virtual.read(self._stored, selection)
         return self._stored.read(self._visible(name), selection)
 
-    def prefetch(self, name: str, selection: Selection = ...) -> None:
-        """Ask the operating system to read what `read` with the same arguments will need; costs no
-        memory of this process.
-        """
-        virtual = self._virtual.get(name)
-        if virtual is None:
-            self._stored.prefetch(self._visible(name), selection)
-        elif selection is ...:
-            for part in virtual.parts:
-                self._stored.prefetch(part)
-
     def lazy(self, name: str, selection: Selection = ...) -> Lazy:
         """The tensor as an object that transformers' ``convert_and_load_state_dict_in_model``
         accepts; nothing is read yet.
@@ -235,6 +150,15 @@ class Checkpoint:
             h.update(Path(shard.name).name.encode() + b"\0" + shard.digest())
         return h.hexdigest()
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Say that tensors will be read soon: their files are downloaded, or their bytes read into
+        the system's page cache, while the caller goes on. A hint: nothing is returned or raised.
+        """
+        for name in names:
+            virtual = self._virtual.get(name)
+            for part in virtual.parts if virtual is not None else (name,):
+                self._stored.prefetch(part)
+
     def finished(self, names: Iterable[str]) -> None:
         """Say that tensors will not be read again: downloaded files of which all are finished are
         deleted from the run's `cache`.
@@ -244,10 +168,8 @@ class Checkpoint:
         for name in names:
             virtual = self._virtual.get(name)
             self._finished.update(virtual.parts if virtual is not None else (name,))
-        for shard in self._stored.shards:
-            if isinstance(shard, HubShard) and self._finished.issuperset(
-                n for n, s in self._stored.where.items() if s is shard
-            ):
+        for shard, held in self._stored.in_shard.items():
+            if isinstance(shard, HubShard) and held <= self._finished:
                 shard.discard()
 
     def validate(self) -> None:
@@ -326,9 +248,9 @@ def _open_local(directory: Path) -> Checkpoint:
 
     single, index = _weight_files(files, str(directory))
     if single is not None:
-        return Checkpoint(directory, config, _Stored([shard(single)], None), text)
+        return Checkpoint(directory, config, Stored([shard(single)], None), text)
     shards, where = _read_index(directory / index, shard)
-    return Checkpoint(directory, config, _Stored(shards, where), text)
+    return Checkpoint(directory, config, Stored(shards, where), text)
 
 
 def _open_hub(repository: Repository) -> Checkpoint:
@@ -342,9 +264,9 @@ def _open_hub(repository: Repository) -> Checkpoint:
         return HubShard(repository, name)
 
     if single is not None:
-        return Checkpoint(repository.directory, config, _Stored([shard(single)], None), text)
+        return Checkpoint(repository.directory, config, Stored([shard(single)], None), text)
     shards, where = _read_index(repository.directory / index, shard)
-    return Checkpoint(repository.directory, config, _Stored(shards, where), text)
+    return Checkpoint(repository.directory, config, Stored(shards, where), text)
 
 
 def _weight_files(files: set[str], where: str) -> tuple[str | None, str]:

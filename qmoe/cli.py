@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -23,13 +23,23 @@ class _Bytes(click.ParamType):
     """A size such as 8GiB, 500MB or a plain number of bytes."""
 
     name = "size"
-    _units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20}
+    _units: ClassVar = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 2**10,
+        "mib": 2**20,
+    }
     _units |= {"gib": 2**30, "tib": 2**40, "tb": 10**12}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
         if not found or found.group(2).lower() not in self._units:
-            self.fail(f"{value!r} is not a size; write 8GiB, 500MB or a number of bytes", param, ctx)
+            self.fail(
+                f"{value!r} is not a size; write 8GiB, 500MB or a number of bytes", param, ctx
+            )
         return int(float(found.group(1)) * self._units[found.group(2).lower()])
 
 
@@ -116,6 +126,8 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     from qmoe.compress import Settings, compress_checkpoint
     from qmoe.parallel import World
 
+    if options["method"] == "rd" and options["bits"] is None and options["delta"] is None:
+        options["bits"] = 0.8
     with World.of_environment() as world:
         report = compress_checkpoint(
             source,

@@ -15,41 +15,38 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from qmoe import __version__
-from qmoe.block import BlockWriter, Piece
-from qmoe.calib.experts import Parked, park, plugged
-from qmoe.calib.state import Durable, resume_point
+from qmoe.calib.state import Durable, Outputs, Resident, resume_point
 from qmoe.calib.store import ActivationStore
-from qmoe.calib.tokens import inputs_only, learnable, prepare
-from qmoe.calib.walk import Walk
+from qmoe.calib.tokens import inputs_only, prepare
 from qmoe.checkpoint import open_checkpoint
 from qmoe.container import ContainerWriter
 from qmoe.devices import pick_device
 from qmoe.durable import canonical_json
 from qmoe.errors import InterruptedRunError, QmoeError
 from qmoe.evaluate import split_batches
-from qmoe.families.base import ExpertsLayout
 from qmoe.host import BlockRef, Host
-from qmoe.layer import Stream, groups, quantize_layer
 from qmoe.parallel import World
 from qmoe.plan import make_plan
 from qmoe.quantize import Method, get_method
+from qmoe.rate import Controller, Curve, Probe, check_target, share_of
 from qmoe.report import CompressReport
-from qmoe.types import QuantizedMatrix
+from qmoe.run import Run
 
 _BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
+Say = Callable[[str], object]
+Batches = Sequence[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def compress_checkpoint(
     settings: Settings,
     progress: bool = False,
     world: World | None = None,
-    say: Callable[[str], object] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> CompressReport:
     """Compresses a checkpoint, or goes on with what an interrupted run of the same settings left.
 
@@ -116,6 +113,8 @@ def compress_checkpoint(
     """
     start = time.monotonic()
     world = world or World()
+    if not world.first:
+        progress, say = False, lambda text: None
     device = pick_device(settings.device)
     method = _method(settings)
     checkpoint = open_checkpoint(source)
@@ -127,8 +126,7 @@ def compress_checkpoint(
     )
     batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
     plan = make_plan(host, method, batches, settings.memory, out, settings.bits)
-    if world.first:
-        say(plan.text())
+    say(plan.text())
     identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
     job = {
         **settings.recorded(),
@@ -137,44 +135,69 @@ def compress_checkpoint(
         "versions": _versions(),
         "device": device.type,
     }
+    blocks = list(host.blocks())
     with ExitStack() as stack:
-        writer = (
-            stack.enter_context(ContainerWriter(out, job=job, resume=not settings.fresh))
-            if world.first
-            else None
-        )
-        work = world.share(lambda: writer.work if writer else Path(), "begin of the run")
-        store = stack.enter_context(ActivationStore(plan.store, work, world))
-        run = _Run(host, method, batches, tokenizer, device, store, progress, world, work, job)
+        writer = None
+        if world.first:
+            writer = ContainerWriter(out, job=job, resume=not settings.fresh)
+            stack.enter_context(writer)
+        work = world.share(lambda: _clean(writer), "begin of the run")
+        store = stack.enter_context(ActivationStore(plan.store, work))
+        run_id = hashlib.sha256(canonical_json(job)).hexdigest()
+        names = ["quantized", "original"] if method.drift > 0 else ["quantized"]
+        kept = [Durable(work / "state" / name, f"{run_id} {name}") for name in names]
+
+        def make_run(solver: Method, some: Batches, outputs: Sequence[Outputs], part: World) -> Run:
+            pieces = work / "pieces" if outputs is kept else None
+            return Run(
+                host, solver, some, outputs, tokenizer, device, store, progress, part, pieces
+            )
+
+        run = make_run(method, batches, kept, world)
         host.load_rest()
-        blocks = list(host.blocks())
-        rest_done, done = world.share(lambda: run.resume(writer, blocks, say), "what is finished")
-        if writer and not rest_done:
-            inside = tuple(f"{name}." for name, _ in host.block_lists)
-            with writer.block("rest") as rest:
-                for name, tensor in host.dense(lambda n: not n.startswith(inside)):
-                    rest.add_tensor(name, tensor)
+        finished, done = world.share(
+            lambda: _progress(writer, blocks, kept, len(batches), say), "what is finished"
+        )
+        try:
+            if settings.bits is not None:
+                curves = finished.get("rest", {}).get("curves") or world.share(
+                    lambda: _probe(
+                        host, blocks, batches, settings.bits or 0.0, store, make_run, progress
+                    ),
+                    "probe of the bits",
+                )
+                run.rate = Controller(settings.bits, [Curve(*c) for c in curves])
+                run.rate_after([finished[b.name] for b in blocks[:done]])
+            if writer and "rest" not in finished:
+                with writer.block("rest") as rest:
+                    outside = [f"{name}." for name, _ in host.block_lists]
+                    for name, tensor in host.dense(lambda n: not n.startswith(tuple(outside))):
+                        rest.add_tensor(name, tensor)
+                    if run.rate is not None:
+                        rest.note["curves"] = [c.as_list() for c in run.rate.curves]
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                f"interrupted; the same command begins at block {blocks[0].name}"
+            ) from None
         host.free_head()
         run.go_on(blocks[:done])
-        bar = tqdm(
-            blocks,
-            desc="blocks",
-            unit="block",
-            initial=done,
-            disable=not (progress and world.first),
-        )
-        for i, block in enumerate(blocks[done:], done):
-            try:
-                with ExitStack() as unit:
-                    target = unit.enter_context(writer.block(block.name)) if writer else None
-                    run.block(block, target, blocks[i + 1 : i + 2])
-            except KeyboardInterrupt:
-                raise InterruptedRunError(
-                    f"interrupted; the same command continues at block {block.name}"
-                ) from None
-            run.finished()
-            bar.update()
-        bar.close()
+        with tqdm(
+            total=len(blocks), desc="blocks", unit="block", initial=done, disable=not progress
+        ) as bar:
+            for i, block in enumerate(blocks[done:], done):
+                try:
+                    with ExitStack() as unit:
+                        target = unit.enter_context(writer.block(block.name)) if writer else None
+                        run.block(block, target, blocks[i + 1 : i + 2])
+                        _settle(kept, world)
+                    if world.first:  # activations before it are not needed any more
+                        for k in kept:
+                            k.keep_only(list(run.last_blocks()))
+                except KeyboardInterrupt:
+                    raise InterruptedRunError(
+                        f"interrupted; the same command continues at block {block.name}"
+                    ) from None
+                bar.update()
         if writer:
             writer.finish(
                 ["rest", *(b.name for b in blocks)],
@@ -186,6 +209,71 @@ def compress_checkpoint(
             )
         world.meet("end of the run")
     return CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
+
+
+def _clean(writer: ContainerWriter | None) -> Path:
+    """The folder of the run's own files, without what a run that died left, except its state."""
+    assert writer is not None
+    for left in writer.work.iterdir():
+        if left.name != "state":
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    (writer.work / "pieces").mkdir()
+    return writer.work
+
+
+def _progress(
+    writer: ContainerWriter | None,
+    blocks: Sequence[BlockRef],
+    kept: Sequence[Durable],
+    batches: int,
+    say: Say,
+) -> tuple[dict[str, Any], int]:
+    """Notes of the finished blocks, and how many blocks of the model to go on after."""
+    assert writer is not None
+    finished = writer.finished_blocks()
+    names = [(b.list_name, b.name) for b in blocks]
+    done, had = resume_point(names, finished, kept, batches)
+    if "rest" not in finished:
+        return finished, 0
+    if done < had:
+        say(
+            f"{had} blocks are finished, but the activations behind {names[had - 1][1]} are "
+            f"missing or damaged; going back to block {names[done][1]}"
+        )
+    elif done:
+        then = f"continuing at block {names[done][1]}" if done < len(names) else "completing"
+        say(f"{done} of {len(names)} blocks are finished; {then}")
+    return finished, done
+
+
+def _settle(kept: Sequence[Durable], world: World) -> None:
+    """Returns when the activations of all processes are durable."""
+    world.meet("activations of a block")
+    if world.first:
+        for k in kept:
+            k.settle()
+
+
+def _probe(
+    host: Host,
+    blocks: Sequence[BlockRef],
+    batches: Batches,
+    bits: float,
+    store: ActivationStore,
+    make_run: Callable[[Method, Batches, Sequence[Outputs], World], Run],
+    progress: bool,
+) -> list[list[Any]]:
+    """Each module's bits as a function of the global step, see `qmoe.rate`; in one process."""
+    tokens = sum(b["input_ids"].numel() for b in batches)
+    some = share_of(batches, batches[0]["input_ids"].numel())
+    seen = sum(b["input_ids"].numel() for b in some)
+    probe = Probe(bits, tokens / seen, [la for b in blocks for la, _ in host.experts_of(b)])
+    outputs = Resident(store)
+    run = make_run(probe.method, some, [outputs], World())
+    for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=not progress)):
+        run.block(block, None, blocks[i + 1 : i + 2], probe.finish)
+    outputs.drop()
+    return [c.as_list() for c in probe.curves]
 
 
 def _digest(batches: list[dict[str, Tensor]]) -> str:
@@ -209,11 +297,16 @@ def _context(config: Any, settings: Settings) -> int:
 
 
 def _method(settings: Settings) -> Method:
-    name, params = settings.method, {}
+    name = settings.method
+    params: dict[str, float] = {}
     if name.startswith("gptq"):
         name, params = "gptq", {"bits": int(settings.method.removeprefix("gptq"))}
     if name == "rd":
-        params = {"delta": settings.delta or 8.0}
+        if settings.bits is not None and settings.delta is not None:
+            raise QmoeError("--bits and --delta exclude each other; give one of them")
+        if settings.bits is not None:
+            check_target(settings.bits)
+        params = {} if settings.delta is None else {"delta": settings.delta}
     elif settings.bits is not None or settings.delta is not None:
         raise QmoeError(
             f"--method {settings.method} has a fixed grid; --bits and --delta belong to --method rd"
@@ -225,173 +318,3 @@ def peak_rss_bytes() -> int:
     """Peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-class _Run:
-    """The state of one compression between blocks: two streams of activations and the reports."""
-
-    def __init__(
-        self,
-        host: Host,
-        method: Method,
-        batches: list[dict[str, Tensor]],
-        tokenizer: Any,
-        device: torch.device,
-        store: ActivationStore,
-        progress: bool,
-        world: World,
-        work: Path,
-        job: dict[str, Any],
-    ) -> None:
-        self.host, self.method, self.batches, self.tokenizer = host, method, batches, tokenizer
-        self.device, self.store, self.progress, self.world = device, store, progress, world
-        self.pieces = work / "pieces"
-        names = ["quantized", "original"] if method.drift > 0 else ["quantized"]
-        identity = hashlib.sha256(canonical_json(job)).hexdigest()
-        self.kept = [Durable(work / "state" / name, f"{identity} {name}") for name in names]
-        mine = world.mine(len(batches))
-        self.walks = [Walk(host, batches, kept, mine) for kept in self.kept]
-
-    def resume(
-        self, writer: ContainerWriter | None, blocks: list[BlockRef], say: Callable[[str], object]
-    ) -> tuple[bool, int]:
-        """(whether everything outside the blocks is written, number of blocks to go on after)."""
-        if writer is None:
-            return False, 0
-        for left in writer.work.iterdir():  # of a run that died
-            if left.name != "state":
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        self.pieces.mkdir()
-        finished = writer.finished_blocks()
-        names = [(b.list_name, b.name) for b in blocks]
-        done, had = resume_point(names, finished, self.kept, len(self.batches))
-        if had and done < had:
-            say(
-                f"{had} blocks are finished, but the activations behind {names[had - 1][1]} are "
-                f"missing or damaged; going back to block {names[done][1]}"
-            )
-        elif done:
-            where = f"continuing at block {names[done][1]}" if done < len(names) else "completing"
-            say(f"{done} of {len(names)} blocks are finished; {where}")
-        return "rest" in finished, done
-
-    def go_on(self, done: list[BlockRef]) -> None:
-        """Puts the streams behind the last finished block."""
-        for walk in self.walks:
-            walk.finished = {b.list_name: b.name for b in done}
-
-    def finished(self) -> None:
-        """The record of the block is durable: activations before it are not needed any more."""
-        if self.world.first:
-            for walk, kept in zip(self.walks, self.kept, strict=True):
-                kept.keep_only(list(walk.finished.values()))
-
-    def block(self, block: BlockRef, target: BlockWriter | None, after: list[BlockRef]) -> None:
-        """Quantizes one block into `target` (in the first process) and moves both streams past it,
-        durably.
-        """
-        host = self.host
-        encoded_names = host.encoded_names(block)
-        host.load_block(block, encoded_names)
-        if target:
-            inside = f"{block.name}."
-            for name, tensor in host.dense(
-                lambda n: n.startswith(inside) and n not in encoded_names
-            ):
-                target.add_tensor(name, tensor)
-        done: list[list[tuple[nn.Module, Parked]]] = [[] for _ in self.walks]
-        for layout, module in host.experts_of(block):
-            streams = []
-            width = layout.projections[-1].rows
-            for walk, plugs in zip(self.walks, done, strict=True):
-                with _plugged(walk, plugs):
-                    parked = park(walk, block, layout.path, module, width, self.store, self.world)
-                plugs.append((module, parked))
-                streams.append(Stream(parked, self._keep(block, parked)))
-            self._quantize(layout, module, streams, target)
-        for ahead in after:
-            host.prefetch_block(ahead)
-        for walk, plugs in zip(self.walks, done, strict=True):
-            with _plugged(walk, plugs):
-                walk.run(block)
-            for _, parked in plugs:
-                parked.release(self.store)
-        host.free(block)
-        self.world.meet(f"end of block {block.name}")
-        if self.world.first:
-            for kept in self.kept:
-                kept.settle()
-
-    def _quantize(
-        self,
-        layout: ExpertsLayout,
-        module: nn.Module,
-        streams: list[Stream],
-        target: BlockWriter | None,
-    ) -> None:
-        original = streams[1] if len(streams) > 1 else None
-        writer = target.experts(layout) if target else None
-
-        def sink(projection: str, experts: range, matrices: list[QuantizedMatrix]) -> None:
-            piece = Piece.of(projection, experts, matrices)
-            if writer and self.world.size == 1:
-                writer.add_piece(piece)
-            else:
-                piece.save(self._piece(projection, experts))
-            self.store.trim()
-
-        with tqdm(
-            total=layout.experts,
-            desc=layout.path,
-            unit="expert",
-            leave=False,
-            disable=not (self.progress and self.world.first),
-        ) as bar:
-            coverage = quantize_layer(
-                self.host,
-                layout,
-                module,
-                self.method,
-                streams[0],
-                original,
-                self.device,
-                sink,
-                lambda experts: bar.update(min(experts * self.world.size, bar.total - bar.n)),
-                self.world,
-            )
-        if target and writer:
-            if self.world.size > 1:  # in the order in which one process would have written them
-                for group in groups(layout):
-                    for projection in layout.projections:
-                        path = self._piece(projection.name, group)
-                        writer.add_piece(Piece.load(path))
-                        path.unlink()
-            target.finish_experts(layout.path, coverage.tokens, coverage.notes)
-
-    def _piece(self, projection: str, experts: range) -> Path:
-        return self.pieces / f"{experts.start}-{projection}"
-
-    def _keep(self, block: BlockRef, parked: Parked) -> Tensor:
-        """Which of the parked rows statistics are taken from; rows that are no tokens in order are
-        all kept.
-        """
-        config = self.host.config
-        decoder = config.is_encoder_decoder and "decoder" in block.list_name
-        masks = learnable(self.batches, self.tokenizer, decoder)
-        parts = []
-        for rows, mask in zip(parked.rows, masks, strict=True):
-            times = rows // len(mask)
-            parts.append(
-                mask.repeat(times)
-                if times * len(mask) == rows
-                else torch.ones(rows, dtype=torch.bool)
-            )
-        return torch.cat(parts)
-
-
-@contextmanager
-def _plugged(walk: Walk, plugs: list[tuple[nn.Module, Parked]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module, parked in plugs:
-            stack.enter_context(plugged(walk, module, parked))
-        yield

@@ -239,7 +239,10 @@ class ContainerWriter:
         for stale in self._data.iterdir():  # shards of blocks that are not part of the model
             if stale.name not in files:
                 stale.unlink()
-        small = carried_files(carry_from) if carry_from is not None else {}
+        small: dict[str, bytes] = {}
+        if carry_from is not None:  # a model with code of its own is nothing without it
+            code = ("*.py",) if config.get("auto_map") else ()
+            small = carried_files(carry_from, code)
         small |= extra_files or {}
         small["config.json"] = canonical_json(_with_modules(config, modules))
         total = sum(entry["bytes"] for entry in files.values())
@@ -297,10 +300,15 @@ def _with_modules(config: Mapping[str, Any], modules: Mapping[str, Any]) -> dict
     return out
 
 
-def carried_files(source: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Tokenizer, generation, chat-template and licence files of a model directory, by name."""
+def carried_files(source: str | os.PathLike[str], more: Sequence[str] = ()) -> dict[str, bytes]:
+    """Tokenizer, generation, chat-template and licence files of a model directory, by name.
+
+    Args:
+        source: the directory.
+        more: further patterns.
+    """
     out = {}
-    for pattern in CARRIED:
+    for pattern in (*CARRIED, *more):
         for path in sorted(Path(source).glob(pattern)):
             if path.is_file() and path.suffix not in (".safetensors", ".bin"):
                 out[path.name] = path.read_bytes()

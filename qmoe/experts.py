@@ -155,7 +155,9 @@ class EncodedExperts(nn.Module):
             [n, rows], dtype and device of `x`.
         """
         projection = next(i for i, p in enumerate(self.layout.projections) if p.name == name)
-        if x.shape[0] <= SMALL and not self.caches.decoded.capacity:
+        # A compiled product has no gradient; a dense one passes it on to x.
+        plain = not (x.requires_grad and torch.is_grad_enabled())
+        if plain and x.shape[0] <= SMALL and not self.caches.decoded.capacity:
             tables, matrix = self.parsed(streams, expert, projection)
             y = codec.matvec(tables, matrix, x.detach().float().cpu().contiguous())
             return y.to(x.device, x.dtype)

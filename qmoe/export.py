@@ -30,7 +30,7 @@ def export(
     directory: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     dtype: str = "bfloat16",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Path:
     """Writes a dense checkpoint.
 
@@ -74,7 +74,7 @@ def export(
 
 
 def _write(
-    container: Container, work: Path, dtype: torch.dtype, progress: Callable[[int], None] | None
+    container: Container, work: Path, dtype: torch.dtype, progress: Callable[[int], object] | None
 ) -> None:
     check(container)
     model = build(container)

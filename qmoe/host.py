@@ -280,28 +280,24 @@ class Host:
         return result[0] if isinstance(result, list) else result
 
     def prefetch(self, layout: ExpertsLayout, module: nn.Module, experts: range) -> None:
-        """Asks the operating system to read some experts' matrices ahead."""
+        """Lets the matrices of some experts be read ahead where each has a tensor of its own; one
+        tensor of all experts is read in order, which the operating system sees by itself.
+        """
+        names = []
         for name in KINDS[layout.kind].encoded(module):
-            target = f"{layout.path}.{name}"
-            number = _EXPERT_NUMBER.search(target)
-            if number and int(number.group(1)) not in experts:
-                continue
-            rows = 0 if number else module.get_parameter(name).shape[0] // layout.experts
-            for disk in self.sources.get(target, ()):
-                own = _EXPERT_NUMBER.search(disk)
-                if own is None:
-                    part = slice(experts.start * rows, experts.stop * rows)
-                    self.checkpoint.prefetch(disk, part)
-                elif int(own.group(1)) in experts:
-                    self.checkpoint.prefetch(disk)
+            for disk in self.sources.get(f"{layout.path}.{name}", ()):
+                number = _EXPERT_NUMBER.search(disk)
+                if number and int(number.group(1)) in experts:
+                    names.append(disk)
+        self.checkpoint.prefetch(names)
 
     def prefetch_block(self, block: BlockRef) -> None:
-        """Asks the operating system to read a block without its experts' matrices ahead."""
+        """Lets a block without its experts' matrices be read ahead."""
         skip = self.encoded_names(block)
+        inside = f"{block.name}."
         for target, disks in self.sources.items():
-            if target.startswith(f"{block.name}.") and target not in skip:
-                for disk in disks:
-                    self.checkpoint.prefetch(disk)
+            if target.startswith(inside) and target not in skip:
+                self.checkpoint.prefetch(disks)
 
     def experts_of(self, block: BlockRef) -> list[tuple[ExpertsLayout, nn.Module]]:
         """The experts modules of a block in the order in which its forward calls them."""

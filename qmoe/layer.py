@@ -70,6 +70,7 @@ def groups(layout: ExpertsLayout) -> Iterator[range]:
         yield range(start, min(start + size, layout.experts))
 
 
+@torch.no_grad()
 def quantize_layer(
     host: Host,
     layout: ExpertsLayout,
@@ -164,7 +165,7 @@ class _Work:
             )
             for i in world.mine(len(stripes))
         }
-        for x, m in zip(p.hidden.split(ROWS), mass.split(ROWS), strict=True):
+        for x, m in zip(torch.split(p.hidden, ROWS), torch.split(mass, ROWS), strict=True):
             x = x.to(self.device).float() * m[:, None].to(self.device)
             for i, part in mine.items():
                 part += second_moment(x[:, stripes[i]], x)
@@ -214,7 +215,7 @@ class _Work:
             used = self.quantized.keep[token]
             token, slot = token[used], slot[used]
             tokens.append(len(token))
-            for t, s in zip(token.split(ROWS), slot.split(ROWS), strict=True):
+            for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):
                 x = self._inputs(self.quantized, e, t, s, projection, d)
                 stacked[i] += second_moment(x)
                 if crosses is not None and self.original is not None:
@@ -268,6 +269,6 @@ class _Work:
     def _outputs(self, stream: Stream, e: int, matrices: dict[str, Tensor]) -> None:
         p = stream.parked
         token, slot = p.slots(e)
-        for t, s in zip(token.split(ROWS), slot.split(ROWS), strict=True):
+        for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):
             y = expert_forward(self.module, matrices, e, p.hidden[t].to(self.device).float())
             p.output[t, s] = (y.cpu() * p.weight[t, s, None]).to(p.output.dtype)

@@ -19,19 +19,24 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from transformers import AutoConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qmoe.container import INDEX
 from qmoe.errors import CorruptError, QmoeError
 from qmoe.experts import Caches, EncodedExperts
+from qmoe.models import register as register_models
 from qmoe.reader import Container, parse_quantization
 from qmoe.save import save_pretrained
-from qmoe.skeleton import check, compare, swap
+from qmoe.skeleton import auto_class, check, compare, swap
 
 CACHE_VARIABLE = "QMOE_CACHE_BYTES"
+
 # What `load` has verified, for the quantizer that transformers creates on the way.
 _OPENED: ContextVar[Container | None] = ContextVar("opened", default=None)
+
+register_models()  # compressed checkpoints of our own model classes load like any other
 
 
 @register_quantization_config("qmoe")
@@ -83,8 +88,7 @@ class QmoeQuantizer(HfQuantizer):
         self.container = _OPENED.get()
         if self.container is None and os.path.isdir(config._name_or_path):
             self.container = Container.open(config._name_or_path)
-        if self.container is not None:  # before a wrong config can shape a model
-            check(self.container)
+            check(self.container)  # before a wrong config can shape a model
         config.transformers_weights = INDEX
         return config
 
@@ -156,15 +160,15 @@ def load(
         CorruptError: any file is not as it was written.
         FormatVersionError: another format version.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
     if not os.path.isdir(directory):
         directory = _download(str(directory), kwargs.get("revision"))
-    token = _OPENED.set(Container.open(directory))  # before transformers meets a damaged config
+    container = Container.open(directory)
+    check(container)  # all this before transformers meets a damaged config
+    token = _OPENED.set(container)
     try:
-        config = AutoConfig.from_pretrained(directory)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_pretrained(directory, **kwargs)
+        remote = bool(kwargs.get("trust_remote_code"))
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=remote)
+        model = auto_class(config).from_pretrained(directory, **kwargs)
     finally:
         _OPENED.reset(token)
     if cache_bytes is not None:

@@ -116,7 +116,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def check_files(
-    directory: Path, manifest: dict[str, Any], progress: Callable[[int], None] | None = None
+    directory: Path, manifest: dict[str, Any], progress: Callable[[int], object] | None = None
 ) -> None:
     """Compares the sha256 of every listed file, several files at a time.
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from qmoe.errors import LostProcessError
 
-PATIENCE = timedelta(hours=2)  # a dead process is noticed at once; this is for one that hangs
+PATIENCE = timedelta(hours=12)  # a dead process is noticed at once; this is for one that hangs
 _T = TypeVar("_T")
 
 

@@ -89,7 +89,7 @@ class Container:
         directory: str | os.PathLike[str],
         *,
         check: bool = True,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> "Container":
         """Opens and validates; no tensor is read.
 

@@ -52,9 +52,7 @@ class CompressReport:
             for note in filter(None, module["notes"] or []):
                 notes[note] = notes.get(note, 0) + 1
         starved = sum(0 < n < FEW_TOKENS for n in tokens)
-        return cls(
-            out, seconds, peak, inspect(out), len(tokens), tokens.count(0), starved, notes
-        )
+        return cls(out, seconds, peak, inspect(out), len(tokens), tokens.count(0), starved, notes)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `qmoe compress`."""

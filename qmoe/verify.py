@@ -36,7 +36,7 @@ class Verified:
 
 
 def verify(
-    directory: str | os.PathLike[str], progress: Callable[[int], None] | None = None
+    directory: str | os.PathLike[str], progress: Callable[[int], object] | None = None
 ) -> Verified:
     """Checks, in this order: the manifest, every file's checksum, headers and geometry, the model
     that config.json describes, every tensor's checksum, every symbol stream, every decoded weight.

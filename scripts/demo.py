@@ -54,7 +54,9 @@ def main() -> None:
 
 def show(rows: list[dict]) -> None:
     first = rows[0]
-    print(f"\n{SOURCE.name}: {first['expert_weights'] / 1e6:.1f} M expert weights, dev text, ", end="")
+    print(
+        f"\n{SOURCE.name}: {first['expert_weights'] / 1e6:.1f} M expert weights, dev text, ", end=""
+    )
     print(f"{first['tokens']} tokens, context {CTX}\n")
     print("| | bytes | bits per expert weight | ideal | perplexity | rise | KL | seconds |")
     print("|---|---|---|---|---|---|---|---|")

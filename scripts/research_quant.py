@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from research_tune import distill, loss_gradients
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from research_tune import distill, loss_gradients
 
 from qmoe.codec import encode_group
 from qmoe.quantize import Method, Problem, get_method
@@ -135,6 +134,7 @@ class Lab:
         self, method: Method, layers: float = 0, rows: float = 0, tokens_power: float = 0,
             down_rows: float = 0,
         rows_relative: int = 0,
+        down_weight: float = 1.0,
     ) -> tuple[list[tuple[Tensor, Tensor]], list[list[QuantizedMatrix]], float]:
         """Quantized weights, the matrices of every group (layer x projection), solver seconds.
 
@@ -144,6 +144,7 @@ class Lab:
             rows: power of the gate/up rows' effect on the expert's output as row weights.
             tokens_power: power of each token's squared loss gradient as its weight.
             rows_relative: row weights have a geometric mean of 1 in each expert.
+            down_weight: importance of the down projections relative to gate and up.
             down_rows: power of the mean squared gradient of each residual channel as row weight.
         """
         fisher = self.fisher() if layers or tokens_power or down_rows else []
@@ -211,7 +212,8 @@ class Lab:
                     _, x0, g = inputs(e)
                     yield h * g, self.activate(x0, gate_up[e]) * g
 
-            second = problem(down, pairs(), channel.expand(len(down), -1) if down_rows else None)
+            channels = channel.expand(len(down), -1) if down_rows else None
+            second = problem(down, pairs(), channels, weight * down_weight)
             start = time.perf_counter()
             solution = method.solve(second)
             seconds += time.perf_counter() - start
@@ -278,7 +280,7 @@ def stored_bits(group: list[QuantizedMatrix]) -> float:
     return 8.0 * (encoded.tables.numel() + sum(m.numel() for m in encoded.matrices))
 
 
-HARNESS = ("layers", "rows", "tokens_power", "down_rows", "rows_relative")
+HARNESS = ("layers", "rows", "tokens_power", "down_rows", "rows_relative", "down_weight")
 
 
 def report(lab: Lab, text: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,32 @@ def test_shard_replaced_while_reading(tmp_path):
     write(d, {"model.safetensors": {"a": torch.zeros(8)}})
     with pytest.raises(SourceError, match="changed while it was being read"):
         ck.read("a")
+
+
+def test_read_error_names_file_and_byte(tmp_path, monkeypatch):
+    import qmoe.sources.shard as shard
+
+    ck = open_checkpoint(write(tmp_path, {"model.safetensors": {"a": torch.ones(4)}}))
+
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(shard.os, "preadv", broken)
+    with pytest.raises(SourceError, match=r"model.safetensors at byte \d+: Input/output error"):
+        ck.read("a")
+
+
+def test_prefetch_and_threads(tmp_path, tensors):
+    parts = {f"pytorch_model-{i}.bin": {f"{k}{i}": v for k, v in tensors.items()} for i in range(9)}
+    bins = open_checkpoint(write(tmp_path / "bin", parts))
+    one = open_checkpoint(write(tmp_path / "one", {"model.safetensors": tensors}))
+    one.prefetch(one.names())
+    bins.prefetch(bins.names())
+    with ThreadPoolExecutor(8) as pool:
+        for ck in (one, bins):
+            names = ck.names() * 20
+            for name, value in zip(names, pool.map(ck.read, names), strict=True):
+                assert torch.equal(value, tensors[name.rstrip("0123456789")])
 
 
 def test_unknown_tensor_names_it(tmp_path):

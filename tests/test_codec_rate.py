@@ -71,7 +71,7 @@ def test_overhead_of_small_experts(part, step, bound):
 
 
 def test_block_class_entropy_of_a_known_source():
-    """One table suffices for i.i.d. weights: entropy plus 4 bits a block, up to the fit to noise."""
+    """Uniform steps, coarser for weak columns; in small matrices side data is dear."""
     rng = np.random.default_rng(0)
     codes = rng.choice(np.array([-1, 0, 1], np.int8), (640, 640), p=[0.1, 0.8, 0.1])
     zeros = torch.zeros(640, dtype=torch.int16)

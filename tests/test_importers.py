@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import qmoe
+from qmoe.compress import Settings, compress_checkpoint
 from qmoe.errors import OutputError, SourceError
+from qmoe.export import export
 from qmoe.importers import IMPORTERS, writing
 
 V, H, L, HEADS, E = 50, 32, 4, 4, 4  # vocabulary, width, layers, heads, experts
@@ -409,3 +412,44 @@ def test_megablocks_bad_sources(tmp_path):
         run(tmp_path / "src", tmp_path / "out")
     with pytest.raises(SourceError, match=r"holds no mp_rank_"):
         run(tmp_path, tmp_path / "out")
+
+
+def test_fairseq_tokenizer(tmp_path):
+    d = tmp_path / "src"
+    fairseq_source(d)
+    vocabulary = {"a": 0, "b": 1, "\u0120": 2, "ab": 3, "\u0120ab": 4, "c": 5}  # \u0120 is a space
+    (d / "encoder.json").write_text(json.dumps(vocabulary))
+    (d / "vocab.bpe").write_text("#version: 0.2\na b\n\u0120 ab\n", encoding="utf-8")
+    keys = ["4", "0", "1", "2", "3", "madeupword0000"]
+    (d / "dict.txt").write_text("".join(f"{k} 7\n" for k in keys))
+    done = IMPORTERS["fairseq"](d, tmp_path / "out")
+    assert not any("tokenizer" in n for n in done.notes)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("ab ab\nba c", add_special_tokens=False).input_ids
+    assert ids == [8, 4, 2, 6, 5, 7, 3]
+    assert tokenizer.decode(ids[:2]) == "ab ab"
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (2, 1, 0)
+    (d / "dict.txt").write_text("17 7\n")
+    with pytest.raises(SourceError, match="GPT-2 has no token 17"):
+        IMPORTERS["fairseq"](d, tmp_path / "new")
+    (d / "dict.txt").write_text("".join(f"x{i} 7\n" for i in range(V)))
+    with pytest.raises(SourceError, match=f"has {V} tokens, but the model's embedding only {V}"):
+        IMPORTERS["fairseq"](d, tmp_path / "new")
+
+
+@pytest.mark.parametrize("kind", ["openmoe", "fairseq", "megablocks"])
+@torch.no_grad()
+def test_imported_then_compressed(tmp_path, tiny, kind):
+    _, write, _, _ = CASES[kind]
+    write(tmp_path / "src")
+    source = IMPORTERS[kind](tmp_path / "src", tmp_path / "imported").directory
+    tiny.save_tokenizer(source)
+    text = tiny.save_text(tmp_path / "text.txt", 1500)
+    settings = Settings(method="qmoe", calib=str(text), calib_tokens=512, ctx=32)
+    compress_checkpoint(str(source), tmp_path / "q", settings)
+    model = qmoe.load(tmp_path / "q", dtype=torch.float32)
+    export(tmp_path / "q", tmp_path / "dense", "float32")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    ids = torch.randint(16, 50, (2, 12), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 14)

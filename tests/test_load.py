@@ -16,6 +16,7 @@ from qmoe.errors import CorruptError, OutputError, QmoeError
 from qmoe.experts import EncodedExperts
 from qmoe.families import layouts
 from qmoe.load import CACHE_VARIABLE, set_cache_bytes
+from qmoe.models import FairseqMoeConfig, MegatronMoeConfig, OpenMoeConfig
 
 
 def _auto(model):
@@ -48,10 +49,54 @@ def test_every_family_loads_saves_and_loads(
     assert out.shape[0] == 2
 
 
+OWN = {
+    OpenMoeConfig: {
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "num_experts": 4,
+        "moe_layer_interval": 2,
+    },
+    FairseqMoeConfig: {
+        "d_model": 64,
+        "ffn_dim": 96,
+        "num_layers": 2,
+        "attention_heads": 4,
+        "num_experts": 4,
+        "sparse_layers": [1],
+    },
+    MegatronMoeConfig: {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "num_experts": 4,
+        "sparse_layers": [1],
+    },
+}
+
+
+@pytest.mark.parametrize("config_class", OWN)
+def test_own_model_classes(config_class, model_inputs, write_compressed, tmp_path):
+    config = config_class(vocab_size=128, **OWN[config_class])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.08)
+    dense = write_compressed(model, tmp_path / "a")
+    inputs = model_inputs(dense)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    _close(_logits(loaded, inputs), _logits(dense, inputs))
+    loaded.save_pretrained(tmp_path / "b")
+    _close(_logits(qmoe.load(tmp_path / "b"), inputs), _logits(dense, inputs))
+
+
 def test_saved_again_is_the_same_bytes(compressed, tmp_path):
     out, _ = compressed
     qmoe.load(out).save_pretrained(tmp_path / "again")
-    for path in out.glob("*.safetensors*"):
+    for path in (*out.glob("*.safetensors*"), out / "config.json"):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
@@ -125,6 +170,12 @@ def test_disk_offload(name, build_model, model_inputs, write_compressed, tmp_pat
     assert any(n.endswith(".stream") for n in on_meta)
     for _ in range(2):
         _close(_logits(model, inputs), _logits(dense, inputs))
+    away = [m for m in model.modules() if isinstance(m, EncodedExperts) and m.stream.is_meta]
+    assert away
+    for module in away:  # nothing refers to streams that are only lent
+        assert module.offloaded
+        assert module._checked is None
+        assert not [k for k in module.caches.parsed._items if k[0] == module.layout.path]
     model.save_pretrained(tmp_path / "b")
     _close(_logits(qmoe.load(tmp_path / "b"), inputs), _logits(dense, inputs))
 
@@ -164,6 +215,17 @@ def test_few_and_many_rows_agree_and_repeat(compressed):
         y = module(x, index, weights)
         torch.testing.assert_close(y, host(x, index, weights), rtol=1e-4, atol=1e-5)
         assert torch.equal(y, module(x, index, weights))
+
+
+def test_gradients_reach_the_input(compressed):
+    out, dense = compressed
+    grads = []
+    for model in (qmoe.load(out), dense):
+        x = torch.linspace(-1, 1, 2 * 64).reshape(2, 64).requires_grad_()
+        index = torch.tensor([[0, 1], [2, 3]])
+        model.model.layers[0].mlp.experts(x, index, torch.full((2, 2), 0.5)).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
 
 def test_new_weights_void_the_cache(

@@ -139,7 +139,7 @@ def test_feedback_beats_rounding(name):
 def test_rd_beats_ternary_at_fewer_symbols():
     problem = make_problem(256, 128)
     ternary = method("qmoe").solve(problem)
-    rd = get_method("rd", delta=60.0, drift=0.0).solve(problem)
+    rd = get_method("rd", delta=60.0, drift=0.0, shrinkage=0.0).solve(problem)
     mean = [s.matrices[0].codes.float().abs().mean() for s in (ternary, rd)]
     assert mean[1] < 0.9 * mean[0]
     assert relative_error(problem, rd)[0] < 0.95 * relative_error(problem, ternary)[0]
@@ -177,8 +177,8 @@ def test_rd_scales_are_coarse():
 def test_rd_row_fit_lowers_the_error():
     problem = make_problem(256, 128)
     knobs = {"delta": 20.0, "drift": 0.0, "row_step": 1}
-    fitted = relative_error(problem, get_method("rd", **knobs).solve(problem))
-    unfitted = relative_error(problem, get_method("rd", fit_rows=False, **knobs).solve(problem))
+    fitted = relative_error(problem, get_method("rd", fit_rows=True, **knobs).solve(problem))
+    unfitted = relative_error(problem, get_method("rd", **knobs).solve(problem))
     assert (fitted[:2] < unfitted[:2]).all()
 
 
@@ -229,7 +229,7 @@ def test_rd_importance_is_a_finer_delta():
 
 def test_rd_descent_lowers_error_and_rate_of_its_objective():
     problem = make_problem(256, 128)
-    knobs = {"delta": 14.0, "drift": 0.0, "fit_rows": False}
+    knobs = {"delta": 14.0, "drift": 0.0, "shrinkage": 0.0}
     start = get_method("rd", **knobs).solve(problem)
     free = get_method("rd", sweeps=3, **knobs).solve(problem)
     sparse = get_method("rd", sweeps=3, slope=0.3, **knobs).solve(problem)

@@ -164,6 +164,22 @@ print(json.dumps(seen))
     assert run(hub, tmp_path / "home", script) == [[], [a], [a], [a], [], [b], [b], [b], []]
 
 
+def test_prefetch_downloads_in_the_background(hub, tmp_path):
+    script = f"""
+import time
+ck = open_checkpoint("{REPO}")
+ck.prefetch(["t0.a", "t0.b"])
+end = time.monotonic() + 30
+while ck._stored.where["t0.a"]._repository.cached("model-0.safetensors") is None:
+    assert time.monotonic() < end
+    time.sleep(0.05)
+print(json.dumps(float(ck.read("t0.a")[0, 0])))
+"""
+    run(hub, tmp_path / "home", script)
+    full = [f for method, f, n in hub.log if n > 2_000_000]
+    assert full == ["model-0.safetensors"]
+
+
 def test_no_such_repository(hub, tmp_path):
     message = run(hub, tmp_path / "home", 'open_checkpoint("owner/other")', ok=False)
     assert message.startswith("qmoe.errors.SourceError: 'owner/other' is neither a local directory")

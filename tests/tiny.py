@@ -12,8 +12,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+)
 
 BASE = {
     "vocab_size": 128,
@@ -388,3 +394,21 @@ def to_gptq(directory: Path, group: int = 32, pattern: str = r"experts\.\d+\..*w
     stored, dense = _convert(directory, pattern, encode)
     rewrite(directory, stored, {"quant_method": "gptq", "bits": 4, "group_size": group})
     return dense
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A tokenizer of 50 words, "w0" … "w33" and special ones; fits every model here."""
+    special = ["<pad>", "<s>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(12))]
+    vocabulary = {w: i for i, w in enumerate([*special, *(f"w{i}" for i in range(34))])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(directory)
+
+
+def save_text(path: Path, words: int, seed: int = 0) -> Path:
+    """Random words that `save_tokenizer` knows."""
+    g = torch.Generator().manual_seed(seed)
+    path.write_text(" ".join(f"w{int(i)}" for i in torch.randint(0, 34, (words,), generator=g)))
+    return path

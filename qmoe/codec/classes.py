@@ -30,10 +30,9 @@ class Classes:
     row: U8
     col: U8
 
-    @property
-    def order(self) -> I32:
-        """Coded columns by falling class, then by index."""
-        return column_order(self.col)
+    def col_counts(self) -> I64:
+        """How many coded columns have each class 0, 1, ...: int64 [largest class + 1]."""
+        return np.bincount(self.col[self.col > 0] - 1)
 
 
 def column_order(col: U8) -> I32:

@@ -7,17 +7,20 @@ import numpy as np
 from torch import Tensor
 
 from qmoe.codec.arrays import I8, I64, U8, U16, U32
-from qmoe.codec.classes import CONTEXTS, Classes, classify, energies
-from qmoe.codec.geometry import MAX_COLS, MAX_ROWS, Geometry, geometry
+from qmoe.codec.classes import CONTEXTS
+from qmoe.codec.contexts import Prepared, prepare
+from qmoe.codec.geometry import MAX_COLS, MAX_ROWS
 from qmoe.codec.huffman import canonical_codes, code_lengths
 from qmoe.codec.layout import side_values, write_matrix
 from qmoe.codec.model import Model, choose, cut
 from qmoe.codec.sidedata import Field, fit_field
-from qmoe.codec.streams import count_contexts, emit, nonzeros, parse
+from qmoe.codec.streams import emit, parse
 from qmoe.codec.symbols import symbol_count, symbol_effects
 from qmoe.codec.tables import FIELDS, write_tables
-from qmoe.types import QuantizedMatrix
+from qmoe.types import SCALE_MAX, SCALE_MIN, QuantizedMatrix
 
+_SMALL = 1 << 22  # weights; in smaller groups time matters less and side data more
+_ROUNDS, _ROUNDS_SMALL = 1, 4  # of choosing row classes
 _LOSS = 1.025  # no code limit saves 1.5 % of streams that are closer to their entropy than this
 _LONGER = ((10, 0.985), (12, 0.97))  # longer code limits, worth it below this share of the size
 _SLOPES = (0, 16, -16, 32, -32)  # grid indices per half octave that scale indices may follow
@@ -43,32 +46,24 @@ class EncodedGroup:
         return 8 * (self.tables.numel() + sum(m.numel() for m in self.matrices))
 
 
-@dataclass(frozen=True)
-class _Streams:
-    """One matrix on its way to words: classes, geometry and non-zeros."""
-
-    classes: Classes
-    geometry: Geometry
-    position: U16
-    value: I8
-    start: I64
-
-
 def encode_group(matrices: Sequence[QuantizedMatrix], limit: int | None = None) -> EncodedGroup:
     """Encodes matrices that share tables: a bounded batch of one projection of one layer.
 
     Args:
-        matrices: at least one, all of one shape [rows, cols], 1 <= cols <= 65535, codes any int8.
+        matrices: at least one, on the CPU, all of one shape [rows, cols], 1 <= cols <= 65535; codes
+            may be any int8.
         limit: longest code in bits, 8..12; None chooses 8 unless longer codes save more than 1.5 %.
 
     Returns:
         The encoded group. The same matrices give the same bytes.
 
     Raises:
-        ValueError: no matrix, different shapes, an empty matrix or one beyond the format's limits.
+        ValueError: no matrix, different shapes, an empty matrix, one beyond the format's limits or
+            a scale index outside the grid.
     """
     codes = _checked(matrices)
-    streams, histogram = _streams(codes)
+    rounds = _ROUNDS if sum(c.size for c in codes) > _SMALL else _ROUNDS_SMALL
+    streams, histogram = prepare(codes, rounds)
     max_size = max(int(np.abs(s.value.astype(np.int16)).max(initial=0)) for s in streams)
     limit, model = _choose(histogram, max_size, limit)
     table_of = model.table_of(CONTEXTS)
@@ -103,34 +98,12 @@ def _checked(matrices: Sequence[QuantizedMatrix]) -> list[I8]:
         raise ValueError(
             f"cannot encode {shape[0]} x {shape[1]}: 1 to {MAX_ROWS} rows, 1 to {MAX_COLS} columns"
         )
+    for m in matrices:
+        for scale in (m.row_scale, m.col_scale, m.row_scale_neg):
+            if scale is not None and not SCALE_MIN <= scale.min() <= scale.max() <= SCALE_MAX:
+                low, high = int(scale.min()), int(scale.max())
+                raise ValueError(f"scale indices {low} to {high}, not {SCALE_MIN} to {SCALE_MAX}")
     return [np.ascontiguousarray(m.codes.numpy()) for m in matrices]
-
-
-def _streams(codes: list[I8]) -> tuple[list[_Streams], I64]:
-    """Classes, geometry and non-zeros of every matrix, and the histogram of their contexts."""
-    factors = [energies(c) for c in codes]
-    rows = np.concatenate([r for r, _ in factors])
-    spread = np.abs(np.rint(2 * np.log2(rows[rows > 0]))).max(initial=0)
-    shift = int(min(spread, 12))
-    histogram = np.zeros((CONTEXTS, 256), np.int64)
-    out = []
-    for q, (row, col) in zip(codes, factors, strict=True):
-        classes = classify(row, col, shift)
-        shape = geometry(classes.col)
-        count = np.count_nonzero(q)
-        position, value = np.empty(count + 1, np.uint16), np.empty(count + 1, np.int8)
-        start = np.empty(q.shape[0] * shape.pieces + 1, np.int64)
-        nonzeros(q, shape.slots[:, 1:-1].astype(np.uint16), position, value, start)
-        stream = _Streams(classes, shape, position[:count], value[:count], start)
-        before = histogram.sum(1)
-        count_contexts(
-            stream.position, stream.value, start, classes.row, shape.slot_class, histogram.ravel()
-        )
-        coded = classes.col[classes.col > 0] - 1
-        pairs = np.convolve(np.bincount(classes.row), np.bincount(coded))
-        histogram[: pairs.size, 128] += pairs - (histogram.sum(1) - before)[: pairs.size]
-        out.append(stream)
-    return out, histogram
 
 
 def _choose(histogram: I64, max_size: int, limit: int | None) -> tuple[int, Model]:
@@ -146,7 +119,7 @@ def _choose(histogram: I64, max_size: int, limit: int | None) -> tuple[int, Mode
     return 8, model
 
 
-def _parse(s: _Streams, model: Model, table_of: U8, latch: int, counts: I64) -> tuple[U16, I64]:
+def _parse(s: Prepared, model: Model, table_of: U8, latch: int, counts: I64) -> tuple[U16, I64]:
     """Symbols of a matrix and the first symbol of each stream; adds to counts [tables << 12]."""
     streams = s.start.size - 1
     least = min(v for _, v in model.kinds)
@@ -194,7 +167,7 @@ def _emit(
 
 
 def _fields(
-    matrices: Sequence[QuantizedMatrix], streams: list[_Streams], bits: list[I64]
+    matrices: Sequence[QuantizedMatrix], streams: list[Prepared], bits: list[I64]
 ) -> dict[str, Field]:
     """Models of the side data of a group."""
     values: dict[str, list[I64]] = {name: [] for name in FIELDS}

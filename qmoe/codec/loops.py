@@ -142,8 +142,10 @@ def decode_rows(
             line0,
             line1,
         )
-        out[row] = line0[:cols]
-        out[other] = line1[:cols]
+        for j in range(cols):
+            out[row, j] = line0[j]
+        for j in range(cols):
+            out[other, j] = line1[j]
 
 
 @nb.njit(cache=True, nogil=True)

@@ -66,6 +66,19 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Side:
+    """Model of a sequence of side data."""
+
+    base: int
+    slope: int
+    step: int
+    raw: int
+    digits: int
+    size: int
+    code: Code
+
+
+@dataclass(frozen=True)
 class Header:
     """A group header."""
 
@@ -74,7 +87,7 @@ class Header:
     limit: int
     table_of: list[int]
     tables: list[Table]
-    fields: list[tuple[int, int, int, int, Code | None]]
+    fields: list[Side]
 
 
 def effects(run: int, value: int, escapes: int) -> list[tuple[int, int]]:
@@ -115,16 +128,10 @@ def read_header(blob: Tensor) -> Header:
     tables = [read_table(bits, escapes, delta_code) for _ in range(count)]
     fields = []
     for _ in range(6):
-        base, slope, step, raw, n = (
-            bits.signed(32),
-            bits.signed(8),
-            bits.take(12),
-            bits.take(5),
-            bits.take(8) + 1,
-        )
-        fields.append(
-            (base, slope, step, raw, canonical([bits.take(4) for _ in range(n)]) if n > 1 else None)
-        )
+        base, slope, step = bits.signed(32), bits.signed(8), bits.take(12)
+        raw, digits, size = bits.take(5), bits.take(8) + 1, bits.take(3) + 1
+        lengths = [bits.take(4) for _ in range(digits**size)] if digits > 1 else []
+        fields.append(Side(base, slope, step, raw, digits, size, canonical(lengths)))
     return Header(rows, cols, limit, table_of, tables, fields)
 
 
@@ -137,11 +144,13 @@ def decode(tables_blob: Tensor, matrix_blob: Tensor) -> QuantizedMatrix:
     negative = bits.take(1)
 
     def side(field: int, predictor: list[int]) -> list[int]:
-        base, slope, step, raw, code = header.fields[field]
+        f = header.fields[field]
         out = []
-        for p in predictor:
-            high = bits.symbol(code) if code else 0
-            out.append(base + slope * p + step * (high << raw | bits.take(raw)))
+        for at in range(0, len(predictor), f.size):
+            symbol = bits.symbol(f.code) if f.digits > 1 else 0
+            for p in predictor[at : at + f.size]:
+                symbol, digit = divmod(symbol, f.digits)
+                out.append(f.base + f.slope * p + f.step * (digit << f.raw | bits.take(f.raw)))
         return out
 
     col_class = side(0, [0] * header.cols)

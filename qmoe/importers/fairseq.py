@@ -2,7 +2,9 @@
 
 A directory with ``NAME-shared.pt`` (everything but the experts, and the settings) and one
 ``NAME-rank-R.pt`` per rank, whose ``moe_layer.experts.J`` is expert R * (experts per rank) + J.
-Layer names lie under ``decoder.``.
+Layer names lie under ``decoder.``. With dict.txt and GPT-2's vocabulary beside them the tokenizer
+is
+written too.
 """
 
 import re
@@ -14,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from qmoe.errors import SourceError
+from qmoe.importers.gpt2_bpe import read_tokenizer
 from qmoe.importers.pickles import load_pickle, settings_of
 from qmoe.importers.writing import Imported, Part, whole, write_model
 from qmoe.models import register
@@ -31,7 +34,10 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_accurate": "gelu_new", "gelu_fast": "gelu_n
 NOTES = (
     "the second expert of a token is its second most probable one, and no token is dropped: "
     "sampling and capacity are for training",
-    "no tokenizer was written: fairseq's is GPT-2's byte-level BPE with the ids of dict.txt",
+)
+NO_TOKENIZER = (
+    "no tokenizer was written: put dict.txt and GPT-2's encoder.json and vocab.bpe (or vocab.json "
+    "and merges.txt) beside the weights and import again"
 )
 OPEN_RANKS = 8
 
@@ -57,7 +63,9 @@ def import_fairseq(source: str | Path, destination: str | Path) -> Imported:
     ignored = {n for n in dense if re.fullmatch(IGNORED, n)}
     if config.tie_word_embeddings:
         ignored.add("decoder.output_projection.weight")
-    return write_model(destination, config, parts, stored, ignored, {}, NOTES)
+    tokenizer = read_tokenizer(Path(source), config.vocab_size)
+    notes = NOTES if tokenizer is not None else (*NOTES, NO_TOKENIZER)
+    return write_model(destination, config, parts, stored, ignored, {}, notes, tokenizer)
 
 
 def _files(directory: Path) -> tuple[Path, list[Path]]:

@@ -67,6 +67,7 @@ def write_model(
     ignored: set[str],
     files: dict[str, Path],
     notes: tuple[str, ...] = (),
+    tokenizer: Any = None,
 ) -> Imported:
     """Write a checkpoint under a temporary name and rename it when complete.
 
@@ -78,6 +79,7 @@ def write_model(
         ignored: those of them that no parameter needs.
         files: further files by name (tokenizer), copied.
         notes: passed on.
+        tokenizer: written if given.
 
     Raises:
         OutputError: the destination exists or cannot be written.
@@ -95,6 +97,8 @@ def write_model(
         config.save_pretrained(work)
         for name, path in files.items():
             shutil.copyfile(path, work / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
         _write_shards(work, parts)
         work.rename(target)
     except OSError as e:

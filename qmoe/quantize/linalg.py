@@ -75,6 +75,21 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, list[str]]:
         if info.any():
             e = int(info.nonzero()[0])
             raise ValueError(f"Hessian of expert {e} is not positive definite, its diagonal raised")
-    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand_as(h)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return inverse.flip(-1, -2).contiguous(), notes
+    return _inverse_of_lower(lower).flip(-1, -2).contiguous(), notes
+
+
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """Inverse of lower triangular [E, n, n] by halves: a third of the products of a full solve.
+
+    inv [[A, 0], [B, C]] = [[inv A, 0], [-inv C B inv A, inv C]]
+    """
+    n = lower.shape[-1]
+    if n <= 64:
+        eye = torch.eye(n, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    m = n // 2
+    first, last = _inverse_of_lower(lower[:, :m, :m]), _inverse_of_lower(lower[:, m:, m:])
+    inverse = torch.zeros_like(lower)
+    inverse[:, :m, :m], inverse[:, m:, m:] = first, last
+    inverse[:, m:, :m] = -(last @ lower[:, m:, :m] @ first)
+    return inverse

@@ -11,7 +11,7 @@ weight), damped and shrunk towards the layer's mean, and U^T U = H^-1:
    where possible.
 3. Error feedback with plain rounding, then sweeps of coordinate descent that trade error against
    code length.
-4. The row scale that fits best in the least-squares sense, on the coarse scale grid.
+4. Row scales that fit best in the least-squares sense, on the coarse grid (off by default).
 
 Scales are rounded to the grid before integers are chosen, so the integers compensate the rounding.
 """
@@ -50,17 +50,17 @@ class Settings:
     delta: float
     drift: float = 0.5
     damping: float = 0.1
-    shrinkage: float = 0.0
+    shrinkage: float = 0.2
     prior_tokens: float = 0.0
     slope: float = 0.0
     sweeps: int = 0
     col_step: int = 16
     row_step: int = 4
-    fit_rows: bool = True
+    fit_rows: bool = False
     unshrink: float = 0.0
 
     def __post_init__(self) -> None:
-        low = min(self.damping, self.shrinkage, self.prior_tokens, self.slope, self.sweeps)
+        low = min(self.damping, self.shrinkage, self.prior_tokens, self.sweeps)
         if not self.delta > 0 or not 0 <= self.drift <= 1 or low < 0:
             raise ValueError(f"rd settings out of range: {self}")
 

@@ -4,7 +4,9 @@ Headers come by range requests, so names and shapes of a model of a terabyte cos
 Files that are already in the hub's cache are used from there, also with HF_HUB_OFFLINE=1.
 """
 
+import contextlib
 import hashlib
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -61,6 +63,8 @@ class Repository:
 
     def __init__(self, repo: str, revision: str | None, cache: Path | None) -> None:
         self.repo, self.cache = repo, cache
+        self._coming: dict[str, threading.Thread] = {}
+        self._one_download = threading.Lock()
         try:  # without a connection this falls back to what is cached
             snapshot = snapshot_download(repo, revision=revision, ignore_patterns=list(WEIGHTS))
         except _FAILURES as e:
@@ -94,17 +98,32 @@ class Repository:
         Raises:
             SourceError: the download failed.
         """
+        coming = self._coming.pop(file, None)
+        if coming is not None:
+            coming.join()  # if it failed, the download below tries again and says why
         local = self.cached(file)
         if local is not None:
             return local
         try:
-            return Path(
-                hf_hub_download(self.repo, file, revision=self.revision, local_dir=self.cache)
-            )
+            return self._download(file)
         except _FAILURES as e:
             raise SourceError(
                 f"{file} of {self.repo!r} cannot be downloaded ({_short(e)}); run again to continue"
             ) from e
+
+    def fetch_later(self, file: str) -> None:
+        """Download in the background, one file at a time; a failure shows when it is fetched."""
+        if file not in self._coming:
+            # a daemon: an interrupted run does not wait for gigabytes that nobody will read
+            self._coming[file] = threading.Thread(target=self._try, args=(file,), daemon=True)
+            self._coming[file].start()
+
+    def _try(self, file: str) -> None:
+        with self._one_download, contextlib.suppress(*_FAILURES):
+            self._download(file)
+
+    def _download(self, file: str) -> Path:
+        return Path(hf_hub_download(self.repo, file, revision=self.revision, local_dir=self.cache))
 
 
 class HubShard(SafetensorsShard):
@@ -118,10 +137,6 @@ class HubShard(SafetensorsShard):
         self.file = file
         self._repository = repository
         self._remote: Mapping[str, Entry] | None = None
-
-    def prefetch(self, tensor: str, selection: Selection = ...) -> None:
-        if self._repository.cached(self.file) is not None:  # a hint must not start a download
-            super().prefetch(tensor, selection)
 
     def path(self) -> Path:
         return self._repository.fetch(self.file)
@@ -156,6 +171,10 @@ class HubShard(SafetensorsShard):
         if self._entries is None:
             self._load()  # downloads, and reads the header of what came
         return super().read(tensor, selection)
+
+    def prefetch(self, tensor: str) -> None:
+        if self._repository.cached(self.file) is None:
+            self._repository.fetch_later(self.file)
 
     def digest(self) -> bytes:
         """The commit names the content, so nothing needs to be downloaded."""

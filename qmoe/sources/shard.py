@@ -77,8 +77,8 @@ class Shard(ABC):
     def read(self, tensor: str, selection: Selection = ...) -> Tensor:
         """A copy of the tensor or of the selected part, in the file's dtype, on the CPU."""
 
-    def prefetch(self, tensor: str, selection: Selection = ...) -> None:  # noqa: B027 - optional
-        """Hint that this part will be read soon; nothing where the file cannot be hinted at."""
+    def prefetch(self, tensor: str) -> None:  # noqa: B027 - a hint that a kind of file may ignore
+        """Start bringing a tensor's bytes closer, without waiting and without errors."""
 
     @abstractmethod
     def digest(self) -> bytes:
@@ -220,20 +220,6 @@ class SafetensorsShard(Shard):
         finally:
             os.close(fd)
 
-    def prefetch(self, tensor: str, selection: Selection = ...) -> None:
-        if not hasattr(os, "posix_fadvise"):
-            return
-        entry = self.entries[tensor]
-        start, stop, _ = leading(selection, entry.shape)
-        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        fd = self._open()
-        try:
-            os.posix_fadvise(
-                fd, entry.start + start * row, (stop - start) * row, os.POSIX_FADV_WILLNEED
-            )
-        finally:
-            os.close(fd)
-
     def read(self, tensor: str, selection: Selection = ...) -> Tensor:
         entry = self.entries[tensor]
         start, stop, rest = leading(selection, entry.shape)
@@ -255,6 +241,16 @@ class SafetensorsShard(Shard):
             finally:
                 os.close(fd)
         return cut(data.view(entry.dtype).view(shape), rest)
+
+    def prefetch(self, tensor: str) -> None:
+        entry = self.entries[tensor]
+        if not hasattr(os, "posix_fadvise"):
+            return
+        fd = self._open()
+        try:
+            os.posix_fadvise(fd, entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(fd)
 
 
 def _pread(fd: int, into: Any, offset: int, file: str) -> Any:
