@@ -161,7 +161,7 @@ class BlockWriter:
     def __init__(self, data: Path, journal: Path, name: str, max_shard_bytes: int) -> None:
         self._data, self._journal, self.name = data, journal, name
         self._max = max_shard_bytes
-        self._stem = re.sub(r"[^A-Za-z0-9._-]", "_", name)
+        self._stem = record_path(journal, name).stem
         self._spill = Spill(journal / f"{self._stem}.spill")
         self._modules: dict[str, Any] = {}
         self._experts: dict[str, tuple[ExpertsLayout, ExpertsWriter]] = {}
@@ -242,7 +242,12 @@ class BlockWriter:
             "modules": self._modules,
             "note": self.note,
         }
-        write_sealed(self._journal / f"{self._stem}.json", record)
+        write_sealed(record_path(self._journal, self.name), record)
+
+
+def record_path(journal: Path, name: str) -> Path:
+    """Where the record of a block is kept."""
+    return journal / (re.sub(r"[^A-Za-z0-9._-]", "_", name) + ".json")
 
 
 def geometry(layout: ExpertsLayout) -> dict[str, Any]:

@@ -176,9 +176,7 @@ def compress_checkpoint(
                     if run.rate is not None:
                         rest.note["curves"] = [c.as_list() for c in run.rate.curves]
         except KeyboardInterrupt:
-            raise InterruptedRunError(
-                f"interrupted; the same command begins at block {blocks[0].name}"
-            ) from None
+            raise _interrupted(writer, blocks[done:]) from None
         host.free_head()
         run.go_on(blocks[:done])
         with tqdm(
@@ -194,14 +192,12 @@ def compress_checkpoint(
                         for k in kept:
                             k.keep_only(list(run.last_blocks()))
                 except KeyboardInterrupt:
-                    raise InterruptedRunError(
-                        f"interrupted; the same command continues at block {block.name}"
-                    ) from None
+                    raise _interrupted(writer, blocks[i:]) from None
                 bar.update()
         if writer:
             writer.finish(
                 ["rest", *(b.name for b in blocks)],
-                config=host.config.to_dict(),
+                config=_plain(host.config),
                 settings={**settings.recorded(), "method": method.name, "ctx": ctx},
                 versions=_versions(),
                 source={"name": Path(source).name, **identity},
@@ -246,6 +242,15 @@ def _progress(
     return finished, done
 
 
+def _interrupted(
+    writer: ContainerWriter | None, blocks: Sequence[BlockRef]
+) -> InterruptedRunError:
+    """What ctrl-C ends a run with; `blocks` are those that were not known to be finished."""
+    left = [b.name for b in blocks if writer is None or not writer.recorded(b.name)]
+    where = f"continues at block {left[0]}" if left else "completes the checkpoint"
+    return InterruptedRunError(f"interrupted; the same command {where}")
+
+
 def _settle(kept: Sequence[Durable], world: World) -> None:
     """Returns when the activations of all processes are durable."""
     world.meet("activations of a block")
@@ -274,6 +279,13 @@ def _probe(
         run.block(block, None, blocks[i + 1 : i + 2], probe.finish)
     outputs.drop()
     return [c.as_list() for c in probe.curves]
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The config as JSON values, without the place where the source lies."""
+    out: dict[str, Any] = config.to_dict()
+    out.pop("_name_or_path", None)
+    return out
 
 
 def _digest(batches: list[dict[str, Tensor]]) -> str:

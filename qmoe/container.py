@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from qmoe.block import BlockWriter
+from qmoe.block import BlockWriter, record_path
 from qmoe.durable import canonical_json, file_sha256, sync_directory, write_file, writing
 from qmoe.errors import CorruptError, OutputError
 from qmoe.manifest import FORMAT_VERSION, MANIFEST, read_sealed, write_sealed
@@ -186,6 +186,10 @@ class ContainerWriter:
         except (CorruptError, OSError):
             return None
         return record
+
+    def recorded(self, name: str) -> bool:
+        """Whether a block has a record; cheap, and its files are not looked at."""
+        return record_path(self._journal, name).exists()
 
     def block(self, name: str) -> BlockWriter:
         """Begins a block. One at a time; a block of the same name is replaced."""
