@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.calib.state import Outputs
+from qmoe.calib.state import Outputs, tree
 from qmoe.host import BlockRef, Host
 
 Batch = dict[str, Tensor]
@@ -88,12 +88,17 @@ class Walk:
     def _forward(self, batch: int) -> Any:
         self.batch = batch
         self._read.clear()
-        return self.host.model(**self.batches[batch], use_cache=False)
+        inputs = {name: self._place(tensor) for name, tensor in self.batches[batch].items()}
+        return self.host.model(**inputs, use_cache=False)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.host.device)
 
     def _stored(self, list_name: str) -> Any:
         if list_name not in self._read:  # every finished block of the list asks, with one answer
             block = self.finished[list_name]
-            self._read[list_name] = self.outputs.get(list_name, block, self.batch)
+            kept = self.outputs.get(list_name, block, self.batch)
+            self._read[list_name] = tree(self._place, kept)
         return self._read[list_name]
 
     @contextmanager

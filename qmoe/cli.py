@@ -19,7 +19,7 @@ import click
 from qmoe.errors import QmoeError
 
 
-class _Bytes(click.ParamType):
+class _Bytes(click.ParamType[int]):
     """A size such as 8GiB, 500MB or a plain number of bytes."""
 
     name = "size"
