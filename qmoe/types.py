@@ -1,7 +1,8 @@
 """Frozen values that flow between the layers. They know nothing about files or models.
 
-Scales live on a logarithmic grid so that they cost few bits and decode to the same float32 everywhere:
-``scale = 2 ** (k / SCALE_STEPS)`` with an integer ``k``; `grid_scale` is the one definition.
+Scales live on a logarithmic grid so that they cost few bits and decode to the same float32
+everywhere: ``scale = 2 ** (k / SCALE_STEPS)`` with an integer ``k``; `grid_scale` is the one
+definition.
 """
 
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ def grid_scale(k: Tensor) -> Tensor:
         k: integer tensor of any shape, values in [SCALE_MIN, SCALE_MAX].
 
     Returns:
-        float32 tensor of the same shape: 2 ** (k / 64), the mantissa rounded once from float64, so that every
-        implementation (torch, numpy, numba, Triton) yields the same bits.
+        float32 tensor of the same shape: 2 ** (k / 64), the mantissa rounded once from float64, so
+        that every implementation (torch, numpy, numba, Triton) yields the same bits.
     """
     k = k.long()
     octave = torch.div(k, SCALE_STEPS, rounding_mode="floor")
@@ -31,7 +32,8 @@ def grid_scale(k: Tensor) -> Tensor:
 
 
 def grid_index(scale: Tensor, step: int = 1) -> Tensor:
-    """Nearest grid index of positive scales, in multiples of `step`; zeros map to SCALE_MIN rounded up to the step.
+    """Nearest grid index of positive scales, in multiples of `step`; zeros map to SCALE_MIN rounded
+    up to the step.
 
     Args:
         scale: float tensor, finite, >= 0.
@@ -42,13 +44,18 @@ def grid_index(scale: Tensor, step: int = 1) -> Tensor:
     """
     tiny = 2.0 ** (SCALE_MIN / SCALE_STEPS)
     k = torch.round(torch.log2(scale.double().clamp_min(tiny)) * (SCALE_STEPS / step)) * step
-    low, high = -(-SCALE_MIN // step) * step if SCALE_MIN % step else SCALE_MIN, SCALE_MAX // step * step
+    low, high = (
+        -(-SCALE_MIN // step) * step if SCALE_MIN % step else SCALE_MIN,
+        SCALE_MAX // step * step,
+    )
     return k.clamp(low, high).to(torch.int16)
 
 
 @dataclass(frozen=True, order=True)
 class ExpertKey:
-    """One expert matrix: module path in the transformers model, expert index, projection ("gate_up", "up" or "down")."""
+    """One expert matrix: module path in the transformers model, expert index, projection
+    ("gate_up", "up" or "down").
+    """
 
     module: str
     expert: int
@@ -59,14 +66,16 @@ class ExpertKey:
 class QuantizedMatrix:
     """Integers and scales of one matrix [rows, cols] (rows are outputs).
 
-    ``w_hat[i, j] = codes[i, j] * grid_scale(col_scale[j]) * grid_scale(row[i])`` in float32, multiplied in that order, where
-    ``row`` is `row_scale_neg` for negative codes if that is present, else `row_scale`.
+    ``w_hat[i, j] = codes[i, j] * grid_scale(col_scale[j]) * grid_scale(row[i])`` in float32,
+    multiplied in that order, where ``row`` is `row_scale_neg` for negative codes if that is
+    present, else `row_scale`.
 
     Attributes:
         codes: int8 [rows, cols].
         row_scale: int16 [rows], grid indices.
         col_scale: int16 [cols], grid indices.
-        row_scale_neg: int16 [rows] or None; only asymmetric ternary grids (QMoE, round to nearest) need it.
+        row_scale_neg: int16 [rows] or None; only asymmetric ternary grids (QMoE, round to nearest)
+            need it.
     """
 
     codes: Tensor
@@ -76,7 +85,9 @@ class QuantizedMatrix:
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2 or self.codes.dtype != torch.int8:
-            raise ValueError(f"codes must be int8 [rows, cols], got {self.codes.dtype} {tuple(self.codes.shape)}")
+            raise ValueError(
+                f"codes must be int8 [rows, cols], got {self.codes.dtype} {tuple(self.codes.shape)}"
+            )
         rows, cols = self.codes.shape
         for name, t, n in (
             ("row_scale", self.row_scale, rows),

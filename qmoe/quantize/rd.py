@@ -72,9 +72,7 @@ def solve(problem: Problem, settings: Settings) -> Solution:
 
     delta = settings.delta / problem.importance**0.5
     # a heavy column at a high rate must not leave int8
-    step = torch.maximum(
-        delta * factor.diagonal(dim1=-2, dim2=-1), target.abs().amax(1) / LARGEST
-    )
+    step = torch.maximum(delta * factor.diagonal(dim1=-2, dim2=-1), target.abs().amax(1) / LARGEST)
     col_index = grid_index(step, settings.col_step)
     col = grid_scale(col_index)
     codes = feed_back(target, factor, Grid.symmetric(col, torch.ones_like(target[:, :, 0])))

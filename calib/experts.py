@@ -1,0 +1,167 @@
+"""What the experts of one layer see: parked routing decisions, rows per expert, Hessians.
+
+The router of a layer runs once over all calibration batches; its decisions and the hidden states
+are parked. Then experts are taken one bounded group at a time, each read from disk once, and their
+outputs are stored per (token, slot) so that the sum over slots has one order, whatever the
+grouping. Knows nothing about solvers or the codec.
+
+Memory: the parked hidden states [tokens, hidden] and outputs [tokens, slots, hidden] live in the
+`ActivationStore`; beyond that, one expert's rows at a time.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qmoe.calib.store import ActivationStore
+from qmoe.calib.walk import Walk, stop_forward
+from qmoe.errors import NonFiniteError
+from qmoe.families.base import Routed
+from qmoe.families.layouts import route
+from qmoe.host import BlockRef
+from qmoe.parallel import World
+
+_CHUNK = 4096  # rows of one partial Hessian product; fixed, since it decides the rounding
+
+
+@dataclass
+class Parked:
+    """One stream's tokens at one experts module.
+
+    Attributes:
+        hidden: [N, H] inputs of the experts, compute dtype.
+        index: [N, k] int32 expert of each slot; E or more means the slot is unused.
+        weight: [N, k] float32 routing weights.
+        rows: tokens of each batch, in order (they add up to N).
+        output: [N, k, H] outputs times routing weight, filled group by group.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    weight: Tensor
+    rows: list[int]
+    output: Tensor
+    _order: Tensor = field(init=False)
+    _start: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        flat = self.index.flatten().long()
+        self._order = torch.argsort(flat, stable=True)
+        self._start = torch.searchsorted(flat[self._order], torch.arange(int(flat.max()) + 3))
+
+    def slots(self, expert: int) -> tuple[Tensor, Tensor]:
+        """(token, slot) index vectors of the rows routed to an expert, in token order."""
+        if expert + 1 >= len(self._start):
+            empty = torch.zeros(0, dtype=torch.long)
+            return empty, empty
+        at = self._order[self._start[expert] : self._start[expert + 1]]
+        k = self.index.shape[1]
+        return torch.div(at, k, rounding_mode="floor"), at % k
+
+    def release(self, store: ActivationStore) -> None:
+        """Gives the tensors back to the store's budget."""
+        for t in (self.hidden, self.index, self.weight, self.output):
+            store.release(t)
+
+
+def park(
+    walk: Walk,
+    block: BlockRef,
+    path: str,
+    module: nn.Module,
+    width: int,
+    store: ActivationStore,
+    world: World | None = None,
+) -> Parked:
+    """Runs every batch up to the experts of `block` and keeps what the router hands them.
+
+    Args:
+        walk: the stream; `block` is resident without the experts' matrices.
+        path: module path of the experts, for messages.
+        module: the experts. Its forward is overridden for the time of the call.
+        width: outputs of an expert.
+        store: where the hidden states and the outputs to come are kept.
+        world: the processes that share the batches; each runs its own, all see the result.
+
+    Raises:
+        NonFiniteError: NaN or Inf in the hidden states, with the module's path.
+    """
+    world = world or World()
+    seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def forward(*args: Any, **kwargs: Any) -> None:
+        call = route(module, *args, **kwargs)
+        if not torch.isfinite(call.hidden).all():
+            raise NonFiniteError(
+                f"{path}: NaN or Inf among the activations that reach the experts; "
+                "the source is damaged or the compute dtype overflows"
+            )
+        weights = (
+            torch.ones(call.index.shape) if call.weights is None else call.weights.float().cpu()
+        )
+        index = call.index.to(torch.int32).cpu()
+        seen[walk.batch] = (store.keep(call.hidden), index, weights)
+        stop_forward()
+
+    module.forward = forward
+    try:
+        walk.run(block, keep=False)
+    finally:
+        del module.forward
+    found = {n: (len(h), h.shape[1], i.shape[1], h.dtype) for n, (h, i, _) in seen.items()}
+    for other in world.collect(found, f"routing of {path}"):
+        found |= other
+    rows = [found[n][0] for n in sorted(found)]
+    _, cols, slots, dtype = next(iter(found.values()))
+    hidden = store.shared(world, (sum(rows), cols), dtype)
+    index = store.shared(world, (sum(rows), slots), torch.int32)
+    weight = store.shared(world, (sum(rows), slots), torch.float32)
+    output = store.shared(world, (sum(rows), slots, width), dtype)
+    starts = [0, *accumulate(rows)]
+    for n in sorted(seen):
+        part = slice(starts[n], starts[n + 1])
+        h, index[part], weight[part] = seen.pop(n)
+        hidden[part] = h
+        output[part] = 0
+        store.release(h)
+    world.meet(f"routing of {path}")
+    return Parked(hidden, index, weight, rows, output)
+
+
+@contextmanager
+def plugged(walk: Walk, module: nn.Module, parked: Parked) -> Iterator[None]:
+    """While the context is open, the experts answer with the parked outputs (batches in the order
+    of `walk`).
+    """
+    starts = [0, *accumulate(parked.rows)]
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        call: Routed = route(module, *args, **kwargs)
+        n = walk.batch
+        total = parked.output[starts[n] : starts[n + 1]].sum(1)
+        return total.to(call.hidden.device).reshape(*call.shape, -1)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def second_moment(x: Tensor, y: Tensor | None = None, device: torch.device | None = None) -> Tensor:
+    """X^T Y (X^T X without `y`) as float64 [cols, cols], summed over fixed chunks of rows in order.
+
+    The chunk size never depends on memory, threads or processes, so the result is the same
+    everywhere.
+    """
+    y = x if y is None else y
+    total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=device or x.device)
+    for a, b in zip(torch.split(x, _CHUNK), torch.split(y, _CHUNK), strict=True):
+        a, b = a.to(total.device), b.to(total.device)
+        total += (a.T @ b).double()
+    return total

@@ -1,0 +1,61 @@
+"""Calibration and evaluation batches from text, for decoder-only and encoder-decoder models, and
+what of them to learn from.
+
+Knows nothing about experts or solvers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmoe.calib.text import span_corruption, windows
+
+SPAN_WINDOW = 180  # tokens of text behind one span-corruption sample where the context allows it
+
+
+def prepare(
+    tokenizer: Any, config: Any, source: str, tokens: int, ctx: int, seed: int
+) -> dict[str, Tensor]:
+    """One batch of all samples: the model's inputs and `labels` (-100 where nothing is scored).
+
+    Args:
+        tokenizer: of the model.
+        config: the model's config; decides between windows (decoder-only) and span corruption
+            (encoder-decoder).
+        source: text file or data set, see `qmoe.calib.text`.
+        tokens: at most this many tokens of text.
+        ctx: tokens of a window.
+        seed: of the masked spans.
+
+    Raises:
+        CalibrationError: the text is shorter than one window.
+    """
+    if not config.is_encoder_decoder:
+        ids = windows(tokenizer, source, tokens, ctx, seed)
+        return {"input_ids": ids, "labels": ids}
+    ids = windows(tokenizer, source, tokens, min(ctx, SPAN_WINDOW), seed)
+    return span_corruption(ids, tokenizer, seed)
+
+
+def inputs_only(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch without its labels, as a forward for calibration wants it."""
+    return {k: v for k, v in batch.items() if k != "labels"}
+
+
+def learnable(batches: Sequence[dict[str, Tensor]], tokenizer: Any, decoder: bool) -> list[Tensor]:
+    """For every batch, bool [tokens]: False at special and padding tokens, which no Hessian should
+    see.
+
+    Args:
+        batches: inputs of the forward.
+        tokenizer: knows its special ids.
+        decoder: take the decoder's inputs of an encoder-decoder batch.
+    """
+    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
+    keep = []
+    for batch in batches:
+        ids = batch["decoder_input_ids"] if decoder else batch["input_ids"]
+        keep.append(~torch.isin(ids.flatten(), special))
+    return keep

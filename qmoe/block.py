@@ -1,0 +1,259 @@
+"""Writing one durable unit of a compressed checkpoint: dense tensors and encoded experts modules.
+
+Knows nothing about the checkpoint around it, calibration or solvers.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from qmoe import codec
+from qmoe.durable import writing
+from qmoe.families.base import ExpertsLayout
+from qmoe.manifest import write_sealed
+from qmoe.stream import ExpertStream
+from qmoe.tensorfile import Spill
+from qmoe.types import QuantizedMatrix
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One encoded group: matrices of one projection that share tables, and what is reported of
+    them.
+
+    Attributes:
+        projection: its name.
+        experts: one for each matrix.
+        encoded: tables and streams.
+        ideal_bits: of all matrices, scales included.
+        zeros: integers that are zero.
+    """
+
+    projection: str
+    experts: list[int]
+    encoded: codec.EncodedGroup
+    ideal_bits: float
+    zeros: int
+
+    @classmethod
+    def of(
+        cls, projection: str, experts: Sequence[int], matrices: Sequence[QuantizedMatrix]
+    ) -> "Piece":
+        """Encodes a group."""
+        encoded = codec.encode_group(matrices)
+        return cls(
+            projection,
+            list(experts),
+            encoded,
+            codec.ideal_bits(matrices, encoded.scale_bits),
+            sum(int((m.codes == 0).sum()) for m in matrices),
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes it for another process of the same run."""
+        with writing(path):
+            torch.save(asdict(self), path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Piece":
+        """Reads what `save` wrote."""
+        plain = torch.load(path, weights_only=True)
+        return cls(**plain | {"encoded": codec.EncodedGroup(**plain["encoded"])})
+
+
+class ExpertsWriter:
+    """Streams the matrices of one experts module into a block, a group at a time."""
+
+    def __init__(self, spill: Spill, layout: ExpertsLayout) -> None:
+        self._spill, self._layout = spill, layout
+        self._names = [p.name for p in layout.projections]
+        self._offsets = torch.full((layout.experts, len(self._names), 4), -1, dtype=torch.int64)
+        self._totals = {name: {"bytes": 0, "ideal_bits": 0.0, "zeros": 0} for name in self._names}
+
+    def add_group(
+        self, projection: str, experts: Sequence[int], matrices: Sequence[QuantizedMatrix]
+    ) -> None:
+        """Encodes and appends one group: matrices of one projection that share tables.
+
+        Args:
+            projection: name of a projection of the layout.
+            experts: the experts, one for each matrix, each given once per projection.
+            matrices: of the projection's shape.
+
+        Raises:
+            ValueError: wrong shapes or an expert that was given before.
+            OutputError: the disk refuses.
+        """
+        want = self._layout.projections[self._names.index(projection)]
+        for expert, m in zip(experts, matrices, strict=True):
+            if tuple(m.codes.shape) != (want.rows, want.cols):
+                raise ValueError(
+                    f"{self._layout.path} expert {expert} {projection}: {tuple(m.codes.shape)}, "
+                    f"expected {(want.rows, want.cols)}"
+                )
+        self.add_piece(Piece.of(projection, experts, matrices))
+
+    def add_piece(self, piece: Piece) -> None:
+        """Appends a group that is encoded already; see `add_group`."""
+        j = self._names.index(piece.projection)
+        for i, expert in enumerate(piece.experts):
+            if self._offsets[expert, j, 0] >= 0 or expert in piece.experts[:i]:
+                raise ValueError(
+                    f"{self._layout.path} expert {expert} {piece.projection} is written twice"
+                )
+        name = f"{self._layout.path}.stream"
+        encoded, total = piece.encoded, self._totals[piece.projection]
+        tables = self._spill.append(name, encoded.tables)
+        total["bytes"] += encoded.tables.numel()
+        for expert, blob in zip(piece.experts, encoded.matrices, strict=True):
+            start = self._spill.append(name, blob)
+            row = [tables, tables + encoded.tables.numel(), start, start + blob.numel()]
+            self._offsets[expert, j] = torch.tensor(row)
+            total["bytes"] += blob.numel()
+        total["ideal_bits"] += piece.ideal_bits
+        total["zeros"] += piece.zeros
+
+    def finish(
+        self, tokens: Sequence[int] | None = None, notes: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """Completes the module.
+
+        Args:
+            tokens: calibration tokens per expert.
+            notes: per expert, "" where nothing is to be said.
+
+        Returns:
+            The module's entry in the report of the manifest.
+
+        Raises:
+            ValueError: a matrix is missing.
+        """
+        if missing := (self._offsets[:, :, 0] < 0).nonzero().tolist():
+            expert, j = missing[0]
+            raise ValueError(f"{self._layout.path} expert {expert} {self._names[j]} is missing")
+        self._spill.add(f"{self._layout.path}.offsets", self._offsets)
+        projections = {}
+        for p in self._layout.projections:
+            weights = self._layout.experts * p.rows * p.cols
+            total = self._totals[p.name]
+            ideal = round(total["ideal_bits"], 3)
+            projections[p.name] = {"weights": weights, **total, "ideal_bits": ideal}
+        return {
+            "tokens": None if tokens is None else [int(t) for t in tokens],
+            "notes": None if notes is None else list(notes),
+            "projections": projections,
+        }
+
+
+class BlockWriter:
+    """One durable unit of a checkpoint: some tensors and experts modules, all or nothing.
+
+    A context manager: leaving it normally makes the block durable, leaving it by an exception
+    drops it.
+    """
+
+    def __init__(self, data: Path, journal: Path, name: str, max_shard_bytes: int) -> None:
+        self._data, self._journal, self.name = data, journal, name
+        self._max = max_shard_bytes
+        self._stem = record_path(journal, name).stem
+        self._spill = Spill(journal / f"{self._stem}.spill")
+        self._modules: dict[str, Any] = {}
+        self._experts: dict[str, tuple[ExpertsLayout, ExpertsWriter]] = {}
+        self.note: dict[
+            str, Any
+        ] = {}  # JSON values that `finished_blocks` hands back after a restart
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Stores a dense tensor under its module name.
+
+        Raises:
+            ValueError: the name is taken.
+            OutputError: the disk refuses.
+        """
+        self._spill.add(name, tensor)
+
+    def experts(self, layout: ExpertsLayout) -> ExpertsWriter:
+        """Begins an experts module; call `finish_experts` when all its groups are in."""
+        writer = ExpertsWriter(self._spill, layout)
+        self._experts[layout.path] = (layout, writer)
+        return writer
+
+    def finish_experts(
+        self,
+        path: str,
+        tokens: Sequence[int] | None = None,
+        notes: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Completes the experts module at `path`; see `ExpertsWriter.finish`."""
+        layout, writer = self._experts.pop(path)
+        report = writer.finish(tokens, notes)
+        self._modules[path] = {"geometry": geometry(layout), "report": report}
+        return report
+
+    def add_encoded(self, streams: ExpertStream, report: dict[str, Any]) -> None:
+        """Stores an experts module that is encoded already, with its entry of the report.
+
+        Args:
+            streams: validated.
+            report: as `finish_experts` returned it.
+        """
+        path = streams.layout.path
+        self._spill.add(f"{path}.stream", streams.stream)
+        self._spill.add(f"{path}.offsets", streams.offsets)
+        self._modules[path] = {"geometry": geometry(streams.layout), "report": report}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            self._spill.close()
+
+    def _commit(self) -> None:
+        if self._experts:
+            raise ValueError(f"block {self.name}: experts {sorted(self._experts)} are not finished")
+        files: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
+        shards = self._spill.shards(self._max)
+        for i, names in enumerate(shards):
+            part = f".{i + 1:03d}" if len(shards) > 1 else ""
+            file = f"qmoe-{self._stem}{part}.safetensors"
+            size, digest, sums = self._spill.write_shard(self._data / file, names)
+            files[file] = {"bytes": size, "sha256": digest}
+            tensors |= {n: {"file": file, "sha256": s} for n, s in sums.items()}
+        record = {
+            "name": self.name,
+            "files": files,
+            "tensors": tensors,
+            "modules": self._modules,
+            "note": self.note,
+        }
+        write_sealed(record_path(self._journal, self.name), record)
+
+
+def record_path(journal: Path, name: str) -> Path:
+    """Where the record of a block is kept."""
+    return journal / (re.sub(r"[^A-Za-z0-9._-]", "_", name) + ".json")
+
+
+def geometry(layout: ExpertsLayout) -> dict[str, Any]:
+    """A layout as it stands in config.json."""
+    return {
+        "kind": layout.kind,
+        "experts": layout.experts,
+        "projections": [[p.name, p.rows, p.cols] for p in layout.projections],
+    }

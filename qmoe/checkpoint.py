@@ -1,0 +1,332 @@
+"""Source checkpoints as plain dense tensors, read lazily, whatever the files hold.
+
+A checkpoint is a local directory or a model id of the hub, with safetensors (one file or sharded
+with an index) or torch .bin files. Quantized sources (fp8, MXFP4, packed int4, GPTQ) appear under
+their dense names, decoded while read. Nothing is ever written to a local source.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmoe.errors import SourceError
+from qmoe.sources.formats import quantization_settings, recognise
+from qmoe.sources.hub import HubShard, Repository
+from qmoe.sources.selection import Selection
+from qmoe.sources.shard import DTYPE_NAMES, SafetensorsShard, Shard, TorchShard
+from qmoe.sources.stored import Stored
+from qmoe.sources.virtual import Virtual
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class Lazy:
+    """A tensor still on disk, in the form that transformers' loader takes: it calls ``lazy[...]``
+    when it needs the values.
+    """
+
+    def __init__(self, checkpoint: "Checkpoint", name: str, selection: Selection) -> None:
+        self._checkpoint, self._name, self._selection = checkpoint, name, selection
+
+    def get_dtype(self) -> str:
+        """The dtype as safetensors spells it ("BF16")."""
+        return DTYPE_NAMES[self._checkpoint.dtype(self._name)]
+
+    def get_shape(self) -> list[int]:
+        """Shape of the whole tensor, also where only a part was selected."""
+        return list(self._checkpoint.shape(self._name))
+
+    def __getitem__(self, selection: Selection) -> Tensor:
+        if isinstance(selection, EllipsisType):
+            return self._checkpoint.read(self._name, self._selection)
+        if isinstance(self._selection, EllipsisType):
+            return self._checkpoint.read(self._name, selection)
+        return self._checkpoint.read(self._name, self._selection)[selection]
+
+
+class Checkpoint:
+    """A source checkpoint; made by `open_checkpoint`.
+
+    Attributes:
+        directory: local directory with config and tokenizer files (for the hub: its snapshot
+            without weights).
+        config: config.json without its quantization settings, since the tensors presented here are
+            dense.
+        quantization: name of the source's low-precision format ("fp8", "mxfp4", "int4", "gptq
+            int4"), or None.
+    """
+
+    def __init__(
+        self, directory: Path, config: dict[str, Any], stored: Stored, identity: str
+    ) -> None:
+        self.directory = directory
+        self._identity = identity
+        self._stored = stored
+        self._virtual: dict[str, Virtual] = {}
+        self._hidden: set[str] = set()
+        self._finished: set[str] = set()
+        self.quantization: str | None = None
+        settings = quantization_settings(config)
+        if settings is not None:
+            self.quantization, self._virtual, self._hidden = recognise(stored, settings)
+        self.config = _dense_config(config)
+
+    def names(self) -> list[str]:
+        """Dense tensor names, sorted."""
+        return sorted((set(self._stored.where) - self._hidden) | set(self._virtual))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a dense tensor."""
+        virtual = self._virtual.get(name)
+        return (
+            virtual.shape(self._stored)
+            if virtual is not None
+            else self._stored.shape(self._visible(name))
+        )
+
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype that `read` returns; bf16 for what is quantized in the source."""
+        virtual = self._virtual.get(name)
+        return virtual.dtype if virtual is not None else self._stored.dtype(self._visible(name))
+
+    def read(self, name: str, selection: Selection = ...) -> Tensor:
+        """A tensor or a part of it, reading only the bytes that the leading dimension of the
+        selection needs.
+
+        Args:
+            name: dense tensor name.
+            selection: int, slice, ``...`` or a tuple of them; ``slice(e, e + 1)`` of a fused expert
+                tensor reads expert e alone.
+
+        Returns:
+            A tensor on the CPU that owns its memory.
+
+        Raises:
+            SourceError: no such tensor, the file changed since it was opened, or it cannot be read.
+        """
+        virtual = self._virtual.get(name)
+        if virtual is not None:
+            return virtual.read(self._stored, selection)
+        return self._stored.read(self._visible(name), selection)
+
+    def lazy(self, name: str, selection: Selection = ...) -> Lazy:
+        """The tensor as an object that transformers' ``convert_and_load_state_dict_in_model``
+        accepts; nothing is read yet.
+        """
+        return Lazy(self, name, selection)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all weight files, as shipped."""
+        return sum(s.size for s in self._stored.shards)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a dense tensor as the source stores it, scales included."""
+        virtual = self._virtual.get(name)
+        total = 0
+        for part in virtual.parts if virtual is not None else (self._visible(name),):
+            n = self._stored.dtype(part).itemsize
+            for d in self._stored.shape(part):
+                n *= d
+            total += n
+        return total
+
+    def fingerprint(self) -> str:
+        """sha256 over config, file names, sizes, headers and last bytes: equal for copies,
+        different for another checkpoint.
+
+        It costs no reading of the weights; a flipped bit in the middle of a file is not seen.
+        """
+        h = hashlib.sha256(self._identity.encode())
+        for shard in self._stored.shards:
+            h.update(Path(shard.name).name.encode() + b"\0" + shard.digest())
+        return h.hexdigest()
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Say that tensors will be read soon: their files are downloaded, or their bytes read into
+        the system's page cache, while the caller goes on. A hint: nothing is returned or raised.
+        """
+        for name in names:
+            virtual = self._virtual.get(name)
+            for part in virtual.parts if virtual is not None else (name,):
+                self._stored.prefetch(part)
+
+    def finished(self, names: Iterable[str]) -> None:
+        """Say that tensors will not be read again: downloaded files of which all are finished are
+        deleted from the run's `cache`.
+
+        Without a `cache` directory, and for local sources, nothing is deleted.
+        """
+        for name in names:
+            virtual = self._virtual.get(name)
+            self._finished.update(virtual.parts if virtual is not None else (name,))
+        for shard, held in self._stored.in_shard.items():
+            if isinstance(shard, HubShard) and held <= self._finished:
+                shard.discard()
+
+    def validate(self) -> None:
+        """Check every header, the index, and that every quantized tensor is complete. Done at
+        opening for local sources.
+
+        Raises:
+            SourceError: with the file and the values.
+        """
+        for shard in self._stored.shards:
+            self._stored.check(shard)
+        for virtual in self._virtual.values():
+            virtual.shape(self._stored)
+        for name in self._stored.where:
+            if (
+                name not in self._virtual
+                and name not in self._hidden
+                and self._stored.dtype(name) in FP8_DTYPES
+            ):
+                raise SourceError(
+                    f"tensor {name!r} is {self._stored.dtype(name)} without a scale beside it; is "
+                    "config.json's quantization_config right?"
+                )
+
+    def _visible(self, name: str) -> str:
+        if name in self._hidden:
+            raise SourceError(f"tensor {name!r} is part of a quantized tensor; read the dense one")
+        return name
+
+
+def open_checkpoint(
+    source: str | Path, revision: str | None = None, cache: str | Path | None = None
+) -> Checkpoint:
+    """Open a checkpoint without reading weights.
+
+    Args:
+        source: local directory, or "owner/name" on the hub.
+        revision: branch, tag or commit on the hub.
+        cache: directory for the weight files that a run downloads; see `Checkpoint.finished`. None
+            keeps them in the hub's cache.
+
+    Raises:
+        SourceError: nothing there, incomplete, damaged, or in a format that is not supported.
+    """
+    path = Path(source)
+    if path.is_dir():
+        checkpoint = _open_local(path)
+        checkpoint.validate()
+        return checkpoint
+    if path.exists():
+        raise SourceError(
+            f"{path} is a file; give the directory that holds config.json and the weights"
+        )
+    text = str(source)
+    parts = text.split("/")
+    if path.is_absolute() or text.startswith((".", "~")) or len(parts) > 2 or not all(parts):
+        raise SourceError(
+            f"{text!r} does not exist, and it is no model id of the hub (owner/name); check the "
+            "path"
+        )
+    return _open_hub(Repository(text, revision, Path(cache) if cache is not None else None))
+
+
+def _open_local(directory: Path) -> Checkpoint:
+    files = {p.name for p in directory.iterdir()}
+    config, text = _read_config(directory)
+
+    def shard(name: str) -> Shard:
+        if name not in files:
+            raise SourceError(f"{directory}: the index names {name}, which is missing; download it")
+        return (
+            TorchShard(directory / name)
+            if name.endswith(".bin")
+            else SafetensorsShard(directory / name)
+        )
+
+    single, index = _weight_files(files, str(directory))
+    if single is not None:
+        return Checkpoint(directory, config, Stored([shard(single)], None), text)
+    shards, where = _read_index(directory / index, shard)
+    return Checkpoint(directory, config, Stored(shards, where), text)
+
+
+def _open_hub(repository: Repository) -> Checkpoint:
+    config, text = _read_config(repository.directory)
+    files = set(repository.files())
+    single, index = _weight_files(files, repository.repo)
+
+    def shard(name: str) -> Shard:
+        if name.endswith(".bin"):  # pickles have no header to ask for: the whole file comes at once
+            return TorchShard(repository.fetch(name))
+        return HubShard(repository, name)
+
+    if single is not None:
+        return Checkpoint(repository.directory, config, Stored([shard(single)], None), text)
+    shards, where = _read_index(repository.directory / index, shard)
+    return Checkpoint(repository.directory, config, Stored(shards, where), text)
+
+
+def _weight_files(files: set[str], where: str) -> tuple[str | None, str]:
+    """(single weight file or None, index file), in transformers' order of preference."""
+    for index, single in zip(INDEXES, SINGLES, strict=True):
+        if index in files:
+            return None, index
+        if single in files:
+            return single, ""
+    found = sorted(f for f in files if f.endswith(".safetensors"))
+    if len(found) == 1 and not found[0].startswith("qmoe"):
+        return found[0], ""
+    if any(f.startswith("qmoe") for f in found):
+        raise SourceError(
+            f"{where} is already compressed by qmoe; give the original, or `qmoe export` it first"
+        )
+    if found:
+        raise SourceError(
+            f"{where} holds {len(found)} safetensors files ({found[0]}, …) but no {INDEXES[0]}; "
+            "download the index"
+        )
+    raise SourceError(f"{where} holds no weights (looked for {', '.join((*SINGLES, *INDEXES))})")
+
+
+def _read_index(path: Path, shard: Any) -> tuple[list[Shard], dict[str, Shard]]:
+    index = _read_json(path)[0]
+    weights = index.get("weight_map")
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(v, str) and "/" not in v for v in weights.values())
+    ):
+        raise SourceError(f"{path}: weight_map is missing or malformed; download the index again")
+    shards = {name: shard(name) for name in sorted(set(weights.values()))}
+    return list(shards.values()), {name: shards[file] for name, file in weights.items()}
+
+
+def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
+    if not (directory / "config.json").is_file():
+        raise SourceError(
+            f"{directory} holds no config.json; give the directory of a transformers checkpoint"
+        )
+    return _read_json(directory / "config.json")
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+    except (OSError, ValueError) as e:
+        raise SourceError(f"{path} cannot be read as JSON ({e}); download it again") from e
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value, text
+
+
+def _dense_config(config: dict[str, Any]) -> dict[str, Any]:
+    dense = {
+        k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")
+    }
+    if isinstance(dense.get("text_config"), dict):
+        dense["text_config"] = _dense_config(dense["text_config"])
+    return dense

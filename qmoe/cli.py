@@ -1,0 +1,233 @@
+"""The command line: parse, call, print. No logic lives here.
+
+Every command's last line with `--json` is one JSON object. Errors of the input are one sentence on
+stderr, exit code 2. Imports of torch and transformers happen inside the commands, so that `qmoe
+--help` is instant.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import click
+
+from qmoe.errors import QmoeError
+
+
+class _Bytes(click.ParamType[int]):
+    """A size such as 8GiB, 500MB or a plain number of bytes."""
+
+    name = "size"
+    _units: ClassVar = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 2**10,
+        "mib": 2**20,
+    }
+    _units |= {"gib": 2**30, "tib": 2**40, "tb": 10**12}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
+        if not found or found.group(2).lower() not in self._units:
+            self.fail(
+                f"{value!r} is not a size; write 8GiB, 500MB or a number of bytes", param, ctx
+            )
+        return int(float(found.group(1)) * self._units[found.group(2).lower()])
+
+
+class _Group(click.Group):
+    """Turns every QmoeError into one sentence and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QmoeError as error:
+            click.echo(f"qmoe: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("qmoe: interrupted", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="qmoe")
+def main() -> None:
+    """Mixture-of-experts models below one bit per expert weight, run without unpacking."""
+
+
+_json = click.option(
+    "--json", "as_json", is_flag=True, help="The last line of the output is one JSON object."
+)
+_device = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+
+
+def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps(result) if as_json else text)
+
+
+@main.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--method",
+    type=click.Choice(["rd", "qmoe", "rtn", "gptq2", "gptq3", "gptq4"]),
+    default="rd",
+    show_default=True,
+)
+@click.option(
+    "--bits",
+    type=float,
+    default=None,
+    help="Stored bits per expert weight to hit (rd); default 0.8.",
+)
+@click.option(
+    "--delta", type=float, default=None, help="The raw global step of rd, instead of --bits."
+)
+@click.option(
+    "--calib",
+    "calib",
+    type=str,
+    required=True,
+    help="Calibration text: .txt, .jsonl, .parquet or a datasets name.",
+)
+@click.option("--calib-tokens", type=click.IntRange(1), default=131072, show_default=True)
+@click.option(
+    "--ctx",
+    type=click.IntRange(2),
+    default=None,
+    help="Window length; default: the model's, at most 2048.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--memory",
+    type=_Bytes(),
+    default="8GiB",
+    show_default=True,
+    help="Memory of a process; activations beyond it go to mapped files in OUT.partial.",
+)
+@_device
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run model code that the source brings along."
+)
+@click.option("--fresh", is_flag=True, help="Discard an unfinished earlier run on OUT.")
+@_json
+def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Compress SOURCE (a directory or a hub id) into the directory OUT."""
+    from qmoe.compress import Settings, compress_checkpoint
+    from qmoe.parallel import World
+
+    if options["method"] == "rd" and options["bits"] is None and options["delta"] is None:
+        options["bits"] = 0.8
+    with World.of_environment() as world:
+        report = compress_checkpoint(
+            source,
+            out,
+            Settings(**options),
+            sys.stderr.isatty(),
+            world,
+            lambda text: click.echo(text, err=True),
+        )
+        if world.first:
+            _show(report.as_dict(), as_json, report.text())
+
+
+@main.command(name="eval")
+@click.argument("model")
+@click.option(
+    "--text", required=True, help="Evaluation text: .txt, .jsonl, .parquet or a datasets name."
+)
+@click.option(
+    "--reference", default=None, help="Another checkpoint to compare with, usually the source."
+)
+@click.option("--ctx", type=click.IntRange(2), default=1024, show_default=True)
+@click.option(
+    "--tokens", type=click.IntRange(2), default=None, help="Use at most this many tokens."
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
+)
+@_device
+@_json
+def evaluate(model: str, as_json: bool, **options: Any) -> None:
+    """Perplexity of MODEL (compressed or not) on a text, and its KL divergence from a reference."""
+    from qmoe.score import score_checkpoint, score_text
+
+    score = score_checkpoint(model, progress=sys.stderr.isatty(), **options)
+    _show(score.as_dict(), as_json, score_text(score))
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--layers", is_flag=True, help="A row for every layer and projection.")
+@_json
+def inspect(out: Path, layers: bool, as_json: bool) -> None:
+    """Sizes, bits per weight and expert coverage of a compressed checkpoint; decodes nothing."""
+    from qmoe.inspect import inspect as run
+    from qmoe.report import inspect_text
+
+    found = run(out, layers=layers)
+    _show(found, as_json, inspect_text(found))
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@_json
+def verify(out: Path, as_json: bool) -> None:
+    """Check every checksum, then decode every stream; exit code 0 only if all is sound."""
+    from qmoe.verify import verify as run
+
+    with _bar("verify", "B") as advance:
+        found = run(out, advance)
+    text = f"{out}: sound ({found.files} files, {found.matrices} matrices decoded)"
+    _show(asdict(found), as_json, text)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True
+)
+@_json
+def export(out: Path, dest: Path, dtype: str, as_json: bool) -> None:
+    """Write OUT back as a plain safetensors checkpoint that any runtime reads."""
+    from qmoe.export import export as run
+
+    with _bar("export", "block") as advance:
+        run(out, dest, dtype, advance)
+    size = sum(p.stat().st_size for p in dest.glob("*.safetensors"))
+    found = {"dest": str(dest), "dtype": dtype, "bytes": size}
+    _show(found, as_json, f"{dest}: {size / 2**20:.1f} MiB in {dtype}")
+
+
+@contextmanager
+def _bar(name: str, unit: str) -> Iterator[Callable[[int], object]]:
+    """A progress bar on a terminal; yields what advances it."""
+    from tqdm import tqdm
+
+    with tqdm(desc=name, unit=unit, unit_scale=unit == "B", disable=not sys.stderr.isatty()) as bar:
+        yield bar.update
+
+
+@main.group()
+def bench() -> None:
+    """The numbers of docs/results.md, reproducible."""
+
+
+@bench.command(name="codec")
+@_json
+def bench_codec(as_json: bool) -> None:
+    """Rate and speed of the entropy coder on one core, beside the ideals."""
+    from qmoe.codec.bench import run
+
+    run(as_json)

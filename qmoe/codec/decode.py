@@ -1,0 +1,99 @@
+"""CPU decoders: integers, dense weights, or a product that never writes the weights down.
+
+Each public function's twin in `qmoe.codec.reference` is its definition. Work is cut by rows over a
+few threads; the compiled loops release the interpreter lock and hold no shared state.
+"""
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qmoe.codec.layout import PADDING_WORDS, Layout
+from qmoe.codec.loops import decode_rows, dense_rows, matvec_rows, matvec_rows_batch
+from qmoe.codec.tables import Tables
+from qmoe.types import QuantizedMatrix
+
+_ROWS_PER_THREAD = 1 << 18  # weights; below this a thread costs more than it saves
+_POOL = ThreadPoolExecutor(max_workers=64, thread_name_prefix="qmoe-codec")
+
+
+def decode_codes(tables: Tables, layout: Layout) -> QuantizedMatrix:
+    """The quantized matrix that was encoded, equal in every element."""
+    codes = torch.empty(layout.rows, layout.cols, dtype=torch.int8)
+    out, shared = codes.numpy(), _shared(tables, layout)
+    _over_rows(layout, lambda lo, hi: decode_rows(*shared, lo, hi, out))
+    return QuantizedMatrix(codes, layout.row_index, layout.col_index, layout.row_index_neg)
+
+
+def decode_dense(tables: Tables, layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights [rows, cols]: `QuantizedMatrix.dequantize` in float32, or rounded from it."""
+    weights = torch.empty(layout.rows, layout.cols, dtype=torch.float32)
+    row = layout.row_scale.numpy()
+    negative = row if layout.row_scale_neg is None else layout.row_scale_neg.numpy()
+    out, shared, col = weights.numpy(), _shared(tables, layout), layout.col_scale.numpy()
+    _over_rows(layout, lambda lo, hi: dense_rows(*shared, lo, hi, row, negative, col, out))
+    return weights.to(dtype)
+
+
+def matvec(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
+    """``x @ W.T`` with W decoded inside the product: [n, cols] -> float32 [n, rows], for small n.
+
+    Raises:
+        ValueError: x is not float32 [n, cols] on the CPU.
+    """
+    shape = tuple(x.shape)
+    if x.dtype != torch.float32 or shape[1:] != (layout.cols,) or x.device.type != "cpu":
+        raise ValueError(
+            f"x must be float32 [n, {layout.cols}] on the CPU, got {x.dtype} {shape} on {x.device}"
+        )
+    n = x.shape[0]
+    scaled = torch.zeros(n, layout.cols + 1)
+    torch.mul(x, layout.col_scale, out=scaled[:, :-1])
+    by_slot = scaled[:, layout.slots.long()]  # [n, pieces, span + 1]
+    gathered = by_slot.permute(1, 2, 0).contiguous().numpy()
+    split = layout.row_scale_neg is not None
+    sums = np.zeros((2, layout.rows, n), np.float32)
+    shared = _shared(tables, layout)[:-1]
+    if n == 1:
+        one, flat = gathered[:, :, 0], sums[:, :, 0]
+        _over_rows(layout, lambda lo, hi: matvec_rows(*shared, lo, hi, one, split, flat))
+    elif n:
+        _over_rows(layout, lambda lo, hi: matvec_rows_batch(*shared, lo, hi, gathered, split, sums))
+    total, below = torch.from_numpy(sums[0]), torch.from_numpy(sums[1])
+    y = total * layout.row_scale[:, None]
+    if layout.row_scale_neg is not None:
+        y += below * (layout.row_scale_neg - layout.row_scale)[:, None]
+    return y.T.contiguous()
+
+
+def _shared(tables: Tables, layout: Layout) -> tuple[NDArray[np.generic] | int, ...]:
+    """Arguments common to the loops; the last is `slots`."""
+    return (
+        layout.words.numpy().view(np.uint32)[: layout.words.numel()],
+        layout.words.numel() - PADDING_WORDS,
+        layout.stream_start.numpy(),
+        layout.row_class.numpy(),
+        layout.slot_class.numpy(),
+        tables.table_of,
+        tables.lookup.ravel(),
+        tables.limit,
+        layout.slots.numpy(),
+    )
+
+
+def _over_rows(layout: Layout, work: Callable[[int, int], None]) -> None:
+    """Runs work(first row, end row) over all rows, on torch's number of threads or fewer."""
+    threads = min(
+        torch.get_num_threads(), layout.rows * layout.cols // _ROWS_PER_THREAD, layout.rows
+    )
+    if threads < 2:
+        work(0, layout.rows)
+        return
+    cuts = [layout.rows * k // threads for k in range(threads + 1)]
+    for done in [_POOL.submit(work, lo, hi) for lo, hi in itertools.pairwise(cuts)]:
+        done.result()

@@ -1,0 +1,223 @@
+"""A matrix blob and its parsed form, from which CPU decoders and GPU kernels work.
+
+docs/format-codec.md has the bits.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qmoe.codec.arrays import I64, U8, U32
+from qmoe.codec.classes import CONTEXTS
+from qmoe.codec.geometry import geometry, piece_count
+from qmoe.codec.sidedata import Field, pack
+from qmoe.codec.tables import SEGMENT, Tables, from_blob, to_blob
+from qmoe.codec.walk import find_starts
+from qmoe.errors import CorruptError
+from qmoe.types import SCALE_MAX, SCALE_MIN, QuantizedMatrix, grid_scale
+
+MAGIC = 0x314D4D51  # "QMM1"
+SCALE_FIELDS = ("row_scale", "row_scale_neg", "col_scale")
+PADDING_WORDS = 4  # zero words behind the payload, so that decoders may look ahead
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parsed matrix. All tensors are on the CPU.
+
+    A stream s = row * pieces + piece starts at bit ``stream_start[s]`` of `words` (bit b is bit b %
+    32 of word b // 32) with position 0. Before each group of `Tables.latch` symbols the table is
+    ``table_of[row_class[row] + slot_class[piece, position]]``; a symbol adds its advance to the
+    position, clamped to `span`, then its value to the weight of column ``slots[piece, position]``.
+    The stream ends with the symbol that reaches `span`; what follows belongs to the next stream and
+    may be decoded harmlessly, since slots[:, span] is no column.
+
+    Attributes:
+        rows, cols: shape.
+        pieces: streams per row.
+        span: C, end position of a stream; at most 1025.
+        words: int32 [n + PADDING_WORDS], bit patterns of the little-endian payload words.
+        stream_start: int32 [rows * pieces + 1], bit offsets; the last is the payload's length.
+        row_class: uint8 [rows].
+        slots: int32 [pieces, span + 1]; column whose weight ends at a position, `cols` where there
+            is none.
+        slot_class: uint8 [pieces, span + 1]; class of the column that comes next at a position.
+        col_order: int32 [coded]; coded columns by falling class: position k of piece p is
+            col_order[(k - 1) * pieces + p].
+        row_index, row_index_neg, col_index: int16 grid indices of the scales [rows], [rows] or
+            None, [cols].
+        row_scale, row_scale_neg, col_scale: the same as float32.
+    """
+
+    rows: int
+    cols: int
+    pieces: int
+    span: int
+    words: Tensor
+    stream_start: Tensor
+    row_class: Tensor
+    slots: Tensor
+    slot_class: Tensor
+    row_index: Tensor
+    col_index: Tensor
+    row_index_neg: Tensor | None
+    row_scale: Tensor
+    col_scale: Tensor
+    row_scale_neg: Tensor | None
+
+    @property
+    def col_order(self) -> Tensor:
+        """Coded columns by falling class, int32 [coded]."""
+        order = self.slots[:, 1:-1].T.flatten()
+        return order[order < self.cols]
+
+
+def write_matrix(
+    tables: Tables,
+    matrix: QuantizedMatrix,
+    row_class: U8,
+    col_class: U8,
+    words: U32,
+    stream_bits: I64,
+) -> tuple[Tensor, int]:
+    """Blob of a matrix, and how many of its bits are scales.
+
+    Args:
+        tables: its group's tables.
+        matrix: scales are taken from it.
+        row_class, col_class: classes [rows], [cols] as stored (column class 0 = not coded).
+        words: payload, uint32 [ceil(stream_bits[-1] / 32)].
+        stream_bits: int64 [rows * pieces + 1], bit offset of every stream.
+
+    Returns:
+        uint8 [n], n a multiple of 4, and the bits of row, negative row and column scales.
+    """
+    negative = matrix.row_scale_neg
+    strings, scale_bits = [], 0
+    for name, values, predictor in side_values(matrix, row_class, col_class, stream_bits):
+        strings.append(tables.fields[name].encode(values, predictor))
+        scale_bits += int(strings[-1][1].sum(dtype=np.int64)) if name in SCALE_FIELDS else 0
+    flag = np.array([negative is not None], np.uint64), np.ones(1, np.uint8)
+    values = np.concatenate([flag[0], *(s[0] for s in strings)])
+    widths = np.concatenate([flag[1], *(s[1] for s in strings)])
+    side = np.zeros(-(-int(widths.sum(dtype=np.int64)) // 32) + 1, np.uint32)
+    pack(values, widths, side)
+    blob = np.concatenate([np.array([MAGIC], np.uint32), side[:-1], words])
+    return to_blob(blob, tables.checksum)[0], scale_bits
+
+
+def side_values(
+    matrix: QuantizedMatrix, row_class: U8, col_class: U8, stream_bits: I64
+) -> list[tuple[str, I64, I64]]:
+    """Side data of a matrix in stored order: (field name, values, predictor)."""
+    rows, cols = row_class.astype(np.int64), col_class.astype(np.int64)
+    scale = matrix.row_scale.numpy().astype(np.int64)
+    out = [
+        ("col_class", cols, np.zeros_like(cols)),
+        ("row_class", rows, np.zeros_like(rows)),
+        ("row_scale", scale, rows),
+    ]
+    if matrix.row_scale_neg is not None:
+        out.append(("row_scale_neg", matrix.row_scale_neg.numpy().astype(np.int64), scale))
+    out.append(("col_scale", matrix.col_scale.numpy().astype(np.int64), cols))
+    ends = np.append(np.arange(0, stream_bits.size - 1, SEGMENT), stream_bits.size - 1)
+    lengths = np.diff(stream_bits[ends])
+    out.append(("segment_bits", lengths, np.zeros_like(lengths)))
+    return out
+
+
+def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> Layout:
+    """Reads and validates a matrix blob, walking all its streams to find where each starts.
+
+    Args:
+        tables: of the matrix's group.
+        blob: uint8 [n] on the CPU.
+        check: whether the checksum is verified; all other validation always happens.
+
+    Raises:
+        CorruptError: the blob is not a matrix of this group, sound to the last bit.
+    """
+    raw, _ = from_blob(blob, 3, MAGIC, tables.checksum, check)
+    streams = tables.rows * piece_count(tables.cols)
+    if (
+        streams > 32 * raw.size
+    ):  # each has at least one bit; checked before anything is sized by rows
+        raise CorruptError(f"blob of {4 * raw.size + 4} bytes for {streams} streams")
+    words = np.concatenate([raw[1:], np.zeros(PADDING_WORDS, np.uint32)])
+    side = _SideReader(tables.fields, words)
+    negative = side.flag()
+    zeros = np.zeros(1, np.int64)
+    col_class = side.take("col_class", tables.cols, zeros, 0, CONTEXTS)
+    row_class = side.take("row_class", tables.rows, zeros, 0, CONTEXTS - 1)
+    if not col_class.any() or row_class.max() + col_class.max() - 1 >= CONTEXTS:
+        raise CorruptError(
+            f"row classes to {row_class.max()} and column classes to {col_class.max()}"
+        )
+    row_scale = side.take("row_scale", tables.rows, row_class, SCALE_MIN, SCALE_MAX)
+    row_neg = (
+        side.take("row_scale_neg", tables.rows, row_scale, SCALE_MIN, SCALE_MAX)
+        if negative
+        else None
+    )
+    col_scale = side.take("col_scale", tables.cols, col_class, SCALE_MIN, SCALE_MAX)
+    segment_bits = side.take("segment_bits", -(-streams // SEGMENT), zeros, 1, 1 << 31)
+    payload = words[side.finish() :]
+    bits = int(segment_bits.sum())
+    if -(-bits // 32) != payload.size - PADDING_WORDS:
+        raise CorruptError(f"streams of {bits} bits in {payload.size - PADDING_WORDS} words")
+    if bits >= 1 << 31 or (bits % 32 and payload[bits // 32] >> (bits % 32)):
+        raise CorruptError(f"streams of {bits} bits, or set bits behind them")
+    shape = geometry(col_class.astype(np.uint8))
+    rows8 = row_class.astype(np.uint8)
+    starts = find_starts(tables, payload, segment_bits, rows8, shape)
+
+    def grid(index: I64) -> Tensor:
+        return torch.from_numpy(index.astype(np.int16))
+
+    return Layout(
+        rows=tables.rows,
+        cols=tables.cols,
+        pieces=shape.pieces,
+        span=shape.span,
+        words=torch.from_numpy(payload.view(np.int32)),
+        stream_start=torch.from_numpy(starts),
+        row_class=torch.from_numpy(rows8),
+        slots=torch.from_numpy(shape.slots),
+        slot_class=torch.from_numpy(shape.slot_class),
+        row_index=grid(row_scale),
+        col_index=grid(col_scale),
+        row_index_neg=None if row_neg is None else grid(row_neg),
+        row_scale=grid_scale(grid(row_scale)),
+        col_scale=grid_scale(grid(col_scale)),
+        row_scale_neg=None if row_neg is None else grid_scale(grid(row_neg)),
+    )
+
+
+class _SideReader:
+    """Takes the fields of a matrix from its words, one after another."""
+
+    def __init__(self, fields: dict[str, Field], words: U32) -> None:
+        self._fields, self._words, self._position = fields, words, 0
+
+    def flag(self) -> bool:
+        self._position += 1
+        return bool(self._words[0] & 1)
+
+    def take(self, name: str, count: int, predictor: I64, low: int, high: int) -> I64:
+        values, self._position = self._fields[name].decode(
+            self._words, self._position, count, predictor
+        )
+        if values.min() < low or values.max() > high:
+            raise CorruptError(
+                f"{name} from {values.min()} to {values.max()}, allowed {low} to {high}"
+            )
+        return values
+
+    def finish(self) -> int:
+        """Number of words of side data; the bits that pad the last one must be zero."""
+        word, bit = divmod(self._position, 32)
+        if bit and self._words[word] >> bit:
+            raise CorruptError("set bits behind the side data")
+        return word + (bit > 0)

@@ -1,0 +1,322 @@
+"""Compiled loops of the decoders: several streams at once, as each is a chain of lookups.
+
+A finished stream parks: its position stays at `span`, where `slots` names no column and activations
+    are zero, while its bit
+cursor runs on into its neighbours, held inside the words. So no lane needs a mask, here or in a
+kernel.
+"""
+
+import numba as nb
+import numpy as np
+
+from qmoe.codec.arrays import F32, I8, I32, U8, U32
+
+_ONE, _LENGTH, _ADVANCE, _BYTE = np.uint64(1), np.uint64(15), np.uint64(63), np.uint64(8)
+_NEGATIVE = np.uint64(1 << 23)
+
+
+@nb.njit(inline="always")
+def _window(words: U32, limit: np.uint64, bit: np.uint64) -> np.uint64:
+    """At least the next 32 bits at `bit`. All indices are unsigned: numba then omits the
+    wrap-around of negative ones."""
+    word = min(bit >> np.uint64(5), limit)
+    pair = np.uint64(words[word]) | np.uint64(words[word + _ONE]) << np.uint64(32)
+    return pair >> (bit & np.uint64(31))
+
+
+@nb.njit(cache=True, nogil=True)
+def _decode_pair(
+    words: U32,
+    limit: int,
+    start0: int,
+    start1: int,
+    classes: U8,
+    slots: I32,
+    row_class0: int,
+    row_class1: int,
+    table_of: U8,
+    lookup: U32,
+    bits: int,
+    line0: I8,
+    line1: I8,
+) -> None:
+    """Decodes two streams of one piece into int8 lines of cols + 1 elements."""
+    span, shift, last = np.uint64(slots.size - 1), np.uint64(bits), np.uint64(limit)
+    mask = (_ONE << shift) - _ONE
+    a0, a1 = np.uint64(row_class0), np.uint64(row_class1)
+    bit0, bit1 = np.uint64(start0), np.uint64(start1)
+    at0 = at1 = np.uint64(0)
+    while min(at0, at1) < span:
+        base0 = np.uint64(table_of[a0 + np.uint64(classes[at0])]) << shift
+        base1 = np.uint64(table_of[a1 + np.uint64(classes[at1])]) << shift
+        window0, window1 = _window(words, last, bit0), _window(words, last, bit1)
+        for _ in range(32 // bits):
+            entry0 = np.uint64(lookup[base0 | (window0 & mask)])
+            entry1 = np.uint64(lookup[base1 | (window1 & mask)])
+            window0 >>= entry0 & _LENGTH
+            window1 >>= entry1 & _LENGTH
+            bit0 += entry0 & _LENGTH
+            bit1 += entry1 & _LENGTH
+            at0 = min(at0 + ((entry0 >> _BYTE) & _ADVANCE), span)
+            at1 = min(at1 + ((entry1 >> _BYTE) & _ADVANCE), span)
+            line0[np.uint64(slots[at0])] += np.int8(entry0 >> np.uint64(16))
+            line1[np.uint64(slots[at1])] += np.int8(entry1 >> np.uint64(16))
+
+
+@nb.njit(cache=True, nogil=True)
+def _decode_two_rows(
+    words: U32,
+    limit: int,
+    starts: I32,
+    row_class: U8,
+    slot_class: U8,
+    table_of: U8,
+    lookup: U32,
+    bits: int,
+    slots: I32,
+    row: int,
+    other: int,
+    line0: I8,
+    line1: I8,
+) -> None:
+    pieces = slots.shape[0]
+    line0[:] = 0
+    line1[:] = 0
+    for p in range(pieces):
+        _decode_pair(
+            words,
+            limit,
+            starts[row * pieces + p],
+            starts[other * pieces + p],
+            slot_class[p],
+            slots[p],
+            row_class[row],
+            row_class[other],
+            table_of,
+            lookup,
+            bits,
+            line0,
+            line1,
+        )
+
+
+@nb.njit(cache=True, nogil=True)
+def decode_rows(
+    words: U32,
+    limit: int,
+    starts: I32,
+    row_class: U8,
+    slot_class: U8,
+    table_of: U8,
+    lookup: U32,
+    bits: int,
+    slots: I32,
+    first: int,
+    end: int,
+    out: I8,
+) -> None:
+    """Rows first..end - 1 of out, int8 [rows, cols].
+
+    Args:
+        words: payload uint32, `limit` words and padding; starts int32 [streams + 1], bit offsets.
+        row_class: uint8 [rows]; slot_class: uint8 [pieces, span + 1]; table_of: uint8 [contexts].
+        lookup: uint32 [tables << bits], entries of `Tables.lookup`; bits: L.
+        slots: int32 [pieces, span + 1].
+    """
+    cols = out.shape[1]
+    line0, line1 = np.empty(cols + 1, np.int8), np.empty(cols + 1, np.int8)
+    for row in range(first, end, 2):
+        other = min(row + 1, end - 1)
+        _decode_two_rows(
+            words,
+            limit,
+            starts,
+            row_class,
+            slot_class,
+            table_of,
+            lookup,
+            bits,
+            slots,
+            row,
+            other,
+            line0,
+            line1,
+        )
+        for j in range(cols):
+            out[row, j] = line0[j]
+        for j in range(cols):
+            out[other, j] = line1[j]
+
+
+@nb.njit(cache=True, nogil=True)
+def dense_rows(
+    words: U32,
+    limit: int,
+    starts: I32,
+    row_class: U8,
+    slot_class: U8,
+    table_of: U8,
+    lookup: U32,
+    bits: int,
+    slots: I32,
+    first: int,
+    end: int,
+    row_scale: F32,
+    row_scale_neg: F32,
+    col_scale: F32,
+    out: F32,
+) -> None:
+    """As `decode_rows`, into weights: float32 [rows, cols], (code * column scale) * row scale."""
+    cols = out.shape[1]
+    line0, line1 = np.empty(cols + 1, np.int8), np.empty(cols + 1, np.int8)
+    for row in range(first, end, 2):
+        other = min(row + 1, end - 1)
+        _decode_two_rows(
+            words,
+            limit,
+            starts,
+            row_class,
+            slot_class,
+            table_of,
+            lookup,
+            bits,
+            slots,
+            row,
+            other,
+            line0,
+            line1,
+        )
+        _scale(line0, col_scale, row_scale[row], row_scale_neg[row], out[row])
+        _scale(line1, col_scale, row_scale[other], row_scale_neg[other], out[other])
+
+
+@nb.njit(cache=True, nogil=True)
+def _scale(line: I8, col_scale: F32, above: np.float32, below: np.float32, out: F32) -> None:
+    if above == below:
+        for j in range(out.size):
+            out[j] = np.float32(line[j]) * col_scale[j] * above
+    else:
+        for j in range(out.size):
+            out[j] = np.float32(line[j]) * col_scale[j] * (below if line[j] < 0 else above)
+
+
+@nb.njit(cache=True, nogil=True)
+def matvec_rows(
+    words: U32,
+    limit: int,
+    starts: I32,
+    row_class: U8,
+    slot_class: U8,
+    table_of: U8,
+    lookup: U32,
+    bits: int,
+    first: int,
+    end: int,
+    x: F32,
+    split: bool,
+    out: F32,
+) -> None:
+    """Sums of rows first..end - 1: out[0] over all codes and, if `split`, out[1] over the negative
+    ones; out [2, rows].
+
+    x: float32 [pieces, span + 1], scaled activations by position, zero where there is no column.
+    """
+    pieces, span = slot_class.shape[0], np.uint64(slot_class.shape[1] - 1)
+    shift, last, zero = np.uint64(bits), np.uint64(limit), np.float32(0)
+    mask = (_ONE << shift) - _ONE
+    for row0 in range(first, end, 4):
+        row1, row2, row3 = min(row0 + 1, end - 1), min(row0 + 2, end - 1), min(row0 + 3, end - 1)
+        a0, a1 = np.uint64(row_class[row0]), np.uint64(row_class[row1])
+        a2, a3 = np.uint64(row_class[row2]), np.uint64(row_class[row3])
+        sum0 = sum1 = sum2 = sum3 = zero
+        neg0 = neg1 = neg2 = neg3 = zero
+        for p in range(pieces):
+            classes, xs = slot_class[p], x[p]
+            bit0 = np.uint64(starts[row0 * pieces + p])
+            bit1 = np.uint64(starts[row1 * pieces + p])
+            bit2 = np.uint64(starts[row2 * pieces + p])
+            bit3 = np.uint64(starts[row3 * pieces + p])
+            at0 = at1 = at2 = at3 = np.uint64(0)
+            while min(min(at0, at1), min(at2, at3)) < span:
+                base0 = np.uint64(table_of[a0 + np.uint64(classes[at0])]) << shift
+                base1 = np.uint64(table_of[a1 + np.uint64(classes[at1])]) << shift
+                base2 = np.uint64(table_of[a2 + np.uint64(classes[at2])]) << shift
+                base3 = np.uint64(table_of[a3 + np.uint64(classes[at3])]) << shift
+                window0, window1 = _window(words, last, bit0), _window(words, last, bit1)
+                window2, window3 = _window(words, last, bit2), _window(words, last, bit3)
+                for _ in range(32 // bits):
+                    entry0 = np.uint64(lookup[base0 | (window0 & mask)])
+                    entry1 = np.uint64(lookup[base1 | (window1 & mask)])
+                    entry2 = np.uint64(lookup[base2 | (window2 & mask)])
+                    entry3 = np.uint64(lookup[base3 | (window3 & mask)])
+                    window0 >>= entry0 & _LENGTH
+                    window1 >>= entry1 & _LENGTH
+                    window2 >>= entry2 & _LENGTH
+                    window3 >>= entry3 & _LENGTH
+                    bit0 += entry0 & _LENGTH
+                    bit1 += entry1 & _LENGTH
+                    bit2 += entry2 & _LENGTH
+                    bit3 += entry3 & _LENGTH
+                    at0 = min(at0 + ((entry0 >> _BYTE) & _ADVANCE), span)
+                    at1 = min(at1 + ((entry1 >> _BYTE) & _ADVANCE), span)
+                    at2 = min(at2 + ((entry2 >> _BYTE) & _ADVANCE), span)
+                    at3 = min(at3 + ((entry3 >> _BYTE) & _ADVANCE), span)
+                    term0 = np.float32(np.int8(entry0 >> np.uint64(16))) * xs[at0]
+                    term1 = np.float32(np.int8(entry1 >> np.uint64(16))) * xs[at1]
+                    term2 = np.float32(np.int8(entry2 >> np.uint64(16))) * xs[at2]
+                    term3 = np.float32(np.int8(entry3 >> np.uint64(16))) * xs[at3]
+                    sum0 += term0
+                    sum1 += term1
+                    sum2 += term2
+                    sum3 += term3
+                    if split:
+                        neg0 += term0 if entry0 & _NEGATIVE else zero
+                        neg1 += term1 if entry1 & _NEGATIVE else zero
+                        neg2 += term2 if entry2 & _NEGATIVE else zero
+                        neg3 += term3 if entry3 & _NEGATIVE else zero
+        out[0, row3], out[0, row2], out[0, row1], out[0, row0] = sum3, sum2, sum1, sum0
+        out[1, row3], out[1, row2], out[1, row1], out[1, row0] = neg3, neg2, neg1, neg0
+
+
+@nb.njit(cache=True, nogil=True)
+def matvec_rows_batch(
+    words: U32,
+    limit: int,
+    starts: I32,
+    row_class: U8,
+    slot_class: U8,
+    table_of: U8,
+    lookup: U32,
+    bits: int,
+    first: int,
+    end: int,
+    x: F32,
+    split: bool,
+    out: F32,
+) -> None:
+    """As `matvec_rows` for several activations: x float32 [pieces, span + 1, n], out float32 [2,
+    rows, n], zeroed."""
+    pieces, span = slot_class.shape[0], np.uint64(slot_class.shape[1] - 1)
+    shift, last = np.uint64(bits), np.uint64(limit)
+    mask = (_ONE << shift) - _ONE
+    for row in range(first, end):
+        a = np.uint64(row_class[row])
+        total, below = out[0, row], out[1, row]
+        for p in range(pieces):
+            classes, xs = slot_class[p], x[p]
+            bit, at = np.uint64(starts[row * pieces + p]), np.uint64(0)
+            while at < span:
+                base = np.uint64(table_of[a + np.uint64(classes[at])]) << shift
+                window = _window(words, last, bit)
+                for _ in range(32 // bits):
+                    entry = np.uint64(lookup[base | (window & mask)])
+                    window >>= entry & _LENGTH
+                    bit += entry & _LENGTH
+                    at = min(at + ((entry >> _BYTE) & _ADVANCE), span)
+                    value = np.float32(np.int8(entry >> np.uint64(16)))
+                    if value != 0:
+                        for k in range(total.size):
+                            total[k] += value * xs[at, k]
+                        if split and value < 0:
+                            for k in range(total.size):
+                                below[k] += value * xs[at, k]

@@ -1,0 +1,79 @@
+"""Where streams start: one length per 64 streams is stored, the rest follows from decoding."""
+
+import numba as nb
+import numpy as np
+
+from qmoe.codec.arrays import I32, I64, U8, U32
+from qmoe.codec.geometry import Geometry
+from qmoe.codec.tables import SEGMENT, Tables
+from qmoe.errors import CorruptError
+
+
+def find_starts(
+    tables: Tables, words: U32, segment_bits: I64, row_class: U8, shape: Geometry
+) -> I32:
+    """Bit at which every stream starts, int32 [rows * pieces + 1].
+
+    Args:
+        tables: of the group.
+        words: payload with at least two padding words.
+        segment_bits: int64 [segments], lengths of runs of SEGMENT streams, within the payload.
+        row_class: uint8 [rows].
+        shape: geometry of the matrix.
+
+    Raises:
+        CorruptError: a run of streams does not end exactly at its stored length.
+    """
+    starts = np.empty(row_class.size * shape.pieces + 1, np.int32)
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(segment_bits)])
+    classes = shape.slot_class
+    lookup = tables.lookup.ravel()
+    bad = _walk(words, bounds, row_class, classes, tables.table_of, lookup, tables.limit, starts)
+    if bad >= 0:
+        last = min((bad + 1) * SEGMENT, starts.size - 1) - 1
+        raise CorruptError(f"streams {bad * SEGMENT} to {last} do not end at bit {bounds[bad + 1]}")
+    return starts
+
+
+@nb.njit(cache=True, nogil=True)
+def _walk(
+    words: U32,
+    bounds: I64,
+    row_class: U8,
+    slot_class: U8,
+    table_of: U8,
+    lookup: U32,
+    limit: int,
+    starts: I32,
+) -> int:
+    """Fills starts; returns -1 or the first run of streams that does not end where it should."""
+    pieces, span = slot_class.shape[0], np.uint64(slot_class.shape[1] - 1)
+    streams = starts.size - 1
+    one, word_bits, shift = np.uint64(1), np.uint64(32), np.uint64(limit)
+    mask = (one << shift) - one
+    for segment in range(bounds.size - 1):
+        bit, end = np.uint64(bounds[segment]), np.uint64(bounds[segment + 1])
+        for stream in range(segment * SEGMENT, min((segment + 1) * SEGMENT, streams)):
+            starts[stream] = bit
+            a = np.uint64(row_class[stream // pieces])
+            classes = slot_class[stream % pieces]
+            at = np.uint64(0)
+            while at < span:
+                if bit >= end:
+                    return segment
+                base = np.uint64(table_of[a + np.uint64(classes[at])]) << shift
+                word = bit >> np.uint64(5)
+                window = np.uint64(words[word]) | np.uint64(words[word + one]) << word_bits
+                window >>= bit & np.uint64(31)
+                for _ in range(32 // limit):
+                    entry = np.uint64(lookup[base | (window & mask)])
+                    length = entry & np.uint64(15)
+                    window >>= length
+                    bit += length
+                    at += (entry >> np.uint64(8)) & np.uint64(63)
+                    if at >= span:
+                        break
+        if bit != end:
+            return segment
+    starts[streams] = bounds[-1]
+    return -1

@@ -1,0 +1,332 @@
+"""The write path: source -> calibration -> solver -> codec -> container, one block of the model at
+a time.
+
+Peak memory: one block without its experts, one group of experts with its Hessians, and the
+activations that `--memory` allows; never the model. docs/scale.md has the arithmetic and the
+measurements.
+
+A block is finished when its activations and then its record are on the disk; a run that was
+interrupted goes on at the first block that is not. Several processes share batches and groups of
+experts and give the same bytes.
+"""
+
+import hashlib
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from qmoe import __version__
+from qmoe.calib.state import Durable, Outputs, Resident, resume_point
+from qmoe.calib.store import ActivationStore
+from qmoe.calib.tokens import inputs_only, prepare
+from qmoe.checkpoint import open_checkpoint
+from qmoe.container import ContainerWriter
+from qmoe.devices import pick_device
+from qmoe.durable import canonical_json
+from qmoe.errors import InterruptedRunError, QmoeError
+from qmoe.evaluate import split_batches
+from qmoe.host import BlockRef, Host
+from qmoe.parallel import World
+from qmoe.plan import make_plan
+from qmoe.quantize import Method, get_method
+from qmoe.rate import Controller, Curve, Probe, check_target, share_of
+from qmoe.report import CompressReport
+from qmoe.run import Run
+
+_BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
+Say = Callable[[str], object]
+Batches = Sequence[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the output, and how the run may use the machine.
+
+    Attributes:
+        method: "rd", "qmoe", "rtn" or "gptq2" .. "gptq4".
+        bits: stored bits per expert weight to hit, or None.
+        delta: global step of rd, or None.
+        calib: calibration text.
+        calib_tokens: at most this many tokens of it.
+        ctx: tokens of a window, None for the model's own length, at most 2048.
+        seed: of everything random.
+        memory: bytes that a process may use; what activations find no room for goes to mapped
+            files.
+        device: where solvers and forwards run.
+        trust_remote_code: run the source's own model code.
+        fresh: discard an unfinished run on the same output.
+    """
+
+    method: str
+    calib: str
+    calib_tokens: int = 131072
+    bits: float | None = None
+    delta: float | None = None
+    ctx: int | None = None
+    seed: int = 0
+    memory: int = 8 * 2**30
+    device: str = "auto"
+    trust_remote_code: bool = False
+    fresh: bool = False
+
+    def recorded(self) -> dict[str, Any]:
+        """The part that decides the bytes, for the manifest and for resuming."""
+        out = asdict(self)
+        for name in ("memory", "device", "trust_remote_code", "fresh"):
+            del out[name]
+        out["calib"] = Path(self.calib).name
+        return out
+
+
+def compress_checkpoint(
+    source: str,
+    out: Path,
+    settings: Settings,
+    progress: bool = False,
+    world: World | None = None,
+    say: Say = lambda text: None,
+) -> CompressReport:
+    """Compresses a checkpoint, or goes on with what an interrupted run of the same settings left.
+
+    Args:
+        source: local directory or hub id.
+        out: directory to make; it must not exist.
+        settings: see `Settings`.
+        progress: draw bars.
+        world: the processes that work on this together; all call this with the same arguments.
+        say: receives the plan and where a run is resumed, in the first process.
+
+    Raises:
+        QmoeError: the input's fault, see qmoe.errors; the source is never written to and `out`
+            never half-made. InterruptedRunError: ctrl-C.
+    """
+    start = time.monotonic()
+    world = world or World()
+    if not world.first:
+        progress, say = False, lambda text: None
+    device = pick_device(settings.device)
+    method = _method(settings)
+    checkpoint = open_checkpoint(source)
+    host = Host(checkpoint, trust_remote_code=settings.trust_remote_code, device=device)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    ctx = _context(host.config, settings)
+    data = prepare(
+        tokenizer, host.config, settings.calib, settings.calib_tokens, ctx, settings.seed
+    )
+    batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
+    plan = make_plan(host, method, batches, settings.memory, out, settings.bits)
+    say(plan.text())
+    identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
+    job = {
+        **settings.recorded(),
+        "source": identity,
+        "calib_sha256": _digest(batches),
+        "versions": _versions(),
+        "device": device.type,
+    }
+    blocks = list(host.blocks())
+    with ExitStack() as stack:
+        writer = None
+        if world.first:
+            writer = ContainerWriter(out, job=job, resume=not settings.fresh)
+            stack.enter_context(writer)
+        work = world.share(lambda: _clean(writer), "begin of the run")
+        store = stack.enter_context(ActivationStore(plan.store, work))
+        run_id = hashlib.sha256(canonical_json(job)).hexdigest()
+        names = ["quantized", "original"] if method.drift > 0 else ["quantized"]
+        kept = [Durable(work / "state" / name, f"{run_id} {name}") for name in names]
+
+        def make_run(solver: Method, some: Batches, outputs: Sequence[Outputs], part: World) -> Run:
+            pieces = work / "pieces" if outputs is kept else None
+            return Run(
+                host, solver, some, outputs, tokenizer, device, store, progress, part, pieces
+            )
+
+        run = make_run(method, batches, kept, world)
+        host.load_rest()
+        finished, done = world.share(
+            lambda: _progress(writer, blocks, kept, len(batches), say), "what is finished"
+        )
+        try:
+            if settings.bits is not None:
+                curves = finished.get("rest", {}).get("curves") or world.share(
+                    lambda: _probe(
+                        host, blocks, batches, settings.bits or 0.0, store, make_run, progress
+                    ),
+                    "probe of the bits",
+                )
+                run.rate = Controller(settings.bits, [Curve(*c) for c in curves])
+                run.rate_after([finished[b.name] for b in blocks[:done]])
+            if writer and "rest" not in finished:
+                with writer.block("rest") as rest:
+                    outside = [f"{name}." for name, _ in host.block_lists]
+                    for name, tensor in host.dense(lambda n: not n.startswith(tuple(outside))):
+                        rest.add_tensor(name, tensor)
+                    if run.rate is not None:
+                        rest.note["curves"] = [c.as_list() for c in run.rate.curves]
+        except KeyboardInterrupt:
+            raise _interrupted(writer, blocks[done:]) from None
+        host.free_head()
+        run.go_on(blocks[:done])
+        with tqdm(
+            total=len(blocks), desc="blocks", unit="block", initial=done, disable=not progress
+        ) as bar:
+            for i, block in enumerate(blocks[done:], done):
+                try:
+                    with ExitStack() as unit:
+                        target = unit.enter_context(writer.block(block.name)) if writer else None
+                        run.block(block, target, blocks[i + 1 : i + 2])
+                        _settle(kept, world)
+                    if world.first:  # activations before it are not needed any more
+                        for k in kept:
+                            k.keep_only(list(run.last_blocks()))
+                except KeyboardInterrupt:
+                    raise _interrupted(writer, blocks[i:]) from None
+                bar.update()
+        if writer:
+            writer.finish(
+                ["rest", *(b.name for b in blocks)],
+                config=_plain(host.config),
+                settings={**settings.recorded(), "method": method.name, "ctx": ctx},
+                versions=_versions(),
+                source={"name": Path(source).name, **identity},
+                carry_from=checkpoint.directory,
+            )
+        world.meet("end of the run")
+    return CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
+
+
+def _clean(writer: ContainerWriter | None) -> Path:
+    """The folder of the run's own files, without what a run that died left, except its state."""
+    assert writer is not None
+    for left in writer.work.iterdir():
+        if left.name != "state":
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    (writer.work / "pieces").mkdir()
+    return writer.work
+
+
+def _progress(
+    writer: ContainerWriter | None,
+    blocks: Sequence[BlockRef],
+    kept: Sequence[Durable],
+    batches: int,
+    say: Say,
+) -> tuple[dict[str, Any], int]:
+    """Notes of the finished blocks, and how many blocks of the model to go on after."""
+    assert writer is not None
+    finished = writer.finished_blocks()
+    names = [(b.list_name, b.name) for b in blocks]
+    done, had = resume_point(names, finished, kept, batches)
+    if "rest" not in finished:
+        return finished, 0
+    if done < had:
+        say(
+            f"{had} blocks are finished, but the activations behind {names[had - 1][1]} are "
+            f"missing or damaged; going back to block {names[done][1]}"
+        )
+    elif done:
+        then = f"continuing at block {names[done][1]}" if done < len(names) else "completing"
+        say(f"{done} of {len(names)} blocks are finished; {then}")
+    return finished, done
+
+
+def _interrupted(
+    writer: ContainerWriter | None, blocks: Sequence[BlockRef]
+) -> InterruptedRunError:
+    """What ctrl-C ends a run with; `blocks` are those that were not known to be finished."""
+    left = [b.name for b in blocks if writer is None or not writer.recorded(b.name)]
+    where = f"continues at block {left[0]}" if left else "completes the checkpoint"
+    return InterruptedRunError(f"interrupted; the same command {where}")
+
+
+def _settle(kept: Sequence[Durable], world: World) -> None:
+    """Returns when the activations of all processes are durable."""
+    world.meet("activations of a block")
+    if world.first:
+        for k in kept:
+            k.settle()
+
+
+def _probe(
+    host: Host,
+    blocks: Sequence[BlockRef],
+    batches: Batches,
+    bits: float,
+    store: ActivationStore,
+    make_run: Callable[[Method, Batches, Sequence[Outputs], World], Run],
+    progress: bool,
+) -> list[list[Any]]:
+    """Each module's bits as a function of the global step, see `qmoe.rate`; in one process."""
+    tokens = sum(b["input_ids"].numel() for b in batches)
+    some = share_of(batches, batches[0]["input_ids"].numel())
+    seen = sum(b["input_ids"].numel() for b in some)
+    probe = Probe(bits, tokens / seen, [la for b in blocks for la, _ in host.experts_of(b)])
+    outputs = Resident(store)
+    run = make_run(probe.method, some, [outputs], World())
+    for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=not progress)):
+        run.block(block, None, blocks[i + 1 : i + 2], probe.finish)
+    outputs.drop()
+    return [c.as_list() for c in probe.curves]
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The config as JSON values, without the place where the source lies."""
+    out: dict[str, Any] = config.to_dict()
+    out.pop("_name_or_path", None)
+    return out
+
+
+def _digest(batches: list[dict[str, Tensor]]) -> str:
+    """sha256 of the calibration tokens."""
+    h = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            h.update(batch[name].long().numpy().tobytes())
+    return h.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "safetensors", "numpy", "numba")
+    return {"qmoe": __version__, **{n: metadata.version(n) for n in names}}
+
+
+def _context(config: Any, settings: Settings) -> int:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None) or 2048
+    return settings.ctx or min(longest, 2048)
+
+
+def _method(settings: Settings) -> Method:
+    name = settings.method
+    params: dict[str, float] = {}
+    if name.startswith("gptq"):
+        name, params = "gptq", {"bits": int(settings.method.removeprefix("gptq"))}
+    if name == "rd":
+        if settings.bits is not None and settings.delta is not None:
+            raise QmoeError("--bits and --delta exclude each other; give one of them")
+        if settings.bits is not None:
+            check_target(settings.bits)
+        params = {} if settings.delta is None else {"delta": settings.delta}
+    elif settings.bits is not None or settings.delta is not None:
+        raise QmoeError(
+            f"--method {settings.method} has a fixed grid; --bits and --delta belong to --method rd"
+        )
+    return get_method(name, **params)
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,134 @@
+"""Perplexity of a model on text, and its KL divergence from a reference, in one pass over both.
+
+Decoder-only models are scored on every token of a window but its first; encoder-decoder models on
+the tokens of masked spans (T5's span corruption). All arithmetic of the scores is float32 with
+float64 sums.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from qmoe.errors import NonFiniteError
+
+_TOKENS_AT_ONCE = 4096  # bounds the logits: 4096 x vocabulary x 4 bytes for each model
+
+
+@dataclass(frozen=True)
+class Score:
+    """What `qmoe eval` reports.
+
+    Attributes:
+        nll: mean negative log likelihood in nats per predicted token.
+        tokens: predicted tokens.
+        reference_nll: the reference model's, or None without one.
+        kl: mean KL(reference || model) in nats per predicted token, or None.
+        top1_agreement: share of positions at which both models' most likely token is the same, or
+            None.
+    """
+
+    nll: float
+    tokens: int
+    reference_nll: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return math.exp(self.nll)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of `qmoe eval`."""
+        out: dict[str, Any] = {
+            "perplexity": self.perplexity,
+            "nll": self.nll,
+            "tokens": self.tokens,
+        }
+        if self.reference_nll is not None:
+            out |= {
+                "reference_perplexity": math.exp(self.reference_nll),
+                "reference_nll": self.reference_nll,
+                "kl": self.kl,
+                "top1_agreement": self.top1_agreement,
+            }
+        return out
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    batches: Sequence[dict[str, Tensor]],
+    reference: Any | None = None,
+    progress: bool = False,
+) -> Score:
+    """Scores `model` on prepared batches.
+
+    Args:
+        model: a transformers model (AutoModelForCausalLM or AutoModelForSeq2SeqLM) in eval mode.
+        batches: keyword arguments of the model's forward, each with `labels`: [B, T] token ids with
+            -100 where nothing is scored. Decoder-only labels are the inputs themselves (shifted
+            here); encoder-decoder ones are the targets.
+        reference: a second model with the same vocabulary, run on the same batches.
+        progress: draw a bar.
+
+    Raises:
+        NonFiniteError: a model's logits hold NaN or Inf.
+    """
+    sums = dict.fromkeys(("nll", "reference", "kl", "same"), 0.0)
+    tokens = 0
+    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
+        logits, labels = _predictions(model, batch)
+        tokens += len(labels)
+        log_p = F.log_softmax(logits, -1)
+        sums["nll"] += F.nll_loss(log_p, labels, reduction="sum").double().item()
+        if reference is not None:
+            ref_logits, _ = _predictions(reference, batch)
+            log_r = F.log_softmax(ref_logits, -1)
+            sums["reference"] += F.nll_loss(log_r, labels, reduction="sum").double().item()
+            sums["kl"] += F.kl_div(log_p, log_r, reduction="sum", log_target=True).double().item()
+            sums["same"] += float((logits.argmax(-1) == ref_logits.argmax(-1)).sum())
+    if reference is None:
+        return Score(sums["nll"] / tokens, tokens)
+    return Score(
+        sums["nll"] / tokens,
+        tokens,
+        sums["reference"] / tokens,
+        sums["kl"] / tokens,
+        sums["same"] / tokens,
+    )
+
+
+def _predictions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits [n, vocabulary] float32 and labels [n] of the scored positions."""
+    device = model.device
+    inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
+    labels = batch["labels"].to(device)
+    logits = model(**inputs, use_cache=False).logits
+    if not model.config.is_encoder_decoder:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    scored = labels != -100
+    logits = logits[scored].float()
+    if not torch.isfinite(logits).all():
+        raise NonFiniteError(
+            f"{type(model).__name__}: its logits hold NaN or Inf; the weights are damaged "
+            "or the dtype overflows"
+        )
+    return logits, labels[scored]
+
+
+def split_batches(
+    batch: dict[str, Tensor], tokens_at_once: int = _TOKENS_AT_ONCE
+) -> list[dict[str, Tensor]]:
+    """Cuts one big batch [n, T] into batches of at most about `tokens_at_once` tokens (at least one
+    row each).
+    """
+    rows = max(1, tokens_at_once // max(1, max(v.shape[1] for v in batch.values())))
+    parts = {k: v.split(rows) for k, v in batch.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]

@@ -1,0 +1,221 @@
+"""The module that stands where a model's experts stood: encoded matrices, decoded where they are
+used.
+
+It keeps the original module (its *host*) for activation, gate function and limits, but not its
+matrices. Biases and norms are taken over as parameters and children of their own names. Knows
+nothing about calibration, solvers or files.
+
+What runs on a device is a *backend* in `BACKENDS`, by device type. The CPU backend below serves
+every device that has none of its own.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qmoe import codec
+from qmoe.cache import ByteCache
+from qmoe.families.base import Bias, ExpertsLayout, Routed
+from qmoe.families.layouts import KINDS
+from qmoe.stream import ExpertStream
+
+# Up to so many rows a product decodes as it goes; above, decoding once into a dense matrix wins.
+SMALL = 8
+PARSED_BYTES = 64 << 20  # bound of all parsed side data of one model
+
+# (module, hidden [n, cols], index [n, slots], weights [n, slots] or None) -> [n, width]
+Backend = Callable[["EncodedExperts", Tensor, Tensor, Tensor | None], Tensor]
+BACKENDS: dict[str, Backend] = {}
+
+
+class Caches:
+    """What the encoded modules of one model share: decoded matrices and parsed side data, both
+    bounded in bytes."""
+
+    def __init__(self, decoded_bytes: int = 0) -> None:
+        """Args: decoded_bytes: bound of the decoded matrices; 0 decodes at every use."""
+        self.decoded = ByteCache(decoded_bytes)
+        self.parsed = ByteCache(PARSED_BYTES)
+
+
+class EncodedExperts(nn.Module):
+    """Experts whose matrices stay encoded.
+
+    Parameters (not buffers, so that offloading moves them): ``stream`` uint8 [n] and ``offsets``
+    int64 [E, projections, 4], see `ExpertStream`; besides them the host's biases and norms.
+    """
+
+    stream: nn.Parameter
+    offsets: nn.Parameter
+
+    def __init__(
+        self, host: nn.Module, layout: ExpertsLayout, stream_bytes: int, caches: Caches
+    ) -> None:
+        """Takes over from a dense module; parameters are created on the current default device,
+        empty.
+
+        Args:
+            host: the model's experts module; loses its matrices.
+            layout: its geometry.
+            stream_bytes: length of the stream.
+            caches: shared by the modules of a model.
+        """
+        super().__init__()
+        self.layout, self.caches = layout, caches
+        self.kind = KINDS[layout.kind]
+        self.num_experts = layout.experts
+        encoded = self.kind.encoded(host)
+        for name in encoded:
+            owner, _, leaf = name.rpartition(".")
+            del host.get_submodule(owner)._parameters[leaf]
+        self._take_over(host, self, {name.rpartition(".")[0] for name in encoded})
+        # A plain attribute: the host is no child, its parameters and names are ours.
+        object.__setattr__(self, "host", host)
+        shape = (layout.experts, len(layout.projections), 4)
+        empty = torch.empty(stream_bytes, dtype=torch.uint8), torch.empty(shape, dtype=torch.int64)
+        self.stream, self.offsets = (nn.Parameter(t, requires_grad=False) for t in empty)
+        self._checked: tuple[Any, Any, ExpertStream] | None = None
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _take_over(host: nn.Module, target: nn.Module, emptied: set[str]) -> None:
+        for name, parameter in list(host._parameters.items()):
+            if parameter is not None:
+                target.register_parameter(name, parameter)
+                del host._parameters[name]
+        for name, child in host.named_children():
+            inside = {p.partition(".")[2] for p in emptied if p.partition(".")[0] == name}
+            if "" in inside:  # a Linear without its weight
+                if child._parameters.get("bias") is not None:
+                    target.add_module(name, Bias(child._parameters["bias"]))  # type: ignore[arg-type]
+            elif inside:
+                holder = nn.Module()
+                EncodedExperts._take_over(child, holder, inside)
+                target.add_module(name, holder)
+            else:  # activations and norms: shared with the host, which calls them
+                target.add_module(name, child)
+
+    def encoded(self) -> ExpertStream:
+        """The streams where they are now (offloading moves them), validated once per place.
+
+        Raises:
+            CorruptError: the offsets are not valid.
+        """
+        now = (self.stream, self.offsets)
+        if self._checked is not None and all(
+            a is b for a, b in zip(now, self._checked[:2], strict=True)
+        ):
+            return self._checked[2]
+        found = ExpertStream(self.layout, self.stream.detach().cpu(), self.offsets.detach().cpu())
+        if not self.offloaded:
+            self._checked = (*now, found)
+        return found
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether parameters only exist during a call; then nothing that refers to them may be
+        kept."""
+        return bool(getattr(getattr(self, "_hf_hook", None), "offload", False))
+
+    def parsed(
+        self, streams: ExpertStream, expert: int, projection: int
+    ) -> tuple[codec.Tables, codec.Layout]:
+        """Tables and side data of one matrix, from the cache where that is allowed."""
+        tables_key = (self.layout.path, "tables", streams.tables_at(expert, projection))
+        matrix_key = (self.layout.path, expert, projection)
+
+        def make_tables() -> codec.Tables:
+            return streams.tables(expert, projection)
+
+        if self.offloaded:
+            tables = make_tables()
+            return tables, streams.matrix(expert, projection, tables)
+        tables = self.caches.parsed.get(tables_key, make_tables, lambda _: 1 << 16)
+        matrix = self.caches.parsed.get(
+            matrix_key,
+            lambda: streams.matrix(expert, projection, tables),
+            _side_bytes,
+        )
+        return tables, matrix
+
+    def linear(self, streams: ExpertStream, expert: int, name: str, x: Tensor) -> Tensor:
+        """``x @ W.T`` for one encoded matrix.
+
+        Args:
+            streams: from `encoded`.
+            expert: index.
+            name: projection.
+            x: [n, cols] on any device, float32, bfloat16 or float16.
+
+        Returns:
+            [n, rows], dtype and device of `x`.
+        """
+        projection = next(i for i, p in enumerate(self.layout.projections) if p.name == name)
+        # A compiled product has no gradient; a dense one passes it on to x.
+        plain = not (x.requires_grad and torch.is_grad_enabled())
+        if plain and x.shape[0] <= SMALL and not self.caches.decoded.capacity:
+            tables, matrix = self.parsed(streams, expert, projection)
+            y = codec.matvec(tables, matrix, x.detach().float().cpu().contiguous())
+            return y.to(x.device, x.dtype)
+
+        def decode() -> Tensor:
+            exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+            tables, matrix = self.parsed(streams, expert, projection)
+            return codec.decode_dense(tables, matrix, exact).to(x.device, x.dtype)
+
+        key = (self.layout.path, expert, projection, x.dtype, x.device)
+        return F.linear(x, self.caches.decoded.get(key, decode, lambda w: w.nbytes))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Takes what the host's forward takes and returns what it returns."""
+        routed = self.kind.route(self.host, *args, **kwargs)
+        run = BACKENDS.get(routed.hidden.device.type, run_on_cpu)
+        out = run(self, routed.hidden, routed.index, routed.weights)
+        return out.reshape(*routed.shape, out.shape[-1])
+
+    def extra_repr(self) -> str:
+        matrices = ", ".join(f"{p.name} {p.rows}x{p.cols}" for p in self.layout.projections)
+        return f"experts={self.num_experts}, {matrices}, bytes={self.stream.numel()}"
+
+
+def run_on_cpu(
+    module: EncodedExperts, hidden: Tensor, index: Tensor, weights: Tensor | None
+) -> Tensor:
+    """The backend that needs nothing: matrices are decoded on the CPU, dense products run where
+    `hidden` is.
+
+    Replaces ``for e in experts: y[rows(e)] += weight[e] * ffn(hidden[rows(e)], decode(e))``.
+
+    Args:
+        module: supplies streams, gate function and biases.
+        hidden: [n, cols].
+        index: int64 [n, slots], experts; values >= `num_experts` are skipped.
+        weights: [n, slots], or None for 1.
+
+    Returns:
+        [n, width], dtype and device of `hidden`.
+    """
+    streams = module.encoded()
+
+    def one(expert: int, x: Tensor) -> Tensor:
+        biases = module.kind.biases(module.host, module, expert)
+        linear = partial(module.linear, streams, expert)
+        return module.kind.ffn(module.host, linear, biases, x, None)
+
+    routed = Routed(hidden, index, weights, (len(hidden),))
+    return routed.run(module.num_experts, one)
+
+
+def _side_bytes(matrix: codec.Layout) -> int:
+    return sum(v.nbytes for v in vars(matrix).values() if isinstance(v, Tensor))
+
+
+def _forget(module: nn.Module, _: Any) -> None:
+    """New weights were loaded into the module: what was decoded from the old ones is void."""
+    if isinstance(module, EncodedExperts):
+        module.caches.decoded.clear()
+        module.caches.parsed.clear()

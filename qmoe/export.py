@@ -1,0 +1,155 @@
+"""``qmoe export``: back to a plain checkpoint in the layout in which the family is published,
+which any runtime reads.
+
+One block is decoded at a time. Knows nothing about calibration or solvers.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from qmoe.container import carried_files
+from qmoe.durable import canonical_json, sync_directory, write_file, writing
+from qmoe.errors import OutputError
+from qmoe.families.layouts import KINDS
+from qmoe.reader import Container
+from qmoe.save import plain_config
+from qmoe.skeleton import build, check
+from qmoe.tensorfile import Spill
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def export(
+    directory: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    dtype: str = "bfloat16",
+    progress: Callable[[int], object] | None = None,
+) -> Path:
+    """Writes a dense checkpoint.
+
+    Weights of experts are the decoded ones rounded to `dtype`; in float32 they are exact. Other
+    tensors keep their stored precision if it is not higher than `dtype`, or if transformers keeps
+    them in float32.
+
+    Args:
+        directory: a compressed checkpoint.
+        destination: must not exist, or be empty.
+        dtype: "bfloat16", "float16" or "float32".
+        progress: called with 1 after every block.
+
+    Returns:
+        The destination.
+
+    Raises:
+        CorruptError: the checkpoint is not sound.
+        OutputError: the destination exists or cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise OutputError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    out = Path(os.path.abspath(destination))
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} already exists; choose another directory or remove it")
+    container = Container.open(directory)
+    work = out.with_name(out.name + ".partial")
+    try:
+        with writing(work):
+            if work.is_dir():
+                shutil.rmtree(work)
+            work.mkdir(parents=True)
+        _write(container, work, DTYPES[dtype], progress)
+        with writing(out):
+            os.rename(work, out)
+            sync_directory(out.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return out
+
+
+def _write(
+    container: Container, work: Path, dtype: torch.dtype, progress: Callable[[int], object] | None
+) -> None:
+    check(container)
+    model = build(container)
+    plan = set(model._get_dtype_plan(dtype))
+    blocks = container.manifest["blocks"]
+    width = max(5, len(str(len(blocks))))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i, files in enumerate(blocks.values()):
+        names = [name for name, (file, _, _) in container.tensors.items() if file in files]
+        dense = _decoded(container, model, names, dtype, plan)
+        file = f"model-{i + 1:0{width}d}-of-{len(blocks):0{width}d}.safetensors"
+        spill = Spill(work / "spill")
+        try:
+            for name, tensor in sorted(revert_weight_conversion(model, dense).items()):
+                spill.add(name, tensor)
+                weight_map[name] = file
+                total += tensor.nbytes
+            del dense
+            spill.write_shard(work / file, spill.shards(1 << 62)[0])
+        finally:
+            spill.close()
+        if progress is not None:
+            progress(1)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_file(work / "model.safetensors.index.json", canonical_json(index))
+    config = plain_config(model.config)
+    config.pop("quantization_config", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_file(work / "config.json", canonical_json(config))
+    for name, data in carried_files(container.directory).items():
+        write_file(work / name, data)
+
+
+def _decoded(
+    container: Container,
+    model: nn.Module,
+    names: list[str],
+    dtype: torch.dtype,
+    kept: set[str],
+) -> dict[str, Tensor]:
+    """{module parameter name: tensor} of one block, experts decoded into their module's own
+    layout."""
+    out: dict[str, Tensor] = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if path not in container.modules or leaf not in ("stream", "offsets"):
+            out[name] = _narrowed(container.read(name), dtype, name in kept)
+        elif leaf == "stream":
+            out |= _experts(container, model.get_submodule(path), path, dtype)
+    return out
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype, kept: bool) -> Tensor:
+    if not tensor.is_floating_point() or kept:
+        return tensor
+    return tensor.to(dtype)
+
+
+def _experts(container: Container, module: Any, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    streams = container.experts(path)
+    kind = KINDS[streams.layout.kind]
+    names = kind.encoded(module)
+    for name in names:  # from the meta device into memory, one module at a time
+        owner, _, leaf = name.rpartition(".")
+        parent = module.get_submodule(owner)
+        shape = parent._parameters[leaf].shape
+        parent._parameters[leaf] = nn.Parameter(
+            torch.empty(shape, dtype=dtype), requires_grad=False
+        )
+    for expert in range(streams.layout.experts):
+        weights = {
+            p.name: streams.dense(expert, j) for j, p in enumerate(streams.layout.projections)
+        }
+        kind.write(module, expert, weights)
+    out = {f"{path}.{name}": module.get_parameter(name).detach() for name in names}
+    module.to("meta")
+    return out

@@ -1,0 +1,466 @@
+"""transformers as the host of a streamed checkpoint: a model on the meta device whose blocks come
+and go.
+
+This is the only module of the write path that uses private transformers API (the v5 weight
+converters); it was written against transformers 5.23 and `tests/test_host.py` names every private
+symbol, so that a moved one fails there and not in a user's run. Nothing here is specific to a model
+family: disk names are mapped to module parameters by transformers' own renaming and conversion
+rules, so any model that `from_pretrained` loads can be streamed.
+
+It knows nothing about quantization, calibration text or the output.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationMixin
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from qmoe.checkpoint import Checkpoint
+from qmoe.errors import NonFiniteError, SourceError, UnsupportedModelError
+from qmoe.families.base import ExpertsLayout
+from qmoe.families.layouts import KINDS, find_experts
+
+_EXPERT_NUMBER = re.compile(r"experts?[._](\d+)\.")
+
+
+@dataclass(frozen=True)
+class BlockRef:
+    """One transformer block: the module list it lives in ("model.layers"), its index there and its
+    module.
+    """
+
+    list_name: str
+    index: int
+    module: nn.Module
+
+    @property
+    def name(self) -> str:
+        """Module path, e.g. "model.layers.3"."""
+        return f"{self.list_name}.{self.index}"
+
+
+class Host:
+    """A model on the meta device, filled piece by piece from a checkpoint.
+
+    Memory: what `load_*` materialised and `free` has not released; nothing else.
+
+    Attributes:
+        model: the transformers model, parameters on meta until loaded; buffers (rotary tables) are
+            real.
+        config: its config, without any `quantization_config` of the source.
+        sources: module parameter name -> {disk name: pattern of the converter that reads it, or
+            None}.
+        experts: (layout, module) of every experts module.
+        unused: disk tensors that no module of the model takes (multi-token-prediction layers, say).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        """Builds the empty model.
+
+        Args:
+            checkpoint: the open source.
+            dtype: compute dtype of materialised weights; parameters that the family keeps in
+                float32 stay so.
+            trust_remote_code: run model code that the checkpoint brings along.
+            device: where the dense parts of blocks are put; the CPU if not given.
+
+        Raises:
+            UnsupportedModelError: a model type that transformers does not know, or no block lists
+                in the model.
+            SourceError: a parameter of the model that no tensor of the checkpoint feeds.
+        """
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.device = device or torch.device("cpu")
+        self.config = _read_config(checkpoint, trust_remote_code)
+        with torch.device("meta"):
+            self.model = _model_class(self.config, checkpoint, trust_remote_code)._from_config(
+                self.config, dtype=dtype
+            )
+        self.model.eval()
+        # the two calls by which from_pretrained rebuilds non-persistent buffers; parameters stay on
+        # meta
+        self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+        self.model._initialize_missing_keys(is_quantized=False)
+        for buffer in self.model.buffers():
+            if not buffer.is_meta:
+                buffer.data = buffer.data.to(self.device)
+        self._mapping = get_model_conversion_mapping(self.model, None, None)
+        self._map_names()
+        self.block_lists = _block_lists(self.model)
+        self.experts = find_experts(self.model)
+        self._check_complete()
+
+    def _map_names(self) -> None:
+        renamings = [t for t in self._mapping if isinstance(t, WeightRenaming)]
+        converters = [t for t in self._mapping if isinstance(t, WeightConverter)]
+        self._converter = {p: c for c in converters for p in c.source_patterns}
+        state = self.model.state_dict()
+        self.sources: dict[str, dict[str, str | None]] = {}
+        self.unused: list[str] = []
+        for name in sorted(self.checkpoint.names()):
+            target, pattern = rename_source_key(
+                name, renamings, converters, self.model.base_model_prefix, state
+            )
+            if target not in state and name in state:
+                target, pattern = name, None
+            if target in state:
+                self.sources.setdefault(target, {})[name] = pattern
+            else:
+                self.unused.append(name)
+
+    def _check_complete(self) -> None:
+        tied = {k for pair in _tied(self.model) for k in pair}
+        missing = [
+            n for n, p in self.model.named_parameters() if n not in self.sources and n not in tied
+        ]
+        # a converter with several targets (a fused qkv on disk) names only the first of them
+        several = {
+            t
+            for c in self._converter.values()
+            if len(c.target_patterns) > 1
+            for t in c.target_patterns
+        }
+        missing = [
+            n for n in missing if not any(re.search(t.replace("*", r"\d+"), n) for t in several)
+        ]
+        if missing:
+            raise SourceError(
+                f"{self.checkpoint.directory}: no tensor on disk for {missing[0]} "
+                f"({len(missing)} parameters of {type(self.model).__name__} are missing); "
+                "the checkpoint is incomplete or does not match config.json"
+            )
+
+    def blocks(self) -> Iterator[BlockRef]:
+        """All blocks in the order in which the model's forward calls their lists."""
+        for name, blocks in self.block_lists:
+            for i, module in enumerate(blocks):
+                yield BlockRef(name, i, module)
+
+    def load(self, want: Callable[[str], bool]) -> None:
+        """Materialises the parameters and persistent buffers whose module name satisfies `want`,
+        checking for NaN and Inf.
+
+        Raises:
+            SourceError: shapes that disagree with the config, or a failed conversion.
+            NonFiniteError: NaN or Inf in a tensor, named.
+        """
+        chosen = {
+            disk: self.checkpoint.lazy(disk)
+            for target, disks in self.sources.items()
+            if want(target)
+            for disk in disks
+        }
+        if not chosen:
+            return
+        config = LoadStateDictConfig(
+            device_map=None,
+            hf_quantizer=None,
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=self._mapping,
+        )
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, chosen, config)
+        if info.mismatched_keys:
+            name, disk, expected = sorted(info.mismatched_keys)[0]
+            raise SourceError(
+                f"{self.checkpoint.directory}: {name} has shape {tuple(disk)} on disk, "
+                "config.json asks for "
+                f"{tuple(expected)}; the checkpoint does not match its config"
+            )
+        if info.conversion_errors:
+            name, text = next(iter(info.conversion_errors.items()))
+            raise SourceError(
+                f"{self.checkpoint.directory}: cannot convert {name}: {str(text).strip()}"
+            )
+        for name, tensor in _named_tensors(self.model):
+            if want(name) and not tensor.is_meta:
+                if tensor.is_floating_point():
+                    check_finite(name, tensor)
+                tensor.data = tensor.data.to(self.device)
+
+    def load_rest(self) -> None:
+        """Everything outside the blocks: embeddings, final norms, head, vision tower."""
+        inside = tuple(f"{name}." for name, _ in self.block_lists)
+        self.load(lambda t: not t.startswith(inside))
+        self.model.tie_weights()
+
+    def load_block(self, block: BlockRef, skip: Container[str] = ()) -> None:
+        """A block without the parameters in `skip` (its experts' matrices)."""
+        self.load(lambda t: t.startswith(f"{block.name}.") and t not in skip)
+
+    def free_head(self) -> None:
+        """Puts the output embeddings back on the meta device unless the input shares them: no block
+        needs them.
+        """
+        head, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is not None and head.weight is not inputs.weight:
+            head.to("meta")
+
+    def free(self, block: BlockRef) -> None:
+        """Puts a block's weights back on the meta device."""
+        block.module.to("meta")
+
+    def read_expert(
+        self, layout: ExpertsLayout, module: nn.Module, expert: int
+    ) -> dict[str, Tensor]:
+        """One expert's matrices, read from disk without its siblings.
+
+        Args:
+            layout: of the experts module.
+            module: the module itself, its matrices on meta.
+            expert: index.
+
+        Returns:
+            projection -> canonical matrix [rows, cols] (rows are outputs) in the compute dtype,
+            contiguous.
+
+        Raises:
+            SourceError: a tensor is missing. NonFiniteError: NaN or Inf, with the tensor's name.
+        """
+        kind = KINDS[layout.kind]
+        stand_in = _StandIn(module)
+        position = 0
+        for name in kind.encoded(module):
+            target = f"{layout.path}.{name}"
+            number = _EXPERT_NUMBER.search(target)
+            if number:  # a module per expert: its siblings stay where they are
+                position = expert
+                if int(number.group(1)) == expert:
+                    stand_in.put(name, self._whole(target))
+            else:
+                rows = module.get_parameter(name).shape[0] // layout.experts
+                stand_in.put(name, self._rows(target, expert, rows))
+        read = kind.read(stand_in, position)
+        return {k: w.contiguous() for k, w in read.items()}
+
+    def _whole(self, target: str) -> Tensor:
+        tensor = self.checkpoint.lazy(next(iter(self.sources[target])))[...].to(self.dtype)
+        check_finite(target, tensor)
+        return tensor
+
+    def _rows(self, target: str, expert: int, rows: int) -> Tensor:
+        """Rows [expert * rows, (expert + 1) * rows) of a parameter that holds all experts, through
+        its converter.
+        """
+        converter: Any = None
+        collected: dict[str, list[Tensor]] = {}
+        for disk, pattern in sorted(self.sources[target].items()):
+            number = _EXPERT_NUMBER.search(disk)
+            if number and int(number.group(1)) != expert:
+                continue
+            at = ... if number else slice(expert * rows, (expert + 1) * rows)
+            tensor = self.checkpoint.lazy(disk, at)[...].to(self.dtype)
+            check_finite(disk, tensor)
+            if pattern is not None:
+                converter = converter or copy.deepcopy(self._converter[pattern])
+            collected.setdefault(pattern or disk, []).append(tensor)
+        if not collected:
+            raise SourceError(
+                f"{self.checkpoint.directory}: no tensor for expert {expert} of {target}"
+            )
+        if converter is None:
+            return next(iter(collected.values()))[0]
+        for pattern, tensors in collected.items():
+            converter.collected_tensors[pattern] = tensors
+        made = converter.convert(target, model=self.model, config=self.config, hf_quantizer=None)
+        result: Any = next(iter(made.values()))
+        found: Tensor = result[0] if isinstance(result, list) else result
+        return found
+
+    def prefetch(self, layout: ExpertsLayout, module: nn.Module, experts: range) -> None:
+        """Lets the matrices of some experts be read ahead where each has a tensor of its own; one
+        tensor of all experts is read in order, which the operating system sees by itself.
+        """
+        names = []
+        for name in KINDS[layout.kind].encoded(module):
+            for disk in self.sources.get(f"{layout.path}.{name}", ()):
+                number = _EXPERT_NUMBER.search(disk)
+                if number and int(number.group(1)) in experts:
+                    names.append(disk)
+        self.checkpoint.prefetch(names)
+
+    def prefetch_block(self, block: BlockRef) -> None:
+        """Lets a block without its experts' matrices be read ahead."""
+        skip = self.encoded_names(block)
+        inside = f"{block.name}."
+        for target, disks in self.sources.items():
+            if target.startswith(inside) and target not in skip:
+                self.checkpoint.prefetch(disks)
+
+    def experts_of(self, block: BlockRef) -> list[tuple[ExpertsLayout, nn.Module]]:
+        """The experts modules of a block in the order in which its forward calls them."""
+        inside = f"{block.name}."
+        return [(layout, m) for layout, m in self.experts if layout.path.startswith(inside)]
+
+    def encoded_names(self, block: BlockRef) -> set[str]:
+        """Names of the parameters that the encoded experts of a block replace."""
+        return {
+            f"{layout.path}.{name}"
+            for layout, module in self.experts_of(block)
+            for name in KINDS[layout.kind].encoded(module)
+        }
+
+    def dense(self, want: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        """Resident parameters and persistent buffers by module name, in the dtype that they have on
+        disk, one at a time.
+
+        Tied copies are left out: the model ties them again when it is loaded.
+        """
+        tied = {name for name, _ in _tied(self.model)}
+        for name, tensor in self.model.state_dict().items():
+            if want(name) and not tensor.is_meta and name not in tied:
+                yield name, tensor.cpu().to(self._stored_dtype(name, tensor))
+
+    def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        disks = sorted(self.sources.get(name, ()))
+        return self.checkpoint.dtype(disks[0]) if disks else self.config.dtype or tensor.dtype
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar, which would be drawn anew for every block."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+class _StandIn:
+    """Answers like an experts module that has only the parameters put into it; everything else is
+    the real module's.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def put(self, path: str, tensor: Tensor) -> None:
+        """Sets a parameter by its dotted path."""
+        head, _, rest = path.partition(".")
+        if not rest:
+            self.__dict__[head] = tensor
+            return
+        if head not in self.__dict__:
+            self.__dict__[head] = _StandIn(getattr(self._module, head))
+        self.__dict__[head].put(rest, tensor)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.__dict__.get(key) or self._module[key]
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises NonFiniteError if a tensor holds NaN or Inf; the sum is non-finite exactly then (up to
+    overflow, re-checked).
+    """
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NonFiniteError(
+            f"{name}: {bad} of {tensor.numel()} values are NaN or Inf; the source is damaged"
+        )
+
+
+def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    kind = checkpoint.config.get("model_type")
+    if (
+        "auto_map" in checkpoint.config
+        and kind not in transformers.CONFIG_MAPPING
+        and not trust_remote_code
+    ):
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: model type {kind!r} brings its own code; "
+            "read it, then pass --trust-remote-code to run it"
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.directory, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: model type {kind!r} is not known to "
+            f"transformers {transformers.__version__}"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # the checkpoint presents dense tensors
+    return config
+
+
+def _model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    names = config.architectures or []
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None:
+        auto = (
+            transformers.AutoModelForSeq2SeqLM
+            if config.is_encoder_decoder
+            else transformers.AutoModelForCausalLM
+        )
+        if type(config) in auto._model_mapping:
+            cls = auto._model_mapping[type(config)]
+        elif trust_remote_code and "auto_map" in checkpoint.config:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            cls = get_class_from_dynamic_module(
+                checkpoint.config["auto_map"][auto.__name__], str(checkpoint.directory)
+            )
+    if cls is None or not issubclass(cls, GenerationMixin):
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: architecture {names or None} is not a language model that "
+            f"transformers {transformers.__version__} can build"
+        )
+    return cls
+
+
+def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The module lists whose members are all of a type that the model declares as not to be split:
+    its blocks.
+    """
+    kinds = set(model._no_split_modules or [])  # type: ignore[arg-type]
+    found = [
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) and all(type(b).__name__ in kinds for b in m)
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: no list of blocks of the types {sorted(kinds)}; "
+            "this layout is not supported"
+        )
+    return found
+
+
+def _tied(model: nn.Module) -> list[tuple[str, str]]:
+    return list((getattr(model, "all_tied_weights_keys", None) or {}).items())
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()

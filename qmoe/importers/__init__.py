@@ -1,0 +1,19 @@
+"""Checkpoints of training projects -> directories that transformers loads.
+
+``IMPORTERS[kind](source, destination)`` writes config, weights and, where the source has one, the
+tokenizer, in the source's dtypes and without holding more than one expert's matrices in memory.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from qmoe.importers.fairseq import import_fairseq
+from qmoe.importers.megablocks import import_megablocks
+from qmoe.importers.openmoe import import_openmoe
+from qmoe.importers.writing import Imported
+
+IMPORTERS: dict[str, Callable[[str | Path, str | Path], Imported]] = {
+    "openmoe": import_openmoe,
+    "fairseq": import_fairseq,
+    "megablocks": import_megablocks,
+}

@@ -1,0 +1,195 @@
+"""A transformers directory written tensor by tensor, checked against the model to load it."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qmoe.errors import OutputError, SourceError
+from qmoe.sources.shard import DTYPE_NAMES
+
+SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor of the new model comes from.
+
+    Attributes:
+        shape, dtype: of the whole tensor.
+        pieces: called once, yields the values in order; together they fill the tensor.
+        sources: names of the source's tensors that go into it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Callable[[], Iterator[Tensor]]
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did: `used` + `ignored` are all tensors of the source.
+
+    Attributes:
+        directory: the new checkpoint.
+        parameters: number of values written.
+        used: source tensors that went into the model.
+        ignored: source tensors without a meaning for inference (version counters, buffers).
+        notes: sentences for the user.
+    """
+
+    directory: Path
+    parameters: int
+    used: tuple[str, ...]
+    ignored: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def whole(value: Tensor, *sources: str) -> Part:
+    """A tensor that goes into the model as it is."""
+    return Part(tuple(value.shape), value.dtype, lambda: iter([value]), sources)
+
+
+def write_model(
+    destination: str | Path,
+    config: Any,
+    parts: dict[str, Part],
+    stored: set[str],
+    ignored: set[str],
+    files: dict[str, Path],
+    notes: tuple[str, ...] = (),
+    tokenizer: Any = None,
+) -> Imported:
+    """Write a checkpoint under a temporary name and rename it when complete.
+
+    Args:
+        destination: directory to create.
+        config: the model's config; its class must be registered with transformers.
+        parts: by parameter name of the model.
+        stored: names of all tensors of the source.
+        ignored: those of them that no parameter needs.
+        files: further files by name (tokenizer), copied.
+        notes: passed on.
+        tokenizer: written if given.
+
+    Raises:
+        OutputError: the destination exists or cannot be written.
+        SourceError: the parts are not exactly the model's parameters, or leave source tensors over.
+    """
+    target = Path(destination)
+    if target.exists():
+        raise OutputError(f"{target} exists; remove it or choose another directory")
+    _check(config, parts, stored, ignored)
+    work = target.with_name(target.name + ".partial")
+    try:
+        if work.exists():
+            shutil.rmtree(work)
+        work.mkdir(parents=True)
+        config.save_pretrained(work)
+        for name, path in files.items():
+            shutil.copyfile(path, work / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
+        _write_shards(work, parts)
+        work.rename(target)
+    except OSError as e:
+        raise OutputError(
+            f"{target} cannot be written ({e.strerror or e}); is the disk full?"
+        ) from e
+    used = sorted({s for p in parts.values() for s in p.sources})
+    total = sum(math.prod(p.shape) for p in parts.values())
+    return Imported(target, total, tuple(used), tuple(sorted(ignored & stored)), notes)
+
+
+def _check(config: Any, parts: dict[str, Part], stored: set[str], ignored: set[str]) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    expected = {n: tuple(p.shape) for n, p in model.named_parameters() if n not in tied}
+    for name in sorted(set(expected) - set(parts)):
+        raise SourceError(
+            f"the source has nothing for {name} {list(expected[name])}; it is incomplete or of "
+            "another layout"
+        )
+    for name, part in sorted(parts.items()):
+        if name not in expected:
+            raise SourceError(
+                f"{', '.join(part.sources)!r} has no place in the model (as {name}); the layout "
+                "is not supported"
+            )
+        if part.shape != expected[name]:
+            raise SourceError(
+                f"{', '.join(part.sources)!r} gives {name} the shape {list(part.shape)}, the "
+                f"model needs {list(expected[name])}"
+            )
+    left = stored - ignored - {s for p in parts.values() for s in p.sources}
+    if left:
+        raise SourceError(
+            f"{len(left)} tensors of the source have no place in the model, {min(left)!r} first; "
+            "the layout is not supported"
+        )
+
+
+def _write_shards(directory: Path, parts: dict[str, Part]) -> None:
+    size = {n: math.prod(p.shape) * p.dtype.itemsize for n, p in parts.items()}
+    groups: list[list[str]] = [[]]
+    for name in parts:
+        if groups[-1] and sum(size[n] for n in groups[-1]) + size[name] > SHARD_BYTES:
+            groups.append([])
+        groups[-1].append(name)
+    where: dict[str, str] = {}
+    for i, group in enumerate(groups, 1):
+        file = (
+            f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+            if len(groups) > 1
+            else "model.safetensors"
+        )
+        _write_file(directory / file, {n: parts[n] for n in group})
+        where.update(dict.fromkeys(group, file))
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _write_file(path: Path, parts: dict[str, Part]) -> None:
+    """One safetensors file, its header first, since all shapes are known before any value."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, part in parts.items():
+        start, end = end, end + math.prod(part.shape) * part.dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[part.dtype],
+            "shape": list(part.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, part in parts.items():
+            written = 0
+            for piece in part.pieces():
+                if piece.dtype != part.dtype:
+                    raise SourceError(
+                        f"{name}: the source mixes {part.dtype} and {piece.dtype}; convert it to "
+                        "one dtype first"
+                    )
+                flat = piece.contiguous().view(-1).view(torch.uint8)
+                f.write(flat.numpy().data)
+                written += flat.numel()
+            if written != header[name]["data_offsets"][1] - header[name]["data_offsets"][0]:
+                raise SourceError(
+                    f"{name}: {written} bytes came from {', '.join(part.sources)}, expected "
+                    f"{header[name]['data_offsets']}"
+                )
+        f.flush()
+        os.fsync(f.fileno())

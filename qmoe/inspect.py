@@ -1,0 +1,140 @@
+"""``qmoe inspect``: sizes, bits and coverage of a compressed checkpoint. No weights are decoded
+and no file is hashed.
+
+Bits per weight count everything that is stored for the experts: streams with their tables, scales,
+classes and padding, the offsets, and the entries of both in the headers of their files.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from qmoe.container import INDEX
+from qmoe.manifest import MANIFEST
+from qmoe.reader import Container
+
+
+@dataclass(frozen=True)
+class Row:
+    """One projection of one experts module.
+
+    Attributes:
+        module, projection: where.
+        weights: number of weights.
+        bits: stored bits per weight, tables included.
+        ideal_bits: of a perfect coder, scales as stored.
+        zeros: share of zero weights.
+        tokens: calibration tokens (smallest, median, largest over the experts), None if not
+            recorded.
+        without_tokens: experts that saw none, None if not recorded.
+        notes: experts about which something is noted.
+    """
+
+    module: str
+    projection: str
+    weights: int
+    bits: float
+    ideal_bits: float
+    zeros: float
+    tokens: tuple[int, int, int] | None
+    without_tokens: int | None
+    notes: int
+
+
+def inspect(directory: str | os.PathLike[str], layers: bool = False) -> dict[str, Any]:
+    """Totals of a compressed checkpoint as JSON values.
+
+    Args:
+        directory: the checkpoint.
+        layers: add "layers", the `rows` as objects.
+
+    Returns:
+        bits_per_weight, ideal_bits_per_weight, model_bits_per_weight, expert_weights,
+        stored_bytes, source_bytes and more.
+
+    Raises:
+        CorruptError: manifest, headers or config are not sound.
+        FormatVersionError: another format version.
+    """
+    container = Container.open(directory, check=False)
+    modules = container.modules.values()
+    expert_weights = sum(layout.weights for layout in modules)
+    encoded = [f"{m.path}.{leaf}" for m in modules for leaf in ("stream", "offsets")]
+    expert_bytes = sum(_stored(container, name) for name in encoded)
+    dense = [container.tensors[name][2] for name in container.dense_names()]
+    dense_weights = sum(prod(entry.shape) for entry in dense)
+    files = container.manifest["files"]
+    weight_files = [n for n in files if n.endswith(".safetensors") or n == INDEX]
+    weight_bytes = sum(files[name]["bytes"] for name in weight_files)
+    found = rows(container)
+    tokens = [t for r in _reports(container).values() for t in r["tokens"] or ()]
+    settings = container.manifest["settings"]
+    out: dict[str, Any] = {
+        "bits_per_weight": 8 * expert_bytes / expert_weights,
+        "ideal_bits_per_weight": sum(r.ideal_bits * r.weights for r in found) / expert_weights,
+        "model_bits_per_weight": 8 * weight_bytes / (expert_weights + dense_weights),
+        "zeros": sum(r.zeros * r.weights for r in found) / expert_weights,
+        "expert_weights": expert_weights,
+        "expert_bytes": expert_bytes,
+        "dense_weights": dense_weights,
+        "stored_bytes": sum(e["bytes"] for e in files.values())
+        + (container.directory / MANIFEST).stat().st_size,
+        "source_bytes": container.manifest["source"].get("bytes"),
+        "experts": sum(layout.experts for layout in modules),
+        "experts_without_tokens": tokens.count(0) if tokens else None,
+        "format_version": container.manifest["format_version"],
+        "model_type": container.config.get("model_type"),
+        "settings": settings,
+        "versions": container.manifest["versions"],
+    }
+    if layers:
+        out["layers"] = [vars(r) for r in found]
+    return out
+
+
+def rows(container: Container) -> list[Row]:
+    """One row per projection of every experts module, in the order of the model."""
+    reports = _reports(container)
+    out = []
+    for path, layout in container.modules.items():
+        report = reports[path]
+        tokens = report["tokens"]
+        spread = None
+        if tokens:
+            ordered = sorted(tokens)
+            spread = (ordered[0], ordered[len(ordered) // 2], ordered[-1])
+        for p in layout.projections:
+            entry = report["projections"][p.name]
+            n = entry["weights"]
+            out.append(
+                Row(
+                    module=path,
+                    projection=p.name,
+                    weights=n,
+                    bits=8 * entry["bytes"] / n,
+                    ideal_bits=entry["ideal_bits"] / n,
+                    zeros=entry["zeros"] / n,
+                    tokens=spread,
+                    without_tokens=None if tokens is None else tokens.count(0),
+                    notes=sum(bool(note) for note in report["notes"] or ()),
+                )
+            )
+    return out
+
+
+def _reports(container: Container) -> dict[str, Any]:
+    found: dict[str, Any] = container.manifest["report"]["modules"]
+    return found
+
+
+def _stored(container: Container, name: str) -> int:
+    """Bytes of a tensor and of its entry in the header."""
+    entry = container.tensors[name][2]
+    header = {
+        "dtype": entry.dtype,
+        "shape": list(entry.shape),
+        "data_offsets": [entry.begin, entry.end],
+    }
+    return entry.end - entry.begin + len(json.dumps({name: header}, separators=(",", ":"))) - 1

@@ -1,0 +1,274 @@
+"""Quantize the experts of one layer: statistics of two streams, solver, outputs of the
+quantized experts.
+
+The quantized stream carries the inputs that the experts will see in the compressed model; the
+original stream (only for methods with drift correction) carries those of the source. Groups of
+experts are a function of their shape alone, so bytes do not depend on memory, threads or processes.
+
+Memory: the matrices, Hessians and codes of one group, one chunk of rows, and what the
+`ActivationStore` holds.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qmoe.calib.experts import Parked, second_moment
+from qmoe.errors import NonFiniteError
+from qmoe.families.base import ExpertsLayout, Projection
+from qmoe.families.layouts import expert_forward
+from qmoe.host import Host
+from qmoe.parallel import World
+from qmoe.quantize import Method, Problem, Solution
+from qmoe.types import QuantizedMatrix
+
+ROWS = 4096  # rows of activations at once; fixed, since it decides the rounding of sums
+_GROUP_CELLS = 2**25  # Hessian cells of a group: 256 MiB in float64, of which eight are alive
+_GROUP_EXPERTS = 32
+_STRIPE = 512  # rows of the layer's Hessian that are computed as one piece of work
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens of one stream at the experts, and which of them may be learned from.
+
+    Attributes:
+        parked: see `qmoe.calib.experts.Parked`.
+        keep: bool [N], False for special and padding tokens: they pass through, but no statistics
+            are taken from them.
+    """
+
+    parked: Parked
+    keep: Tensor
+
+
+# receives (projection name, experts, their matrices): a group to be encoded with shared tables
+Sink = Callable[[str, range, list[QuantizedMatrix]], None]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What calibration gave the experts of a module.
+
+    Attributes:
+        tokens: learnable tokens that each expert saw.
+        notes: for each expert what was done about it, "" if nothing was unusual.
+    """
+
+    tokens: list[int]
+    notes: list[str]
+
+
+def groups(layout: ExpertsLayout) -> Iterator[range]:
+    """Ranges of experts that are solved together and share tables; depends on the layout alone."""
+    widest = max(p.cols for p in layout.projections)
+    size = max(1, min(_GROUP_EXPERTS, layout.experts, _GROUP_CELLS // widest**2))
+    for start in range(0, layout.experts, size):
+        yield range(start, min(start + size, layout.experts))
+
+
+@torch.no_grad()
+def quantize_layer(
+    host: Host,
+    layout: ExpertsLayout,
+    module: nn.Module,
+    method: Method,
+    quantized: Stream,
+    original: Stream | None,
+    device: torch.device,
+    sink: Sink,
+    progress: Callable[[int], object] = lambda experts: None,
+    world: World | None = None,
+) -> Coverage:
+    """Quantizes every expert of a module, hands the integers on, and fills both streams' outputs.
+
+    Of several processes each takes its share of the groups; when all return, the outputs are
+    complete. A group is computed by one process in one order, so the number of processes does not
+    change a bit.
+
+    Args:
+        host: where the experts' matrices are read from, each once.
+        layout: of the module.
+        module: the experts, its matrices on meta, everything else (biases, norms) resident.
+        method: the solver.
+        quantized: the stream whose inputs come from the quantized layers before this one.
+        original: the source model's stream, needed if `method.drift` > 0.
+        device: where solvers and Hessians run.
+        sink: receives every group of every projection.
+        progress: called with the number of experts done, after every group.
+        world: the processes that share the groups.
+
+    Raises:
+        NonFiniteError: NaN or Inf in weights, activations or Hessians; the text names the tensor.
+    """
+    world = world or World()
+    work = _Work(host, layout, module, method, quantized, original, device, world)
+    tokens: dict[int, int] = {}
+    notes: dict[int, str] = {}
+    todo = list(groups(layout))
+    for i in world.mine(len(todo)):
+        group = todo[i]
+        if i + world.size < len(todo):
+            host.prefetch(layout, module, todo[i + world.size])
+        for projection, seen, solution in work.solve(group):
+            sink(projection.name, group, solution.matrices)
+            tokens |= dict(zip(group, seen, strict=True))
+            for e, note in zip(group, solution.notes, strict=True):
+                before = notes.setdefault(e, "")
+                if note and note not in before:
+                    notes[e] = f"{before}; {note}" if before else note
+        progress(len(group))
+    for other_tokens, other_notes in world.collect((tokens, notes), f"experts of {layout.path}"):
+        tokens |= other_tokens
+        notes |= other_notes
+    experts = range(layout.experts)
+    return Coverage([tokens[e] for e in experts], [notes[e] for e in experts])
+
+
+class _Done(Exception):  # control flow: the activation is known, the rest is not needed
+    pass
+
+
+class _Work:
+    """The state of one layer while its groups pass through."""
+
+    def __init__(
+        self,
+        host: Host,
+        layout: ExpertsLayout,
+        module: nn.Module,
+        method: Method,
+        quantized: Stream,
+        original: Stream | None,
+        device: torch.device,
+        world: World,
+    ) -> None:
+        self.host, self.layout, self.module, self.method = host, layout, module, method
+        self.quantized, self.original, self.device = quantized, original, device
+        self.layer = self._layer_moment(world)
+
+    def _layer_moment(self, world: World) -> tuple[Tensor, int]:
+        """Hessian of all tokens together (each slot counted) and the number of (token, slot) pairs
+        behind it.
+        """
+        p, keep = self.quantized.parked, self.quantized.keep
+        used = (p.index < self.layout.experts) & keep[:, None]
+        mass = (used * (p.weight.square() if self.method.weighted else 1.0)).sum(1).sqrt()
+        cols = p.hidden.shape[1]
+        stripes = [slice(a, min(a + _STRIPE, cols)) for a in range(0, cols, _STRIPE)]
+        mine = {
+            i: torch.zeros(
+                stripes[i].stop - stripes[i].start, cols, dtype=torch.float64, device=self.device
+            )
+            for i in world.mine(len(stripes))
+        }
+        for x, m in zip(torch.split(p.hidden, ROWS), torch.split(mass, ROWS), strict=True):
+            x = x.to(self.device).float() * m[:, None].to(self.device)
+            for i, part in mine.items():
+                part += second_moment(x[:, stripes[i]], x)
+        total = torch.empty(cols, cols, dtype=torch.float64, device=self.device)
+        parts = {i: part.cpu() for i, part in mine.items()}
+        for found in world.collect(parts, f"Hessian of {self.layout.path}"):
+            for i, part in found.items():
+                total[stripes[i]] = part
+        return total, int(used.sum())
+
+    def solve(self, group: range) -> Iterator[tuple[Projection, list[int], Solution]]:
+        """Yields every projection of a group with the tokens that each expert saw, solved; then the
+        group's outputs are in the streams.
+        """
+        weights = [
+            {k: w.float().to(self.device) for k, w in read.items()}
+            for read in (self.host.read_expert(self.layout, self.module, e) for e in group)
+        ]
+        decoded: list[dict[str, Tensor]] = [{} for _ in group]
+        for projection in self.layout.projections:
+            problem = self._problem(group, projection, weights, decoded)
+            solution = self.method.solve(problem)
+            for d, m in zip(decoded, solution.matrices, strict=True):
+                d[projection.name] = m.dequantize().to(self.device)
+            tokens = problem.tokens.tolist()
+            del problem  # the next one's Hessians need its room
+            yield projection, tokens, solution
+        for e, w, d in zip(group, weights, decoded, strict=True):
+            self._outputs(self.quantized, e, d)
+            if self.original is not None:
+                self._outputs(self.original, e, w)
+
+    def _problem(
+        self,
+        group: range,
+        projection: Projection,
+        weights: list[dict[str, Tensor]],
+        decoded: list[dict[str, Tensor]],
+    ) -> Problem:
+        drift = self.original is not None
+        shape = (len(group), projection.cols, projection.cols)
+        stacked = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        crosses = torch.zeros_like(stacked) if drift else None
+        tokens = []
+        for i, (e, w, d) in enumerate(zip(group, weights, decoded, strict=True)):
+            token, slot = self.quantized.parked.slots(e)
+            used = self.quantized.keep[token]
+            token, slot = token[used], slot[used]
+            tokens.append(len(token))
+            for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):
+                x = self._inputs(self.quantized, e, t, s, projection, d)
+                stacked[i] += second_moment(x)
+                if crosses is not None and self.original is not None:
+                    before = self._inputs(self.original, e, t, s, projection, w)
+                    crosses[i] += second_moment(before, x)
+        name = f"{self.layout.path} ({projection.name})"
+        if not torch.isfinite(stacked).all():
+            raise NonFiniteError(
+                f"{name}: a Hessian overflowed; activations are too large for this compute dtype"
+            )
+        layer, layer_tokens = (stacked.sum(0), sum(tokens)) if projection.inner else self.layer
+        return Problem(
+            weight=torch.stack([w[projection.name] for w in weights]),
+            hessian=stacked,
+            tokens=torch.tensor(tokens),
+            layer_hessian=layer,
+            layer_tokens=layer_tokens,
+            cross=crosses,
+        )
+
+    def _inputs(
+        self,
+        stream: Stream,
+        e: int,
+        token: Tensor,
+        slot: Tensor,
+        projection: Projection,
+        matrices: dict[str, Tensor],
+    ) -> Tensor:
+        """Rows [n, cols] that a projection sees, times the quantized stream's routing weight if the
+        method wants that.
+        """
+        x = stream.parked.hidden[token].to(self.device).float()
+        if projection.inner:
+            x = self._activation(e, x, matrices)
+        if self.method.weighted:
+            x = x * self.quantized.parked.weight[token, slot, None].to(self.device)
+        return x
+
+    def _activation(self, e: int, x: Tensor, matrices: dict[str, Tensor]) -> Tensor:
+        caught: list[Tensor] = []
+
+        def record(h: Tensor) -> None:
+            caught.append(h)
+            raise _Done
+
+        with suppress(_Done):
+            expert_forward(self.module, matrices, e, x, record)
+        return caught[0]
+
+    def _outputs(self, stream: Stream, e: int, matrices: dict[str, Tensor]) -> None:
+        p = stream.parked
+        token, slot = p.slots(e)
+        for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):
+            y = expert_forward(self.module, matrices, e, p.hidden[t].to(self.device).float())
+            p.output[t, s] = (y.cpu() * p.weight[t, s, None]).to(p.output.dtype)

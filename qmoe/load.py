@@ -1,0 +1,207 @@
+"""The read path: compressed checkpoints as transformers models.
+
+Importing this module (``import qmoe`` does) registers the quantization method "qmoe" with
+transformers, so that ``AutoModelForCausalLM.from_pretrained(OUT)`` works as for any checkpoint.
+The weights are stored under names that transformers does not look for by itself: whoever forgets
+the import gets "no file named model.safetensors" instead of a model with random experts. Nothing
+is compiled or tuned at import.
+
+The hooks of `HfQuantizer` are read from transformers 5.23; the order they rely on (config ->
+`update_attn_implementation` -> weight files -> model on meta ->
+`_process_model_before_weight_loading` -> weights -> `_process_model_after_weight_loading`) is
+covered by tests/test_load.py.
+"""
+
+import os
+from contextvars import ContextVar
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qmoe.container import INDEX
+from qmoe.errors import CorruptError, QmoeError
+from qmoe.experts import Caches, EncodedExperts
+from qmoe.models import register as register_models
+from qmoe.reader import Container, parse_quantization
+from qmoe.save import save_pretrained
+from qmoe.skeleton import auto_class, check, compare, swap
+
+CACHE_VARIABLE = "QMOE_CACHE_BYTES"
+
+# What `load` has verified, for the quantizer that transformers creates on the way.
+_OPENED: ContextVar[Container | None] = ContextVar("opened", default=None)
+
+register_models()  # compressed checkpoints of our own model classes load like any other
+
+
+@register_quantization_config("qmoe")
+class QmoeConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed checkpoint.
+
+    Attributes:
+        format_version: of the container.
+        modules: geometry of every experts module by path, see `qmoe.container.geometry`.
+        cache_bytes: bound of decoded matrices kept in memory; None leaves it to the environment
+            variable QMOE_CACHE_BYTES, else 0.
+    """
+
+    def __init__(
+        self,
+        format_version: int | None = None,
+        modules: dict[str, Any] | None = None,
+        cache_bytes: int | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = "qmoe"
+        self.format_version = format_version
+        self.modules = modules or {}
+        self.cache_bytes = cache_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form; a setting of the reader is not part of it."""
+        return {
+            "quant_method": "qmoe",
+            "format_version": self.format_version,
+            "modules": self.modules,
+        }
+
+
+@register_quantizer("qmoe")
+class QmoeQuantizer(HfQuantizer):
+    """Swaps encoded experts into a model that transformers is about to load."""
+
+    requires_calibration = True  # it cannot quantize on the fly; `qmoe compress` does that
+
+    def __init__(self, quantization_config: QmoeConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.container: Container | None = None
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Not about attention: the hook that runs after the config is read and before weight files
+        are resolved."""
+        parse_quantization(self.quantization_config.to_dict())
+        self.container = _OPENED.get()
+        if self.container is None and os.path.isdir(config._name_or_path):
+            self.container = Container.open(config._name_or_path)
+            check(self.container)  # before a wrong config can shape a model
+        config.transformers_weights = INDEX
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise CorruptError(
+                "a compressed checkpoint is loaded from its directory, not from a state dict"
+            )
+        directory = Path(checkpoint_files[0]).parent
+        if self.container is None or not directory.samefile(self.container.directory):
+            self.container = Container.open(directory)
+        caches = Caches(self._cache_bytes())
+        for layout in self.container.modules.values():
+            swap(model, layout, self.container, caches)
+        compare(model, self.container)
+
+    def _cache_bytes(self) -> int:
+        if self.quantization_config.cache_bytes is not None:
+            return int(self.quantization_config.cache_bytes)
+        text = os.environ.get(CACHE_VARIABLE, "0")
+        if not text.isdecimal():
+            raise QmoeError(f"{CACHE_VARIABLE} is {text!r}; it must be a number of bytes")
+        return int(text)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """None: tensors are stored under the names of the modules, to be taken literally."""
+        return []
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        # transformers marks the config as quantized; some families (jamba) then expect quantized
+        # Linears, which there are none of.
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if config is not None:
+                vars(config).pop("_is_quantized", None)
+        if self.container is not None:
+            model.qmoe_manifest = self.container.manifest
+            model.qmoe_directory = str(self.container.directory)
+        model.save_pretrained = MethodType(save_pretrained, model)
+        if torch.cuda.is_available():
+            from qmoe.backend import register  # needs triton, which not every platform has
+
+            register()
+        return model
+
+    def is_serializable(self, **_: Any) -> bool:
+        """Saving writes the same format, see `qmoe.save`."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def load(
+    directory: str | os.PathLike[str], *, cache_bytes: int | None = None, **kwargs: Any
+) -> Any:
+    """Loads a compressed checkpoint as a transformers model.
+
+    Args:
+        directory: the compressed checkpoint, or the id of one on the Hugging Face hub (downloaded
+            whole first).
+        cache_bytes: bound of decoded matrices kept in memory, 0 for none; default: environment
+            variable QMOE_CACHE_BYTES, else 0.
+        kwargs: for `from_pretrained`: dtype, device_map, offload_folder, ...
+
+    Returns:
+        A model in eval mode whose experts stay encoded.
+
+    Raises:
+        CorruptError: any file is not as it was written.
+        FormatVersionError: another format version.
+    """
+    if not os.path.isdir(directory):
+        directory = _download(str(directory), kwargs.get("revision"))
+    container = Container.open(directory)
+    check(container)  # all this before transformers meets a damaged config
+    token = _OPENED.set(container)
+    try:
+        remote = bool(kwargs.get("trust_remote_code"))
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=remote)
+        model = auto_class(config).from_pretrained(directory, **kwargs)
+    finally:
+        _OPENED.reset(token)
+    if cache_bytes is not None:
+        set_cache_bytes(model, cache_bytes)
+    return model
+
+
+def set_cache_bytes(model: nn.Module, cache_bytes: int) -> None:
+    """Changes the bound of decoded matrices that a loaded model keeps; what it holds now is
+    dropped.
+
+    Raises:
+        ValueError: negative.
+    """
+    caches = Caches(cache_bytes)
+    for module in model.modules():
+        if isinstance(module, EncodedExperts):
+            module.caches = caches
+
+
+def _download(name: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise QmoeError(
+            f"{name} is no directory and cannot be fetched from the hub: {reason}"
+        ) from e

@@ -1,0 +1,196 @@
+"""Reading a compressed checkpoint without trust: manifest, checksums, headers, geometry; then
+tensors one at a time.
+
+Knows nothing about models, transformers or devices.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qmoe.container import INDEX
+from qmoe.errors import CorruptError
+from qmoe.families.base import ExpertsLayout, Projection
+from qmoe.families.layouts import KINDS
+from qmoe.manifest import check_files, check_version, read_manifest
+from qmoe.stream import ExpertStream
+from qmoe.tensorfile import Entry, read_header, read_tensor
+
+MAX_WEIGHTS = 1 << 48  # far above any model; bounds products of sizes before they are used
+
+
+def parse_geometry(path: str, raw: Any) -> ExpertsLayout:
+    """One entry of ``quantization_config.modules``.
+
+    Raises:
+        CorruptError: with the module and the entry.
+    """
+    text = f"config.json: geometry of {path} is {raw!r}"[:500]
+    try:
+        kind, experts, projections = raw["kind"], raw["experts"], raw["projections"]
+        rows = [(name, r, c) for name, r, c in projections]
+    except (KeyError, TypeError, ValueError) as e:
+        raise CorruptError(text) from e
+    sizes = [experts, *(n for _, r, c in rows for n in (r, c))]
+    names = [name for name, _, _ in rows]
+    if kind not in KINDS or not rows or not all(isinstance(n, str) for n in names):
+        raise CorruptError(text)
+    if any(type(n) is not int or n < 1 for n in sizes) or len(set(names)) < len(names):
+        raise CorruptError(text)
+    parts = tuple(Projection(n, r, c, inner=n == "down") for n, r, c in rows)
+    layout = ExpertsLayout(path, kind, experts, parts)
+    if layout.weights > MAX_WEIGHTS:
+        raise CorruptError(text)
+    return layout
+
+
+def parse_quantization(raw: Any) -> dict[str, ExpertsLayout]:
+    """``quantization_config`` of config.json: the geometry of every experts module by path.
+
+    Raises:
+        CorruptError: not of this format.
+        FormatVersionError: another format version.
+    """
+    if not isinstance(raw, dict) or raw.get("quant_method") != "qmoe":
+        raise CorruptError("config.json: quantization_config.quant_method is not qmoe")
+    check_version(raw.get("format_version"), "config.json")
+    modules = raw.get("modules")
+    if not isinstance(modules, dict) or not modules:
+        raise CorruptError("config.json: quantization_config.modules lists no experts module")
+    return {path: parse_geometry(path, entry) for path, entry in modules.items()}
+
+
+@dataclass(frozen=True)
+class Container:
+    """An opened compressed checkpoint.
+
+    Attributes:
+        directory: where it is.
+        manifest: verified against its own checksum.
+        config: config.json.
+        modules: geometry of the experts modules, by path in the transformers model.
+        tensors: every stored tensor: (file name, offset of the file's data part, entry).
+    """
+
+    directory: Path
+    manifest: dict[str, Any]
+    config: dict[str, Any]
+    modules: dict[str, ExpertsLayout]
+    tensors: dict[str, tuple[str, int, Entry]]
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        check: bool = True,
+        progress: Callable[[int], object] | None = None,
+    ) -> "Container":
+        """Opens and validates; no tensor is read.
+
+        Args:
+            directory: a complete compressed checkpoint.
+            check: compare the checksum of every file (reads all bytes once, several files at a
+                time).
+            progress: called with the size of every file that was found sound.
+
+        Raises:
+            CorruptError: anything that is not as it was written, with file, tensor and values.
+            FormatVersionError: another format version.
+        """
+        where = Path(directory)
+        manifest = read_manifest(where)
+        if check:
+            check_files(where, manifest, progress)
+        config = _json_object(where / "config.json")
+        modules = parse_quantization(config.get("quantization_config"))
+        tensors: dict[str, tuple[str, int, Entry]] = {}
+        for file in sorted(manifest["files"]):
+            if file.endswith(".safetensors"):
+                start, entries = read_header(where / file)
+                for name, entry in entries.items():
+                    if name in tensors:
+                        raise CorruptError(
+                            f"{where}: tensor {name} is in {tensors[name][0]} and {file}"
+                        )
+                    tensors[name] = (file, start, entry)
+        self = cls(where, manifest, config, modules, tensors)
+        self._check_index()
+        self._check_modules()
+        return self
+
+    def _check_index(self) -> None:
+        found = {name: file for name, (file, _, _) in self.tensors.items()}
+        listed = {
+            name: entry.get("file") if isinstance(entry, dict) else None
+            for name, entry in self.manifest["tensors"].items()
+        }
+        index = _json_object(self.directory / INDEX).get("weight_map")
+        for what, claim in (("the manifest", listed), (INDEX, index)):
+            if claim != found:
+                known = claim if isinstance(claim, dict) else {}
+                names = sorted(found.keys() | known.keys())
+                differing = [n for n in names if found.get(n) != known.get(n)]
+                raise CorruptError(
+                    f"{self.directory}: {what} disagrees with the files about {differing[:3]}"
+                )
+
+    def _check_modules(self) -> None:
+        for path, layout in self.modules.items():
+            stream = self.tensors.get(f"{path}.stream")
+            offsets = self.tensors.get(f"{path}.offsets")
+            if stream is None or offsets is None:
+                raise CorruptError(f"config.json lists {path}, which has no stored streams")
+            s, o = stream[2], offsets[2]
+            want = (layout.experts, len(layout.projections), 4)
+            if s.dtype != "U8" or len(s.shape) != 1 or o.dtype != "I64" or o.shape != want:
+                raise CorruptError(
+                    f"{path}: stream {s.dtype} {s.shape}, offsets {o.dtype} {o.shape}; "
+                    f"config.json asks for U8 [n] and I64 {want}"
+                )
+        for name in self.tensors:
+            path, _, leaf = name.rpartition(".")
+            if leaf in ("stream", "offsets") and path not in self.modules:
+                raise CorruptError(f"{name} is stored, but config.json does not list {path}")
+
+    def read(self, name: str) -> Tensor:
+        """One stored tensor, in memory of its own.
+
+        Raises:
+            CorruptError: it is not stored, or its file is shorter than its header says.
+        """
+        if name not in self.tensors:
+            raise CorruptError(f"{self.directory} holds no tensor {name}")
+        file, start, entry = self.tensors[name]
+        return read_tensor(self.directory / file, start, entry)
+
+    def experts(self, path: str) -> ExpertStream:
+        """The encoded matrices of one experts module.
+
+        Raises:
+            CorruptError: its offsets are not valid.
+        """
+        layout = self.modules[path]
+        return ExpertStream(layout, self.read(f"{path}.stream"), self.read(f"{path}.offsets"))
+
+    def dense_names(self) -> list[str]:
+        """Names of the stored tensors that are not part of an encoded experts module."""
+        encoded = {f"{path}.{leaf}" for path in self.modules for leaf in ("stream", "offsets")}
+        return [name for name in self.tensors if name not in encoded]
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as e:
+        raise CorruptError(f"cannot read {path}: {e.strerror or e}") from e
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise CorruptError(f"{path} is not JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise CorruptError(f"{path} is a {type(value).__name__}, not an object")
+    return value

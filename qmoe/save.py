@@ -1,0 +1,126 @@
+"""``model.save_pretrained`` of a loaded compressed model: the same format again, with a manifest
+of its own.
+
+Tensors are fetched one at a time from wherever offloading put them. Knows nothing about how a
+model is loaded.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.integrations.accelerate import load_offloaded_parameter
+
+from qmoe.container import MAX_SHARD_BYTES, ContainerWriter, carried_files
+from qmoe.errors import OutputError
+from qmoe.stream import ExpertStream
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A transformers config as the JSON values of its file."""
+    out: dict[str, Any] = json.loads(config.to_json_string())
+    return out
+
+
+def save_pretrained(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = MAX_SHARD_BYTES,
+    **_: Any,
+) -> None:
+    """Writes the model, its config and its generation config; bound to every loaded model as
+    ``model.save_pretrained``.
+
+    As in transformers, the tokenizer is saved by its own method. Files of these names in the
+    directory are replaced.
+
+    Args:
+        model: loaded from a compressed checkpoint.
+        save_directory: created if it does not exist; not the one that the model was loaded from.
+        is_main_process: other processes write nothing.
+        state_dict: not supported; the model's own tensors are written.
+        push_to_hub: not supported; upload the directory.
+        max_shard_size: bytes, or text such as "4GB".
+
+    Raises:
+        OutputError: the directory cannot be written or is the model's source, or an unsupported
+            argument is given.
+    """
+    if not is_main_process:
+        return
+    if state_dict is not None or push_to_hub:
+        raise OutputError(
+            "a compressed model saves its own tensors to a directory; upload that with `hf upload`"
+        )
+    source = Path(model.qmoe_directory)
+    if os.path.isdir(save_directory) and source.is_dir() and source.samefile(save_directory):
+        raise OutputError(
+            f"{save_directory} is what the model was loaded from; save it somewhere else"
+        )
+    manifest = model.qmoe_manifest
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    small: dict[str, bytes] = {}
+    if source.is_dir():
+        carried = carried_files(source)
+        small = {k: v for k, v in carried.items() if k.startswith(("LICENSE", "NOTICE"))}
+    if model.can_generate():
+        small["generation_config.json"] = model.generation_config.to_json_string().encode()
+    with ContainerWriter(
+        save_directory, replace=True, max_shard_bytes=_bytes(max_shard_size)
+    ) as writer:
+        try:
+            for block, files in manifest["blocks"].items():
+                names = [n for n, e in manifest["tensors"].items() if e["file"] in files]
+                _save_block(writer, block, sorted(names), model)
+            writer.finish(
+                list(manifest["blocks"]),
+                config=plain_config(model.config),
+                settings=manifest["settings"],
+                versions=manifest["versions"],
+                source=manifest["source"],
+                report={k: v for k, v in manifest["report"].items() if k != "modules"},
+                extra_files=small,
+            )
+        except BaseException:
+            writer.discard()  # a copy is begun anew rather than resumed
+            raise
+
+
+def _save_block(writer: ContainerWriter, name: str, tensors: list[str], model: Any) -> None:
+    report = model.qmoe_manifest["report"]["modules"]
+    with writer.block(name) as block:
+        for tensor in tensors:
+            path, _, leaf = tensor.rpartition(".")
+            if path in report and leaf == "stream":
+                layout = model.get_submodule(path).layout
+                streams = ExpertStream(
+                    layout, fetch(model, tensor), fetch(model, f"{path}.offsets")
+                )
+                block.add_encoded(streams, report[path])
+            elif path not in report or leaf != "offsets":  # offsets go with their stream
+                block.add_tensor(tensor, fetch(model, tensor))
+
+
+def fetch(model: Any, name: str) -> Tensor:
+    """One tensor of a model on the CPU, wherever it lives now."""
+    tensor: Tensor = model.get_parameter_or_buffer(name)
+    if tensor.device.type == "meta":
+        tensor = load_offloaded_parameter(model, name)
+    return tensor.detach().to("cpu")
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    number, unit = size[:-2].strip(), size[-2:].upper()
+    if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
+        raise OutputError(f"max_shard_size is {size!r}; write it like 4GB or as a number of bytes")
+    return int(float(number) * _UNITS[unit])

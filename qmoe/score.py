@@ -1,0 +1,103 @@
+"""`qmoe eval`: load a checkpoint, compressed or not, and score it on a text, beside a reference if
+asked.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+
+from qmoe.calib.tokens import prepare
+from qmoe.checkpoint import open_checkpoint
+from qmoe.container import INDEX
+from qmoe.devices import pick_device
+from qmoe.errors import SourceError
+from qmoe.evaluate import Score, evaluate, split_batches
+from qmoe.families.layouts import repair
+from qmoe.load import load
+from qmoe.manifest import MANIFEST
+
+
+def score_checkpoint(
+    model: str,
+    text: str,
+    reference: str | None = None,
+    ctx: int = 1024,
+    tokens: int | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    progress: bool = False,
+) -> Score:
+    """Perplexity of a checkpoint on a text, and its divergence from a reference.
+
+    Args:
+        model: directory or hub id.
+        text: evaluation text, see `qmoe.calib.text`.
+        reference: directory or hub id of the model to compare with.
+        ctx: tokens of a window.
+        tokens: at most this many tokens of the text; None takes all of a local file.
+        dtype: "float32" or "bfloat16", the compute dtype of both models.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        progress: draw a bar.
+
+    Raises:
+        SourceError: no such checkpoint, or the reference has another vocabulary.
+        CalibrationError: the text is shorter than one window.
+    """
+    where = pick_device(device)
+    first = load_any(model, dtype, where)
+    other = load_any(reference, dtype, where) if reference else None
+    if other is not None and other.config.vocab_size != first.config.vocab_size:
+        raise SourceError(
+            f"{model} has {first.config.vocab_size} tokens "
+            f"and {reference} has {other.config.vocab_size}; "
+            "KL needs one vocabulary"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    data = prepare(tokenizer, first.config, text, tokens or 2**40, ctx, seed=0)
+    return evaluate(first, split_batches(data), other, progress)
+
+
+def load_any(model: str, dtype: str, device: torch.device) -> Any:
+    """A model in eval mode from a compressed or plain checkpoint, directory or hub id.
+
+    Raises:
+        SourceError: a plain checkpoint that cannot be read. CorruptError: a compressed one.
+    """
+    if is_compressed(model):
+        return load(model, dtype=getattr(torch, dtype)).to(device).eval()
+    checkpoint = open_checkpoint(model)  # one clear sentence for whatever is wrong with it
+    directory = checkpoint.directory if checkpoint.quantization is None else model
+    config = AutoConfig.from_pretrained(directory)
+    auto = (
+        transformers.AutoModelForSeq2SeqLM
+        if config.is_encoder_decoder
+        else transformers.AutoModelForCausalLM
+    )
+    loaded = auto.from_pretrained(model, dtype=getattr(torch, dtype))
+    repair(loaded)
+    return loaded.to(device).eval()
+
+
+def is_compressed(model: str) -> bool:
+    """Whether a name is a directory that holds, or should hold, a compressed checkpoint."""
+    folder = Path(model)
+    return (folder / MANIFEST).exists() or (folder / INDEX).exists()
+
+
+def score_text(score: Score) -> str:
+    """The result for people."""
+    lines = [
+        f"perplexity {score.perplexity:.3f}   ({score.nll:.4f} nats over {score.tokens} tokens)"
+    ]
+    if score.reference_nll is not None:
+        found = score.as_dict()
+        rise = 100 * (score.perplexity / found["reference_perplexity"] - 1)
+        lines.append(f"reference  {found['reference_perplexity']:.3f}   ({rise:+.2f} %)")
+        lines.append(
+            f"KL {score.kl:.5f} nats   "
+            f"same most likely token {100 * (score.top1_agreement or 0):.1f} %"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,127 @@
+"""The model that a compressed checkpoint's config.json describes, without weights, against the
+tensors that are stored.
+
+Knows nothing about loading weights or running the model.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from qmoe.errors import CorruptError
+from qmoe.experts import Caches, EncodedExperts
+from qmoe.families.base import ExpertsLayout
+from qmoe.families.layouts import kind_of, layout_of
+from qmoe.reader import Container
+
+# What transformers raises on a config that it cannot build a model from.
+_BAD_CONFIG = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+def build(container: Container) -> Any:
+    """The dense model on the meta device.
+
+    Raises:
+        CorruptError: config.json describes no model.
+    """
+    path = container.directory / "config.json"
+    try:
+        config = transformers.AutoConfig.from_pretrained(container.directory)
+        del config.quantization_config
+        name = (config.architectures or [""])[0]
+        dtype = config.dtype or torch.float32
+        with torch.device("meta"):
+            if hasattr(transformers, name):
+                return getattr(transformers, name)._from_config(config, dtype=dtype)
+            return auto_class(config).from_config(config, dtype=dtype)
+    except _BAD_CONFIG as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise CorruptError(f"{path} describes no model: {reason}") from e
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class that loads a model of this configuration."""
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
+
+
+def check(container: Container) -> None:
+    """Proves that config.json and the stored tensors agree about every module, name and shape.
+
+    A model whose code comes with the checkpoint is not built here, because that would run the code;
+    whoever loads it with ``trust_remote_code`` gets the same comparison then.
+
+    Raises:
+        CorruptError: they do not agree.
+    """
+    known = container.config.get("model_type") in transformers.CONFIG_MAPPING
+    if container.config.get("auto_map") and not known:
+        return
+    model = build(container)
+    caches = Caches()
+    with torch.device("meta"):
+        for layout in container.modules.values():
+            swap(model, layout, container, caches)
+    compare(model, container)
+
+
+def swap(model: Any, layout: ExpertsLayout, container: Container, caches: Caches) -> None:
+    """Puts encoded experts, on the current default device, in the place of a model's own.
+
+    Raises:
+        CorruptError: the model has no such experts module or one of another shape.
+    """
+    try:
+        host: nn.Module = model.get_submodule(layout.path)
+    except AttributeError as e:
+        raise CorruptError(
+            f"config.json lists {layout.path}, which {type(model).__name__} lacks"
+        ) from e
+    if kind_of(host) is None:
+        raise CorruptError(f"config.json lists {layout.path}, which is a {type(host).__name__}")
+    found = layout_of(layout.path, host)
+    if found != layout:
+        raise CorruptError(
+            f"{layout.path}: the model has {found}, quantization_config has {layout}"
+        )
+    size = container.tensors[f"{layout.path}.stream"][2].shape[0]
+    model.set_submodule(layout.path, EncodedExperts(host, layout, size, caches))
+    # Some families (switch) initialise an experts module's matrices from its parent. Nothing is
+    # left to initialise: `compare` proves that every tensor is stored.
+    parent = model.get_submodule(layout.path.rpartition(".")[0])
+    parent._is_hf_initialized = True
+
+
+def compare(model: Any, container: Container) -> None:
+    """Compares names and shapes of a model's tensors with the stored ones.
+
+    transformers would fill what is missing with random numbers and drop what is left over.
+
+    Raises:
+        CorruptError: with the names or shapes that differ.
+    """
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    stored = {name: entry.shape for name, (_, _, entry) in container.tensors.items()}
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    if missing := sorted(wanted.keys() - stored.keys() - tied):
+        raise CorruptError(f"{container.directory} lacks {len(missing)} tensors: {missing[:3]}")
+    if extra := sorted(stored.keys() - wanted.keys()):
+        raise CorruptError(f"{container.directory} has tensors that the model lacks: {extra[:3]}")
+    for name, shape in stored.items():
+        if shape != wanted[name]:
+            raise CorruptError(f"{name} is stored as {shape}, config.json asks for {wanted[name]}")

@@ -1,0 +1,192 @@
+"""Weight files on the Hugging Face hub, downloaded when first read.
+
+Headers come by range requests, so names and shapes of a model of a terabyte cost a few megabytes.
+Files that are already in the hub's cache are used from there, also with HF_HUB_OFFLINE=1.
+"""
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
+from torch import Tensor
+
+from qmoe.errors import SourceError
+from qmoe.sources.selection import Selection
+from qmoe.sources.shard import Entry, SafetensorsShard, parse_header
+
+WEIGHTS = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.h5",
+    "*.msgpack",
+    "*.gguf",
+    "*.onnx",
+    "*.ckpt*",
+)
+_FAILURES = (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    EntryNotFoundError,
+    HFValidationError,
+    OSError,
+    ValueError,
+)
+
+
+class Repository:
+    """One revision of a model on the hub.
+
+    Args:
+        repo: "owner/name".
+        revision: branch, tag or commit; None for the default branch. Resolved once to a commit, so
+            that a push to the repository in the middle of a run changes nothing.
+        cache: directory for the weight files of this run, each deleted by `HubShard.discard`; None
+            for the hub's own cache, where files stay.
+
+    Raises:
+        SourceError: there is no such repository or revision, or it cannot be reached and is not
+            cached.
+    """
+
+    def __init__(self, repo: str, revision: str | None, cache: Path | None) -> None:
+        self.repo, self.cache = repo, cache
+        self._coming: dict[str, threading.Thread] = {}
+        self._one_download = threading.Lock()
+        try:  # without a connection this falls back to what is cached
+            snapshot = snapshot_download(repo, revision=revision, ignore_patterns=list(WEIGHTS))
+        except _FAILURES as e:
+            raise SourceError(
+                f"{repo!r} is neither a local directory nor a model that the hub gives us "
+                f"({_short(e)}); check the name, the connection and, for a gated model, `hf auth "
+                "login`"
+            ) from e
+        self.directory = Path(snapshot)
+        self.revision = self.directory.name  # snapshots are named by commit
+        try:
+            info = HfApi().model_info(repo, revision=self.revision, files_metadata=True)
+            self.sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+        except _FAILURES:  # offline: what is here must do
+            self.sizes = {p.name: p.stat().st_size for p in self.directory.iterdir() if p.is_file()}
+
+    def files(self) -> list[str]:
+        """Names of all files at the top level."""
+        return [f for f in self.sizes if "/" not in f]
+
+    def cached(self, file: str) -> Path | None:
+        """The file's path if it is on this machine."""
+        if self.cache is not None and (self.cache / file).is_file():
+            return self.cache / file
+        found = try_to_load_from_cache(self.repo, file, revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def fetch(self, file: str) -> Path:
+        """The file's path, downloaded if needed.
+
+        Raises:
+            SourceError: the download failed.
+        """
+        coming = self._coming.pop(file, None)
+        if coming is not None:
+            coming.join()  # if it failed, the download below tries again and says why
+        local = self.cached(file)
+        if local is not None:
+            return local
+        try:
+            return self._download(file)
+        except _FAILURES as e:
+            raise SourceError(
+                f"{file} of {self.repo!r} cannot be downloaded ({_short(e)}); run again to continue"
+            ) from e
+
+    def fetch_later(self, file: str) -> None:
+        """Download in the background, one file at a time; a failure shows when it is fetched."""
+        if file not in self._coming:
+            # a daemon: an interrupted run does not wait for gigabytes that nobody will read
+            self._coming[file] = threading.Thread(target=self._try, args=(file,), daemon=True)
+            self._coming[file].start()
+
+    def _try(self, file: str) -> None:
+        with self._one_download, contextlib.suppress(*_FAILURES):
+            self._download(file)
+
+    def _download(self, file: str) -> Path:
+        return Path(hf_hub_download(self.repo, file, revision=self.revision, local_dir=self.cache))
+
+
+class HubShard(SafetensorsShard):
+    """A safetensors file of a repository; downloaded by the first `read`, not by looking at names
+    and shapes.
+    """
+
+    def __init__(self, repository: Repository, file: str) -> None:
+        super().__init__(Path(file))
+        self.name = f"{repository.repo}/{file}"
+        self.file = file
+        self._repository = repository
+        self._remote: Mapping[str, Entry] | None = None
+
+    def path(self) -> Path:
+        return self._repository.fetch(self.file)
+
+    @property
+    def size(self) -> int:
+        return self._repository.sizes.get(self.file) or super().size
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        if self._entries is not None or self._repository.cached(self.file) is not None:
+            return super().entries
+        if self._remote is None:
+            r = self._repository
+            try:
+                meta = HfApi().parse_safetensors_file_metadata(
+                    r.repo, self.file, revision=r.revision
+                )
+            except (*_FAILURES, NotASafetensorsRepoError, SafetensorsParsingError) as e:
+                raise SourceError(
+                    f"the header of {self.name} cannot be read ({_short(e)}); run again to continue"
+                ) from e
+            header = {
+                k: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
+                for k, t in meta.tensors.items()
+            }
+            data = max((t.data_offsets[1] for t in meta.tensors.values()), default=0)
+            self._remote = parse_header(header, 0, data, self.name)
+        return self._remote
+
+    def read(self, tensor: str, selection: Selection = ...) -> Tensor:
+        if self._entries is None:
+            self._load()  # downloads, and reads the header of what came
+        return super().read(tensor, selection)
+
+    def prefetch(self, tensor: str) -> None:
+        if self._repository.cached(self.file) is None:
+            self._repository.fetch_later(self.file)
+
+    def digest(self) -> bytes:
+        """The commit names the content, so nothing needs to be downloaded."""
+        return hashlib.sha256(f"{self.name}@{self._repository.revision}".encode()).digest()
+
+    def discard(self) -> None:
+        """Delete the downloaded file if it lies in this run's own cache directory."""
+        if self._repository.cache is not None:
+            self._remote, self._entries = self.entries, None
+            (self._repository.cache / self.file).unlink(missing_ok=True)
+
+
+def _short(e: BaseException) -> str:
+    text = str(e).strip()
+    return f"{type(e).__name__}: {text.splitlines()[0][:160]}" if text else type(e).__name__

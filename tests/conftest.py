@@ -1,0 +1,162 @@
+"""Fixtures that several test files share."""
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from qmoe.container import ContainerWriter
+from qmoe.families.layouts import KINDS, find_experts, read_expert, write_expert
+from qmoe.save import plain_config
+from qmoe.types import QuantizedMatrix, grid_index, grid_scale
+
+torch.set_num_threads(1)  # several workers share the cores
+
+
+def _tiny() -> ModuleType:
+    """tests/tiny.py by path: with importlib mode, test files cannot import each other."""
+    name = "qmoe_tests_tiny"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "tiny.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """A test that takes `family` without parametrizing it runs for every family."""
+    named = {
+        n.strip()
+        for mark in metafunc.definition.iter_markers("parametrize")
+        for n in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
+    }
+    if "family" in metafunc.fixturenames and "family" not in named:
+        metafunc.parametrize("family", _tiny().FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """Tiny models of every family and source format: tests/tiny.py."""
+    return _tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """``tiny_checkpoint(family)``: directory of a float32 checkpoint, made once per session; do not
+    write to it.
+    """
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = _tiny().save(family, tmp_path_factory.mktemp("tiny") / family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def build_model() -> Callable[..., object]:
+    """``build(family, seed=0, **changes)``: a tiny random float32 model in eval mode."""
+    return lambda family, seed=0, **changes: _tiny().make(family, seed=seed, **changes)
+
+
+@pytest.fixture(scope="session")
+def model_inputs() -> Callable[..., dict[str, torch.Tensor]]:
+    """Token batches for any model of `build_model`."""
+
+    def inputs(model) -> dict[str, torch.Tensor]:
+        g = torch.Generator().manual_seed(5)
+        out = {"input_ids": torch.randint(3, 127, (2, 12), generator=g)}
+        if model.config.is_encoder_decoder:
+            out["decoder_input_ids"] = torch.randint(3, 127, (2, 7), generator=g)
+        return out
+
+    return inputs
+
+
+def _round(weight: torch.Tensor) -> QuantizedMatrix:
+    """Rounds to -2..2 with one scale per row; enough for tests of everything but solvers."""
+    index = grid_index(weight.abs().mean(1) * 1.5, step=4)
+    codes = (weight / grid_scale(index)[:, None]).round().clamp(-2, 2).to(torch.int8)
+    return QuantizedMatrix(codes, index, torch.zeros(weight.shape[1], dtype=torch.int16))
+
+
+def _block_of(name: str) -> str:
+    """The block that a tensor belongs to: its path up to the first number, or "rest"."""
+    parts = name.split(".")
+    at = next((i for i, p in enumerate(parts) if p.isdecimal()), None)
+    return "rest" if at is None else ".".join(parts[: at + 1])
+
+
+def _write(model: PreTrainedModel, out: Path, **options: object) -> PreTrainedModel:
+    """Rounds the experts of a model and writes it compressed; returns a dense copy with the
+    rounded weights."""
+    dense = copy.deepcopy(model)
+    found = {layout.path: (layout, module) for layout, module in find_experts(dense)}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tensors = {k: v for k, v in model.state_dict().items() if k not in tied}
+    for layout, module in found.values():
+        for name in KINDS[layout.kind].encoded(module):
+            del tensors[f"{layout.path}.{name}"]
+    blocks = list(dict.fromkeys(_block_of(n) for n in [*tensors, *found]))
+    with ContainerWriter(out, **options) as writer:
+        for name in blocks:
+            with writer.block(name) as block:
+                for key, tensor in tensors.items():
+                    if _block_of(key) == name:
+                        block.add_tensor(key, tensor)
+                for path, (layout, module) in found.items():
+                    if _block_of(path) != name:
+                        continue
+                    experts = block.experts(layout)
+                    rounded = [
+                        {k: _round(w) for k, w in read_expert(module, e).items()}
+                        for e in range(layout.experts)
+                    ]
+                    for p in layout.projections:
+                        matrices = [r[p.name] for r in rounded]
+                        half = layout.experts // 2
+                        experts.add_group(p.name, range(half), matrices[:half])
+                        experts.add_group(p.name, range(half, layout.experts), matrices[half:])
+                    for e, r in enumerate(rounded):
+                        write_expert(module, e, {k: m.dequantize() for k, m in r.items()})
+                    tokens = [3 * e for e in range(layout.experts)]
+                    notes = ["no tokens: rounded" if not t else "" for t in tokens]
+                    block.finish_experts(path, tokens, notes)
+        config = plain_config(model.config) | {"architectures": [type(model).__name__]}
+        writer.finish(
+            blocks,
+            config=config | {"dtype": "float32"},
+            settings={"method": "round"},
+            versions={"qmoe": "test"},
+            source={"name": "random", "bytes": 1000},
+            extra_files={
+                "generation_config.json": model.generation_config.to_json_string().encode(),
+                "tokenizer_config.json": b"{}\n",
+            },
+        )
+    return dense
+
+
+@pytest.fixture(scope="session")
+def write_compressed() -> Callable[..., PreTrainedModel]:
+    """``write(model, out, **options of ContainerWriter)`` -> dense model with the rounded
+    weights."""
+    return _write
+
+
+@pytest.fixture(scope="session")
+def compressed(
+    tmp_path_factory: pytest.TempPathFactory, build_model: Callable[..., PreTrainedModel]
+) -> tuple[Path, PreTrainedModel]:
+    """A compressed tiny Mixtral (not to be changed) and its dense equal."""
+    out = tmp_path_factory.mktemp("compressed") / "mixtral"
+    return out, _write(build_model("mixtral"), out)
