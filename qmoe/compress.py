@@ -37,6 +37,7 @@ from qmoe.durable import canonical_json
 from qmoe.errors import InterruptedRunError, QmoeError
 from qmoe.evaluate import split_batches
 from qmoe.host import BlockRef, Host
+from qmoe.importance import fits, layer_importance
 from qmoe.parallel import World
 from qmoe.plan import make_plan
 from qmoe.quantize import Method, get_method
@@ -127,6 +128,9 @@ def compress_checkpoint(
     batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
     plan = make_plan(host, method, batches, settings.memory, out, settings.bits)
     say(plan.text())
+    by_gradient = method.drift > 0 and fits(host, settings.memory)
+    if method.drift > 0 and not by_gradient:
+        say("layers count alike: the gradients of the whole model do not fit in --memory")
     identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
     job = {
         **settings.recorded(),
@@ -134,6 +138,7 @@ def compress_checkpoint(
         "calib_sha256": _digest(batches),
         "versions": _versions(),
         "device": device.type,
+        "layer_weights": "gradient" if by_gradient else "equal",
     }
     blocks = list(host.blocks())
     with ExitStack() as stack:
@@ -149,16 +154,23 @@ def compress_checkpoint(
 
         def make_run(solver: Method, some: Batches, outputs: Sequence[Outputs], part: World) -> Run:
             pieces = work / "pieces" if outputs is kept else None
-            return Run(
+            made = Run(
                 host, solver, some, outputs, tokenizer, device, store, progress, part, pieces
             )
+            made.importance = importance
+            return made
 
-        run = make_run(method, batches, kept, world)
         host.load_rest()
         finished, done = world.share(
             lambda: _progress(writer, blocks, kept, len(batches), say), "what is finished"
         )
         try:
+            importance: dict[str, float] = {}
+            if by_gradient:
+                importance = finished.get("rest", {}).get("importance") or world.share(
+                    lambda: layer_importance(host, batches), "importance of the layers"
+                )
+            run = make_run(method, batches, kept, world)
             if settings.bits is not None:
                 curves = finished.get("rest", {}).get("curves") or world.share(
                     lambda: _probe(
@@ -173,6 +185,7 @@ def compress_checkpoint(
                     outside = [f"{name}." for name, _ in host.block_lists]
                     for name, tensor in host.dense(lambda n: not n.startswith(tuple(outside))):
                         rest.add_tensor(name, tensor)
+                    rest.note["importance"] = importance
                     if run.rate is not None:
                         rest.note["curves"] = [c.as_list() for c in run.rate.curves]
         except KeyboardInterrupt:
@@ -242,9 +255,7 @@ def _progress(
     return finished, done
 
 
-def _interrupted(
-    writer: ContainerWriter | None, blocks: Sequence[BlockRef]
-) -> InterruptedRunError:
+def _interrupted(writer: ContainerWriter | None, blocks: Sequence[BlockRef]) -> InterruptedRunError:
     """What ctrl-C ends a run with; `blocks` are those that were not known to be finished."""
     left = [b.name for b in blocks if writer is None or not writer.recorded(b.name)]
     where = f"continues at block {left[0]}" if left else "completes the checkpoint"

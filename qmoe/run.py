@@ -33,6 +33,7 @@ class Run:
 
     Attributes:
         rate: picks the step of each layer where a number of bits is aimed at.
+        importance: of the layers, by module path; 1 where nothing is known.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Run:
         mine = world.mine(len(batches))
         self.walks = [Walk(host, batches, kept, mine) for kept in outputs]
         self.rate: Controller | None = None
+        self.importance: dict[str, float] = {}
 
     def go_on(self, done: Sequence[BlockRef]) -> None:
         """Puts the streams behind blocks whose outputs are kept already."""
@@ -166,6 +168,7 @@ class Run:
                 sink,
                 lambda experts: bar.update(experts * self.world.size),
                 self.world,
+                self.importance.get(layout.path, 1.0),
             )
         if self.pieces is None:
             return
