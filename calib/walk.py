@@ -88,14 +88,17 @@ class Walk:
     def _forward(self, batch: int) -> Any:
         self.batch = batch
         self._read.clear()
-        inputs = {name: t.to(self.host.device) for name, t in self.batches[batch].items()}
+        inputs = {name: self._place(tensor) for name, tensor in self.batches[batch].items()}
         return self.host.model(**inputs, use_cache=False)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.host.device)
 
     def _stored(self, list_name: str) -> Any:
         if list_name not in self._read:  # every finished block of the list asks, with one answer
             block = self.finished[list_name]
-            found = self.outputs.get(list_name, block, self.batch)
-            self._read[list_name] = tree(lambda t: t.to(self.host.device), found)
+            kept = self.outputs.get(list_name, block, self.batch)
+            self._read[list_name] = tree(self._place, kept)
         return self._read[list_name]
 
     @contextmanager

@@ -220,8 +220,13 @@ class Host:
             head.to("meta")
 
     def free(self, block: BlockRef) -> None:
-        """Puts a block's weights back on the meta device."""
+        """Puts a block's weights back on the meta device; tables that no file holds stay."""
+        stored = block.module.state_dict().keys()
+        tables = [(n, b) for n, b in block.module.named_buffers() if n not in stored]
         block.module.to("meta")
+        for name, buffer in tables:
+            owner, _, leaf = name.rpartition(".")
+            block.module.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
 
     def read_expert(
         self, layout: ExpertsLayout, module: nn.Module, expert: int

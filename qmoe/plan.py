@@ -220,7 +220,7 @@ def _matmul_speed() -> float:
     for _ in range(3):
         a @ a
     seconds: float = time.perf_counter() - start
-    return 6 * 768.0**3 / seconds
+    return 6.0 * 768 * 768 * 768 / seconds
 
 
 def _resident() -> int:
