@@ -1,6 +1,8 @@
 """Encode -> decode, exactly: compiled decoders against the codes that went in and against the
 plain-Python definition."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -163,6 +165,29 @@ def test_same_input_same_bytes():
     assert all(torch.equal(x, y) for x, y in zip(a.matrices, b.matrices, strict=True))
 
 
+def test_threads_change_nothing():
+    matrix = random_matrix(1025, 1100, step=3)
+    group = encode_group([matrix])
+    tables = parse_tables(group.tables)
+    layout = parse_matrix(tables, group.matrices[0])
+    x = torch.randn(1, 1100, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            with ThreadPoolExecutor(3) as pool:  # callers have threads of their own
+                calls = [pool.submit(decode_dense, tables, layout) for _ in range(4)]
+                calls += [pool.submit(matvec, tables, layout, x) for _ in range(4)]
+                results.append([c.result() for c in calls])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][0], matrix.dequantize())
+    for result in results:
+        assert all(torch.equal(r, results[0][0]) for r in result[:4])
+        assert all(torch.equal(r, results[0][4]) for r in result[4:])
+
+
 def test_refused():
     with pytest.raises(ValueError, match="at least one"):
         encode_group([])
@@ -171,6 +196,10 @@ def test_refused():
     for shape in ((0, 4), (4, 0), (1, 65536)):
         with pytest.raises(ValueError, match="cannot encode"):
             encode_group([plain(torch.zeros(shape))])
+    bad = plain(torch.zeros(2, 3))
+    bad.col_scale[1] = 2048
+    with pytest.raises(ValueError, match="scale indices 0 to 2048"):
+        encode_group([bad])
     group = encode_group([random_matrix(4, 5)])
     tables = parse_tables(group.tables)
     layout = parse_matrix(tables, group.matrices[0])

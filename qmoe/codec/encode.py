@@ -17,7 +17,7 @@ from qmoe.codec.sidedata import Field, fit_field
 from qmoe.codec.streams import emit, parse
 from qmoe.codec.symbols import symbol_count, symbol_effects
 from qmoe.codec.tables import FIELDS, write_tables
-from qmoe.types import QuantizedMatrix
+from qmoe.types import SCALE_MAX, SCALE_MIN, QuantizedMatrix
 
 _SMALL = 1 << 22  # weights; in smaller groups time matters less and side data more
 _ROUNDS, _ROUNDS_SMALL = 1, 4  # of choosing row classes
@@ -50,14 +50,16 @@ def encode_group(matrices: Sequence[QuantizedMatrix], limit: int | None = None) 
     """Encodes matrices that share tables: a bounded batch of one projection of one layer.
 
     Args:
-        matrices: at least one, all of one shape [rows, cols], 1 <= cols <= 65535, codes any int8.
+        matrices: at least one, on the CPU, all of one shape [rows, cols], 1 <= cols <= 65535; codes
+            may be any int8.
         limit: longest code in bits, 8..12; None chooses 8 unless longer codes save more than 1.5 %.
 
     Returns:
         The encoded group. The same matrices give the same bytes.
 
     Raises:
-        ValueError: no matrix, different shapes, an empty matrix or one beyond the format's limits.
+        ValueError: no matrix, different shapes, an empty matrix, one beyond the format's limits or
+            a scale index outside the grid.
     """
     codes = _checked(matrices)
     rounds = _ROUNDS if sum(c.size for c in codes) > _SMALL else _ROUNDS_SMALL
@@ -96,6 +98,11 @@ def _checked(matrices: Sequence[QuantizedMatrix]) -> list[I8]:
         raise ValueError(
             f"cannot encode {shape[0]} x {shape[1]}: 1 to {MAX_ROWS} rows, 1 to {MAX_COLS} columns"
         )
+    for m in matrices:
+        for scale in (m.row_scale, m.col_scale, m.row_scale_neg):
+            if scale is not None and not SCALE_MIN <= scale.min() <= scale.max() <= SCALE_MAX:
+                low, high = int(scale.min()), int(scale.max())
+                raise ValueError(f"scale indices {low} to {high}, not {SCALE_MIN} to {SCALE_MAX}")
     return [np.ascontiguousarray(m.codes.numpy()) for m in matrices]
 
 

@@ -25,7 +25,7 @@ PADDING_WORDS = 4  # zero words behind the payload, so that decoders may look ah
 
 @dataclass(frozen=True)
 class Layout:
-    """A parsed matrix. All tensors are on the CPU; `to` moves those that a kernel needs.
+    """A parsed matrix. All tensors are on the CPU.
 
     A stream s = row * pieces + piece starts at bit ``stream_start[s]`` of `words` (bit b is bit b %
     32 of word b // 32) with position 0. Before each group of `Tables.latch` symbols the table is
