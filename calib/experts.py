@@ -97,7 +97,7 @@ def park(
         seen.append((store.keep(call.hidden), call.index.to(torch.int32).cpu(), weights))
         stop_forward()
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         walk.run(block, keep=False)
     finally:
@@ -129,7 +129,7 @@ def plugged(walk: Walk, module: nn.Module, parked: Parked) -> Iterator[None]:
         total = parked.output[starts[n] : starts[n + 1]].sum(1)
         return total.to(call.hidden.device).reshape(*call.shape, -1)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:

@@ -31,8 +31,8 @@ class ActivationStore:
         directory).
         """
         self.budget, self.used, self.spilled = budget, 0, 0
-        self._parent, self._folder, self._count = directory, None, 0
-        self._folder: Path | None
+        self._parent, self._count = directory, 0
+        self._folder: Path | None = None
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor; call `release` when it is no longer needed.
@@ -54,7 +54,8 @@ class ActivationStore:
                 os.posix_fallocate(f.fileno(), 0, size)
         except OSError as error:
             raise OutputError(
-                f"{self._folder}: no room for {size / 2**20:.0f} MiB of activations ({error.strerror}); "
+                f"{self._folder}: no room for {size / 2**20:.0f} MiB of activations "
+                f"({error.strerror}); "
                 "free disk space or pass fewer --calib-tokens"
             ) from error
         flat = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype)
@@ -72,7 +73,7 @@ class ActivationStore:
         self.used = max(0, self.used - tensor.nbytes)
 
     def close(self) -> None:
-        """Removes the folder; mapped tensors still alive keep their data until they are collected."""
+        """Removes the folder; mapped tensors that are alive keep their data until collected."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None

@@ -9,7 +9,7 @@ Knows nothing about weights, solvers or experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from qmoe.host import BlockRef, Host
 Batch = dict[str, Tensor]
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, not an error: it ends a forward after the current block
+class _Stop(Exception):  # control flow: it ends a forward after the current block
     pass
 
 
@@ -55,10 +55,8 @@ class Walk:
         with self._stubs(block, current), torch.no_grad():
             for n, batch in enumerate(self.batches):
                 self.batch, current["out"] = n, None
-                try:
-                    self.host.model(**batch, use_cache=False)
-                except _Stop:
-                    pass
+                with suppress(_Stop):
+                    self.host.model(**self._inputs(batch), use_cache=False)
                 if keep:
                     old = self._saved[n].get(block.list_name)
                     self._saved[n][block.list_name] = _tree(self.store.keep, current["out"])
@@ -70,7 +68,13 @@ class Walk:
         for n, batch in enumerate(self.batches):
             with self._stubs(None, current), torch.no_grad():
                 self.batch = n
-                yield self.host.model(**batch, use_cache=False).logits
+                yield self.host.model(**self._inputs(batch), use_cache=False).logits
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.host.device)
+
+    def _inputs(self, batch: Batch) -> Batch:
+        return {name: self._place(tensor) for name, tensor in batch.items()}
 
     @contextmanager
     def _stubs(self, block: BlockRef | None, current: dict[str, Any]) -> Iterator[None]:
@@ -79,7 +83,7 @@ class Walk:
         def stub(b: BlockRef, real: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if block is None or b.module is not block.module:
-                    return self._saved[self.batch][b.list_name]
+                    return _tree(self._place, self._saved[self.batch][b.list_name])
                 current["out"] = real(*args, **kwargs)
                 raise _Stop
 

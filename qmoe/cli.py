@@ -19,11 +19,19 @@ import click
 from qmoe.errors import QmoeError
 
 
-class _Bytes(click.ParamType):
+class _Bytes(click.ParamType[int]):
     """A size such as 8GiB, 500MB or a plain number of bytes."""
 
     name = "size"
-    _units: ClassVar = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20}
+    _units: ClassVar = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 2**10,
+        "mib": 2**20,
+    }
     _units |= {"gib": 2**30, "tib": 2**40, "tb": 10**12}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:

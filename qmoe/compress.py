@@ -101,7 +101,7 @@ def compress_checkpoint(
     device = pick_device(settings.device)
     method = _method(settings)
     checkpoint = open_checkpoint(source)
-    host = Host(checkpoint, trust_remote_code=settings.trust_remote_code)
+    host = Host(checkpoint, trust_remote_code=settings.trust_remote_code, device=device)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
     ctx = _context(host.config, settings)
     data = prepare(

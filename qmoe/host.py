@@ -75,6 +75,7 @@ class Host:
         checkpoint: Checkpoint,
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         """Builds the empty model.
 
@@ -83,6 +84,7 @@ class Host:
             dtype: compute dtype of materialised weights; parameters that the family keeps in
                 float32 stay so.
             trust_remote_code: run model code that the checkpoint brings along.
+            device: where the dense parts of blocks are put; the CPU if not given.
 
         Raises:
             UnsupportedModelError: a model type that transformers does not know, or no block lists
@@ -90,6 +92,7 @@ class Host:
             SourceError: a parameter of the model that no tensor of the checkpoint feeds.
         """
         self.checkpoint, self.dtype = checkpoint, dtype
+        self.device = device or torch.device("cpu")
         self.config = _read_config(checkpoint, trust_remote_code)
         with torch.device("meta"):
             self.model = _model_class(self.config, checkpoint, trust_remote_code)._from_config(
@@ -100,6 +103,9 @@ class Host:
         # meta
         self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
         self.model._initialize_missing_keys(is_quantized=False)
+        for buffer in self.model.buffers():
+            if not buffer.is_meta:
+                buffer.data = buffer.data.to(self.device)
         self._mapping = get_model_conversion_mapping(self.model, None, None)
         self._map_names()
         self.block_lists = _block_lists(self.model)
@@ -141,8 +147,9 @@ class Host:
         ]
         if missing:
             raise SourceError(
-                f"{self.checkpoint.directory}: no tensor on disk for {missing[0]} ({len(missing)} parameters of "
-                f"{type(self.model).__name__} are missing); the checkpoint is incomplete or does not match config.json"
+                f"{self.checkpoint.directory}: no tensor on disk for {missing[0]} "
+                f"({len(missing)} parameters of {type(self.model).__name__} are missing); "
+                "the checkpoint is incomplete or does not match config.json"
             )
 
     def blocks(self) -> Iterator[BlockRef]:
@@ -179,7 +186,8 @@ class Host:
         if info.mismatched_keys:
             name, disk, expected = sorted(info.mismatched_keys)[0]
             raise SourceError(
-                f"{self.checkpoint.directory}: {name} has shape {tuple(disk)} on disk, config.json asks for "
+                f"{self.checkpoint.directory}: {name} has shape {tuple(disk)} on disk, "
+                "config.json asks for "
                 f"{tuple(expected)}; the checkpoint does not match its config"
             )
         if info.conversion_errors:
@@ -188,8 +196,10 @@ class Host:
                 f"{self.checkpoint.directory}: cannot convert {name}: {str(text).strip()}"
             )
         for name, tensor in _named_tensors(self.model):
-            if want(name) and not tensor.is_meta and tensor.is_floating_point():
-                check_finite(name, tensor)
+            if want(name) and not tensor.is_meta:
+                if tensor.is_floating_point():
+                    check_finite(name, tensor)
+                tensor.data = tensor.data.to(self.device)
 
     def load_rest(self) -> None:
         """Everything outside the blocks: embeddings, final norms, head, vision tower."""
@@ -247,8 +257,8 @@ class Host:
         """Rows [expert * rows, (expert + 1) * rows) of a parameter that holds all experts, through
         its converter.
         """
-        converter, collected = None, {}
-        collected: dict[str, list[Tensor]]
+        converter: Any = None
+        collected: dict[str, list[Tensor]] = {}
         for disk, pattern in sorted(self.sources[target].items()):
             number = _EXPERT_NUMBER.search(disk)
             if number and int(number.group(1)) != expert:
@@ -268,8 +278,9 @@ class Host:
         for pattern, tensors in collected.items():
             converter.collected_tensors[pattern] = tensors
         made = converter.convert(target, model=self.model, config=self.config, hf_quantizer=None)
-        result = next(iter(made.values()))
-        return result[0] if isinstance(result, list) else result
+        result: Any = next(iter(made.values()))
+        found: Tensor = result[0] if isinstance(result, list) else result
+        return found
 
     def experts_of(self, block: BlockRef) -> list[tuple[ExpertsLayout, nn.Module]]:
         """The experts modules of a block in the order in which its forward calls them."""
@@ -294,7 +305,7 @@ class Host:
         out = {}
         for name, tensor in self.model.state_dict().items():
             if want(name) and not tensor.is_meta and name not in tied:
-                out[name] = tensor.to(self._stored_dtype(name, tensor))
+                out[name] = tensor.cpu().to(self._stored_dtype(name, tensor))
         return out
 
     def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
@@ -369,7 +380,8 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         )
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
-            f"{checkpoint.directory}: model type {kind!r} is not known to transformers {transformers.__version__}"
+            f"{checkpoint.directory}: model type {kind!r} is not known to "
+            f"transformers {transformers.__version__}"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the checkpoint presents dense tensors
@@ -413,7 +425,8 @@ def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     ]
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no list of blocks of the types {sorted(kinds)}; this layout is not supported"
+            f"{type(model).__name__}: no list of blocks of the types {sorted(kinds)}; "
+            "this layout is not supported"
         )
     return found
 

@@ -100,12 +100,14 @@ def quantize_layer(
     tokens: list[int] = []
     notes = [""] * layout.experts
     for group in groups(layout):
+        seen: list[int] = []
         for projection, problem, solution in work.solve(group):
+            seen = problem.tokens.tolist()
             sink(projection.name, group, solution.matrices)
             for e, note in zip(group, solution.notes, strict=True):
                 if note and note not in notes[e]:
                     notes[e] = f"{notes[e]}; {note}" if notes[e] else note
-        tokens += problem.tokens.tolist()
+        tokens += seen
         progress(len(group))
     return Coverage(tokens, notes)
 
@@ -146,7 +148,7 @@ class _Work:
         return total, int(used.sum())
 
     def solve(self, group: range) -> Iterator[tuple[Projection, Problem, Solution]]:
-        """Yields every projection of a group, solved; then the group's outputs are in the streams."""
+        """Yields every projection of a group, solved; then its outputs are in the streams."""
         weights = [
             {k: w.float().to(self.device) for k, w in read.items()}
             for read in (self.host.read_expert(self.layout, self.module, e) for e in group)
@@ -156,7 +158,7 @@ class _Work:
             problem = self._problem(group, projection, weights, decoded)
             solution = self.method.solve(problem)
             for d, m in zip(decoded, solution.matrices, strict=True):
-                d[projection.name] = m.dequantize()
+                d[projection.name] = m.dequantize().to(self.device)
             yield projection, problem, solution
         for e, w, d in zip(group, weights, decoded, strict=True):
             self._outputs(self.quantized, e, d)

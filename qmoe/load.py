@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -130,6 +131,10 @@ class QmoeQuantizer(HfQuantizer):
             model.qmoe_manifest = self.container.manifest
             model.qmoe_directory = str(self.container.directory)
         model.save_pretrained = MethodType(save_pretrained, model)
+        if torch.cuda.is_available():
+            from qmoe.backend import register  # needs triton, which not every platform has
+
+            register()
         return model
 
     def is_serializable(self, **_: Any) -> bool:

@@ -216,5 +216,5 @@ class _Unchanged:
 
 def module_bits(layout: ExpertsLayout, report: dict[str, Any]) -> float:
     """Stored bits of a finished module, offsets included, from its entry in the report."""
-    stream = sum(8.0 * p["bytes"] for p in report["projections"].values())
+    stream: float = sum(8.0 * p["bytes"] for p in report["projections"].values())
     return stream + _OFFSETS_BITS * layout.experts * len(layout.projections)

@@ -51,7 +51,8 @@ def score_checkpoint(
     other = load_any(reference, dtype, where) if reference else None
     if other is not None and other.config.vocab_size != first.config.vocab_size:
         raise SourceError(
-            f"{model} has {first.config.vocab_size} tokens and {reference} has {other.config.vocab_size}; "
+            f"{model} has {first.config.vocab_size} tokens "
+            f"and {reference} has {other.config.vocab_size}; "
             "KL needs one vocabulary"
         )
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -96,6 +97,7 @@ def score_text(score: Score) -> str:
         rise = 100 * (score.perplexity / found["reference_perplexity"] - 1)
         lines.append(f"reference  {found['reference_perplexity']:.3f}   ({rise:+.2f} %)")
         lines.append(
-            f"KL {score.kl:.5f} nats   same most likely token {100 * (score.top1_agreement or 0):.1f} %"
+            f"KL {score.kl:.5f} nats   "
+            f"same most likely token {100 * (score.top1_agreement or 0):.1f} %"
         )
     return "\n".join(lines)

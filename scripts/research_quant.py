@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from research_tune import distill, loss_gradients
+from research_tune import Weights, distill, loss_gradients
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,7 +85,7 @@ class Lab:
 
     @torch.no_grad()
     def stream(
-        self, data: Tensor, weights: list[tuple[Tensor, Tensor]], keep: bool = True
+        self, data: Tensor, weights: Weights, keep: bool = True
     ) -> tuple[list[Tensor], Tensor]:
         """Inputs of every layer's experts (if `keep`) and the final normed hidden states."""
         x = self.model.model.embed_tokens(data).flatten(0, 1)
@@ -131,112 +131,89 @@ class Lab:
 
     @torch.no_grad()
     def quantize(
-        self, method: Method, layers: float = 0, rows: float = 0, tokens_power: float = 0,
-            down_rows: float = 0,
-        rows_relative: int = 0,
-        down_weight: float = 1.0,
-    ) -> tuple[list[tuple[Tensor, Tensor]], list[list[QuantizedMatrix]], float]:
+        self, method: Method, layers: float = 0.0, down: float = 1.0
+    ) -> tuple[Weights, list[list[QuantizedMatrix]], float]:
         """Quantized weights, the matrices of every group (layer x projection), solver seconds.
 
         Args:
             method: the solver.
             layers: power of the mean squared loss gradient as the layer's importance.
-            rows: power of the gate/up rows' effect on the expert's output as row weights.
-            tokens_power: power of each token's squared loss gradient as its weight.
-            rows_relative: row weights have a geometric mean of 1 in each expert.
-            down_weight: importance of the down projections relative to gate and up.
-            down_rows: power of the mean squared gradient of each residual channel as row weight.
+            down: importance of the down projections relative to gate and up.
         """
-        fisher = self.fisher() if layers or tokens_power or down_rows else []
-        square = [g.square().sum(1) for g in fisher]
-        mean = [s.mean().item() for s in square]
+        square = [g.square().sum(1).mean().item() for g in self.fisher()] if layers else []
         stream = self.model.model.embed_tokens(self.calib).flatten(0, 1)
         weights, groups, seconds = [], [], 0.0
-        for n, (layer, (gate_up, down)) in enumerate(zip(self.layers, self.weights, strict=True)):
-            into, hidden0 = self.enter(layer, stream), self.calib_hidden[n]
-            weight = (mean[n] / max(mean)) ** layers if layers else 1.0
-            tokens = [into.of(e) for e in range(len(down))]
-            true_gate = [g for _, g in tokens]
-            if tokens_power:
-                factor = (square[n] / mean[n]).pow(tokens_power / 2).clamp(0.1, 10)
-                tokens = [(t, g * factor[t, None]) for t, g in tokens]
-            channel = fisher[n].square().mean(0) if down_rows else torch.ones(down.shape[1])
-            channel = (channel / channel.mean()).pow(down_rows)
-
-            def inputs(
-                e: int, into: Layer = into, hidden0: Tensor = hidden0, tokens: list[Any] = tokens
-            ) -> tuple[Tensor, Tensor, Tensor]:
-                token, g = tokens[e]
-                g = g if method.weighted else torch.ones_like(g)
-                return into.hidden[token], hidden0[token], g
-
-            def problem(
-                w: Tensor, pairs: Iterator[tuple[Tensor, Tensor]], row_weight: Tensor | None,
-                weight: float = weight, tokens: list[Any] = tokens,
-            ) -> Problem:
-                hessians, crosses = [], []
-                for x, x0 in pairs:
-                    hessians.append(x.T @ x)
-                    crosses.append(x0.T @ x)
-                h = torch.stack(hessians)
-                count = torch.tensor([len(t) for t, _ in tokens])
-                return Problem(
-                    w, h, count, h.sum(0), int(count.sum()), torch.stack(crosses), row_weight,
-                    weight
-                )
-
-            sensitivity = None
-            if rows:
-                scaled = down * channel.sqrt()[:, None]
-                sensitivity = torch.stack(
-                    [self.sensitivity(*inputs(e)[1:], gate_up[e], scaled[e]) for e in
-                    range(len(down))]
-                ).pow(rows)
-                if rows_relative:
-                    sensitivity /= sensitivity.log().mean(1, keepdim=True).exp()
-            first = problem(
-                gate_up, ((x * g, x0 * g) for x, x0, g in map(inputs, range(len(down)))),
-                sensitivity
-            )
-            start = time.perf_counter()
-            solution = method.solve(first)
-            seconds += time.perf_counter() - start
-            groups.append(solution.matrices)
-            new_gate_up = torch.stack([m.dequantize() for m in solution.matrices])
-            active = [self.activate(inputs(e)[0], new_gate_up[e]) for e in range(len(down))]
-
-            def pairs(
-                gate_up: Tensor = gate_up, active: list[Tensor] = active, inputs: Any = inputs
-            ) -> Iterator[tuple[Tensor, Tensor]]:
-                for e, h in enumerate(active):
-                    _, x0, g = inputs(e)
-                    yield h * g, self.activate(x0, gate_up[e]) * g
-
-            channels = channel.expand(len(down), -1) if down_rows else None
-            second = problem(down, pairs(), channels, weight * down_weight)
-            start = time.perf_counter()
-            solution = method.solve(second)
-            seconds += time.perf_counter() - start
-            groups.append(solution.matrices)
-            new_down = torch.stack([m.dequantize() for m in solution.matrices])
-            weights.append((new_gate_up, new_down))
-            stream = into.residual
-            for e, (token, _) in enumerate(tokens):
-                stream.index_add_(0, token, F.linear(active[e], new_down[e]) * true_gate[e])
+        for n, layer in enumerate(self.layers):
+            importance = (square[n] / max(square)) ** layers if layers else 1.0
+            into = self.enter(layer, stream)
+            step = LayerStep(self, method, into, self.calib_hidden[n], *self.weights[n])
+            for matrices, time_taken in step.solve(importance, importance * down):
+                groups.append(matrices)
+                seconds += time_taken
+            weights.append((step.new_gate_up, step.new_down))
+            stream = step.output()
         return weights, groups, seconds
 
-    def sensitivity(self, x: Tensor, g: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        """Squared change of the expert's output per squared change of each gate and up output."""
-        if len(x) == 0:
-            return torch.ones(len(gate_up))
-        a, b = F.linear(x, gate_up).chunk(2, -1)
-        with torch.enable_grad():
-            a = a.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.act(a).sum(), a)
-        share = g.square() / g.square().sum()
-        of_a = ((slope * b).square() * share).sum(0)
-        of_b = (self.act(a.detach()).square() * share).sum(0)
-        return torch.cat([of_a, of_b]) * down.square().sum(0).repeat(2)
+
+class LayerStep:
+    """One layer's experts while they are quantized."""
+
+    def __init__(
+        self,
+        lab: Lab,
+        method: Method,
+        into: Layer,
+        hidden0: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+    ) -> None:
+        self.lab, self.method, self.into, self.hidden0 = lab, method, into, hidden0
+        self.gate_up, self.down = gate_up, down
+        self.tokens = [into.of(e) for e in range(len(down))]
+        self.new_gate_up, self.new_down = gate_up, down
+
+    def solve(
+        self, gate_up_importance: float, down_importance: float
+    ) -> Iterator[tuple[list[QuantizedMatrix], float]]:
+        """Both projections, one after the other: matrices and solver seconds."""
+        matrices, seconds = self._run(self.gate_up, self._inputs(), gate_up_importance)
+        self.new_gate_up = torch.stack([m.dequantize() for m in matrices])
+        yield matrices, seconds
+        matrices, seconds = self._run(self.down, self._activations(), down_importance)
+        self.new_down = torch.stack([m.dequantize() for m in matrices])
+        yield matrices, seconds
+
+    def output(self) -> Tensor:
+        """Output of the layer with the quantized experts; the residual is reused."""
+        for e, (token, g) in enumerate(self.tokens):
+            active = self.lab.activate(self.into.hidden[token], self.new_gate_up[e])
+            y = F.linear(active, self.new_down[e]) * g
+            self.into.residual.index_add_(0, token, y)
+        return self.into.residual
+
+    def _inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weighted inputs of every expert, in the quantized and in the original model."""
+        for token, g in self.tokens:
+            weight = g if self.method.weighted else torch.ones_like(g)
+            yield self.into.hidden[token] * weight, self.hidden0[token] * weight
+
+    def _activations(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for e, (token, g) in enumerate(self.tokens):
+            weight = g if self.method.weighted else torch.ones_like(g)
+            x = self.lab.activate(self.into.hidden[token], self.new_gate_up[e])
+            x0 = self.lab.activate(self.hidden0[token], self.gate_up[e])
+            yield x * weight, x0 * weight
+
+    def _run(
+        self, w: Tensor, pairs: Iterator[tuple[Tensor, Tensor]], importance: float
+    ) -> tuple[list[QuantizedMatrix], float]:
+        products = [(x.T @ x, x0.T @ x) for x, x0 in pairs]
+        h, cross = (torch.stack(t) for t in zip(*products, strict=True))
+        count = torch.tensor([len(t) for t, _ in self.tokens])
+        problem = Problem(w, h, count, h.sum(0), int(count.sum()), cross, importance)
+        start = time.perf_counter()
+        solution = self.method.solve(problem)
+        return solution.matrices, time.perf_counter() - start
 
 
 def entropy(values: Tensor, contexts: Tensor | None = None) -> float:
@@ -280,7 +257,7 @@ def stored_bits(group: list[QuantizedMatrix]) -> float:
     return 8.0 * (encoded.tables.numel() + sum(m.numel() for m in encoded.matrices))
 
 
-HARNESS = ("layers", "rows", "tokens_power", "down_rows", "rows_relative", "down_weight")
+HARNESS = ("layers", "down")
 
 
 def report(lab: Lab, text: str) -> dict[str, Any]:

@@ -39,14 +39,30 @@ def _tiny(tmp_path, kind, **config):
 
 
 MIXTRAL = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+LLAMA = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4}
 SWITCH = {
-    "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 4, "num_decoder_layers": 4, "num_heads": 4,
-    "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2, "num_experts": 4, "expert_capacity": 64,
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 4,
+    "num_decoder_layers": 4,
+    "num_heads": 4,
+    "num_sparse_encoder_layers": 2,
+    "num_sparse_decoder_layers": 2,
+    "num_experts": 4,
+    "expert_capacity": 64,
     "decoder_start_token_id": 0,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -137,7 +153,7 @@ def test_unknown_model_type_is_refused(copy):
 
 
 def test_model_without_experts_is_refused(tmp_path):
-    directory = _tiny(tmp_path, "llama", vocab_size=96, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)  # fmt: skip
+    directory = _tiny(tmp_path, "llama", **LLAMA)
     with pytest.raises(UnsupportedModelError, match="no mixture-of-experts"):
         Host(open_checkpoint(str(directory)))
 

@@ -101,7 +101,10 @@ def test_the_two_folders_are_found_under_qmoe():
 def test_repository_root_does_not_shadow_the_hub_kernels_package():
     # transformers probes for a package called `kernels`; a regular package of that name in the root
     # would break it
-    code = "import sys; sys.path.insert(0, '.'); from transformers.utils import import_utils as i; print(i.is_kernels_available())"
+    code = (
+        "import sys; sys.path.insert(0, '.'); from transformers.utils import import_utils as i; "
+        "print(i.is_kernels_available())"
+    )
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

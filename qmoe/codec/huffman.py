@@ -16,6 +16,26 @@ MAX_LENGTH = 12  # bits; lookup tables have at most 4096 entries
 
 
 @nb.njit(cache=True, nogil=True)
+def _sort_by_count(order: I64, counts: I64) -> None:
+    """Shell sort by (count, symbol). numba's own stable sort takes seconds to compile."""
+    gap = 1
+    while 3 * gap < order.size:
+        gap = 3 * gap + 1
+    while gap:
+        for i in range(gap, order.size):
+            symbol, k = order[i], i
+            while k >= gap:
+                other = order[k - gap]
+                less = counts[symbol] - counts[other]
+                if less > 0 or (less == 0 and symbol > other):
+                    break
+                order[k] = other
+                k -= gap
+            order[k] = symbol
+        gap //= 3
+
+
+@nb.njit(cache=True, nogil=True)
 def code_lengths(counts: I64, limit: int) -> U8:
     """Optimal code lengths of at most `limit` bits.
 
@@ -29,15 +49,19 @@ def code_lengths(counts: I64, limit: int) -> U8:
     """
     n = counts.size
     lengths = np.zeros(n, np.uint8)
-    order = np.argsort(counts, kind="mergesort")
-    order = order[counts[order] > 0]
-    used = order.size
+    order = np.empty(n, np.int64)
+    used = 0
+    for symbol in range(n):
+        if counts[symbol] > 0:
+            order[used] = symbol
+            used += 1
+    _sort_by_count(order[:used], counts)
     if used < 2:
         lone = order[0] if used == 1 else 0
         lengths[lone] = 1
         lengths[1 if lone == 0 else 0] = 1
         return lengths
-    leaf = counts[order]
+    leaf = counts[order[:used]]
     is_leaf = np.zeros((limit, 2 * used), np.bool_)
     previous = np.zeros(2 * used, np.int64)
     current = np.zeros(2 * used, np.int64)

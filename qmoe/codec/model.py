@@ -88,7 +88,9 @@ def _expected_counts(histogram: F64, run: int, value: int, escapes: int, out: I6
 
     histogram: float64 [256], count of q at index q + 128.
     """
-    total = histogram.sum()
+    total = 0.0
+    for count in histogram:
+        total += count
     p0 = histogram[128] / total
     scale = float(1 << 20)
     at = np.zeros(2 * value)  # probability of each (v, s), V holding all beyond
@@ -128,7 +130,10 @@ def _kind_cost(histogram: F64, run: int, value: int, escapes: int, limit: int) -
     counts = np.zeros(n, np.int64)
     advance = _expected_counts(histogram, run, value, escapes, counts)
     lengths = code_lengths(counts, limit)
-    return float((counts * lengths).sum() / advance)
+    bits = 0
+    for k in range(n):
+        bits += counts[k] * lengths[k]
+    return float(bits / advance)
 
 
 def cut(histogram: I64) -> list[int]:

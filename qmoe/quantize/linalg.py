@@ -86,7 +86,8 @@ def _inverse_of_lower(lower: Tensor) -> Tensor:
     n = lower.shape[-1]
     if n <= 64:
         eye = torch.eye(n, dtype=lower.dtype, device=lower.device).expand_as(lower)
-        return torch.linalg.solve_triangular(lower, eye, upper=False)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+        return inverse
     m = n // 2
     first, last = _inverse_of_lower(lower[:, :m, :m]), _inverse_of_lower(lower[:, m:, m:])
     inverse = torch.zeros_like(lower)

@@ -29,8 +29,6 @@ class Problem:
         cross: float [E, cols, cols] or None, sum of g^2 x_orig x^T over the same tokens, x_orig the
             input of the
             same token in the original model: rows are original, columns quantized.
-        row_weight: float32 [E, rows] or None, what a squared error of each output costs relative to
-            the others.
         importance: what a squared output error of this layer costs relative to the other layers.
     """
 
@@ -40,20 +38,18 @@ class Problem:
     layer_hessian: Tensor | None = None
     layer_tokens: int = 0
     cross: Tensor | None = None
-    row_weight: Tensor | None = None
     importance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 3 or self.weight.dtype != torch.float32:
             got = f"{self.weight.dtype} {tuple(self.weight.shape)}"
             raise ValueError(f"weight must be float32 [E, rows, cols], got {got}")
-        experts, rows, cols = self.weight.shape
+        experts, _, cols = self.weight.shape
         for name, t, shape in (
             ("hessian", self.hessian, (experts, cols, cols)),
             ("tokens", self.tokens, (experts,)),
             ("layer_hessian", self.layer_hessian, (cols, cols)),
             ("cross", self.cross, (experts, cols, cols)),
-            ("row_weight", self.row_weight, (experts, rows)),
         ):
             if t is not None and tuple(t.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
@@ -61,7 +57,6 @@ class Problem:
             ("weight", self.weight),
             ("Hessian", self.hessian),
             ("drift cross product", self.cross),
-            ("row weight", self.row_weight),
         ):
             if t is not None:
                 require_finite(t, name)

@@ -1,0 +1,103 @@
+# ruff: noqa: ANN001, ANN201 -- arguments of device code have no Python types
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+"""Decode to integers: a warp writes the codes of 32 stream segments into a zeroed scratch. Device
+code; twin `decode_torch`.
+
+Replaces `for r, c in nonzeros(expert): out[r, p, position(c) - 1] = code`; out is [slots, rows, P,
+depth] in the order of the coded
+columns, bf16, float32 or int8: codes up to +-128 are exact in all of them. A weight may be the sum
+of several symbols (the later ones advance by 0); the lane keeps the sum in a register and stores it
+again, so nothing is read back. Writes are masked to 0 <= position < depth and to the lane's own
+row.
+"""
+
+import triton
+import triton.language as tl
+
+from qmoe.kernels.device import latch, refill, symbol, window_of
+
+
+@triton.jit
+def zero_active(out, counts, first, experts, size, BLOCK: tl.constexpr):
+    """Zeros of the scratch of the experts that have tokens; grid (blocks of `size` = elements per
+    expert, slots).
+    """
+    slot = tl.program_id(1)
+    e = first + slot
+    if e >= experts:
+        return
+    if tl.load(counts + e) > 0:
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        zeros = tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty)
+        tl.store(out + slot.to(tl.int64) * size + i, zeros, mask=i < size)
+
+
+@triton.jit
+def decode_active(
+    words, records, lanes, starts, classes, context_maps, expert_maps, expert_limits, lut,
+    row_scale, row_scale_neg, out, counts, first, experts, rows, stored, depth, tiles, entry_bytes,
+    map_stride,
+    L: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One warp: 32 segments of one piece of expert first + slot, if it has tokens; grid (NP,
+    slots).
+
+    NEG: negative codes are multiplied by row_scale_neg / row_scale, so that row_scale alone is left
+        to be applied.
+    """
+    lane = tl.arange(0, 32)
+    program = tl.program_id(0)
+    e = first + tl.program_id(1)
+    if e >= experts:
+        return
+    if tl.load(counts + e) == 0:
+        return
+    if tl.load(expert_limits + e) != L:
+        return
+    at = e.to(tl.int64) * tl.num_programs(0) + program
+    next_word = tl.load(records + at * 4) + lane
+    end = tl.load(records + at * 4 + 1)
+    steps = tl.load(records + at * 4 + 2)
+    limit = tl.load(records + at * 4 + 3)
+    info = tl.load(lanes + at * 32 + lane)
+    row = info & 0xFFFFFF
+    piece = program // tiles // S
+    pieces = tl.num_programs(0) // tiles // S
+    context_map = context_maps + tl.load(expert_maps + e) * map_stride + (info >> 24)
+    classes += (e.to(tl.int64) * pieces + piece) * stored
+    out += ((tl.program_id(1).to(tl.int64) * rows + row) * pieces + piece) * depth - 1
+    low = tl.load(words + next_word)
+    high = tl.load(words + next_word + 32)
+    next_word += 64
+    used = tl.zeros([32], tl.int32)
+    pos = tl.zeros([32], tl.int32)
+    if S > 1:
+        start = tl.load(starts + at * 32 + lane)
+        pos = start & 0xFFFF
+        left = start >> 16
+    ratio = tl.full([32], 1.0 / 64, tl.float32)
+    if NEG:
+        at_row = e.to(tl.int64) * rows + row
+        ratio *= tl.load(row_scale_neg + at_row, mask=row < rows, other=1.0)
+        ratio /= tl.load(row_scale + at_row, mask=row < rows, other=1.0)
+    last = tl.minimum(
+        limit - 1, depth
+    )  # position of the last real column; parked lanes are beyond it
+    total = tl.zeros([32], tl.float32)
+    for _ in range(steps):
+        table = latch(lut, classes, context_map, pos, entry_bytes, ASM, False)
+        window = window_of(low, high, used)
+        for _u in tl.static_range(32 // L):
+            advance, value, length = symbol(lut, table, window, entry_bytes, L, WIDE, ASM, False)
+            window = window >> length
+            used += length.to(tl.int32)
+            pos += advance
+            total = tl.where(advance == 0, total + value, value)
+            write = (value != 0) & (pos > 0) & (pos <= last) & (row < rows)
+            code = total * tl.where(total < 0, ratio, 1.0 / 64)
+            tl.store(out + pos, code.to(out.dtype.element_ty), mask=write)
+        pos = tl.minimum(pos, limit)
+        if S > 1:
+            left -= 1
+            pos = tl.where(left > 0, pos, limit)
+        next_word, low, high, used = refill(words, next_word, end, low, high, used)

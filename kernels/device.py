@@ -1,0 +1,118 @@
+# ruff: noqa: ANN001, ANN201 -- arguments of device code have no Python types
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+"""Device code that every kernel shares: one lane of a warp follows one stream segment. Knows
+nothing about experts or files.
+
+The loop that the kernels replace, for one segment of one row (`x` in the order of the coded
+columns, one zero on each side):
+
+    while groups_left:
+        table = lut[context_map[row_class + column_class[pos]]]         # latched once per G symbols
+        for _ in range(G):
+            advance, value, nbits = table[next L bits]
+            pos += advance; y += value * x[pos]; skip nbits
+        pos = min(pos, limit)
+
+A lookup entry is one unsigned integer: advance in bits 0..5, value + bias in the next 6 (16-bit
+entries) or 8 bits (32-bit entries), code length above. Or-ing all other bits of the mantissa of
+2^23 to one and subtracting that constant turns the value field into a float in two instructions,
+multiplied by VALUE_SCALE = 64; the sums are divided by 64 at the end.
+
+Safety, whatever the words hold:
+- the word index only grows, by one word per group at most (G * L <= 32), and is masked at the end
+  of its program's words;
+- a table index is L bits, the table base comes from tables that were built and checked on the host;
+- `pos` is clamped to `limit` after each group, so inside a group it stays below limit + 63 * G: x
+  has that many zeros behind it;
+- the number of groups is a stored count; nothing in the stream decides how long a loop runs.
+"""
+
+import triton
+import triton.language as tl
+
+VALUE_SCALE = 64  # values leave `symbol` multiplied by this
+
+
+@triton.jit
+def address(base, index, stride, ASM: tl.constexpr):
+    """base + index * stride in bytes as int64; one IMAD.WIDE instead of two LEAs (the compiler must
+    not see `stride`).
+    """
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 t; mul.wide.u32 t, $1, $2; add.s64 $0, t, $3; }", "=l,r,r,l",
+            [index, stride, base.to(tl.int64)], dtype=tl.int64, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return base.to(tl.int64) + index.to(tl.int64) * stride.to(tl.int64)
+
+
+@triton.jit
+def gather(base, index, stride, TYPE: tl.constexpr, ASM: tl.constexpr):
+    """Loads TYPE at `base` + index * stride bytes; base is any pointer, stride must equal TYPE's
+    size.
+    """
+    if ASM:
+        return tl.load(address(base, index, stride, ASM).to(tl.pointer_type(TYPE)))
+    else:
+        return tl.load(base.to(tl.pointer_type(TYPE)) + index)
+
+
+@triton.jit
+def symbol(
+    tables, table, window, entry_bytes,
+    L: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Looks up the code in the low bits of `window` (uint32).
+
+    `table` is the address of the table, or its first entry in the shared-memory array `tables`.
+    Returns (advance int32, value float32 * 64, code length uint32).
+    """
+    index = (window & ((1 << L) - 1)).to(tl.int32)
+    if SHARED:
+        e = tables.gather(table + index, axis=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    elif WIDE:
+        e = gather(table, index, entry_bytes, tl.uint32, ASM)
+    else:
+        e = gather(table, index, entry_bytes, tl.uint16, ASM).to(tl.uint32)
+    if WIDE:
+        length = e >> 14
+        # 2^23 + 0x3C03F + 64 * 128
+        value = (e | 0x4B03C03F).to(tl.float32, bitcast=True) - 8642623.0
+    else:
+        length = e >> 12
+        # 2^23 + 0xF03F + 64 * 32
+        value = (e | 0x4B00F03F).to(tl.float32, bitcast=True) - 8452159.0
+    return (e & 63).to(tl.int32), value, length
+
+
+@triton.jit
+def window_of(low, high, used):
+    """The 32 bits of the stream from bit `used` (0..31) of two words (int32) on, uint32."""
+    high, low = high.to(tl.uint32, bitcast=True), low.to(tl.uint32, bitcast=True)
+    both = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+    return (both >> used.to(tl.uint64)).to(tl.uint32)
+
+
+@triton.jit
+def refill(words, next_word, end, low, high, used):
+    """Steps to the next word when 32 bits are used. Returns (next_word, low, high, used)."""
+    step = used & 32
+    need = step != 0
+    low = tl.where(need, high, low)
+    high = tl.load(words + next_word, mask=need & (next_word < end), other=high)
+    return next_word + step, low, high, used & 31
+
+
+@triton.jit
+def latch(lut, classes, context_map, pos, entry_bytes, ASM: tl.constexpr, SHARED: tl.constexpr):
+    """The table for the column class at `pos`; context_map already points at the row's class.
+
+    Its address, or if SHARED its first entry counted from where `lut` (an integer then) starts.
+    """
+    column_class = tl.load(classes + pos).to(tl.int32)
+    first = tl.load(context_map + column_class)
+    if SHARED:
+        return first - lut
+    else:
+        return address(lut, first, entry_bytes, ASM)

@@ -1,0 +1,127 @@
+"""Launch plans: how a layer's shape is cut into programs on an architecture. A table and its
+arithmetic; nothing is tuned at run time.
+
+`scripts/tune` measures on a GPU and prints the rows for `PLANS`; unknown architectures use the row
+of the next older one.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choices for one architecture.
+
+    Attributes:
+        segment: columns of a stream below which it is not cut further when a model is loaded.
+        fill: lanes that a batch-1 launch should have at least; streams are cut into segments until
+            it does.
+        costs: relative time of the matvec loop with 1, 2, 4 and 8 tokens per expert.
+        tile_cost: relative time of decoding an expert to a tile, and of one tile of tokens times
+            it.
+        token_tile, row_tile, depth_tile: block of the grouped product (tokens, rows, columns).
+        dot_warps, dot_stages: warps and pipeline stages of the grouped product.
+        scratch_bytes: decoded experts that are held at a time for the grouped product.
+        asm: inline PTX for address arithmetic.
+        shared: lookup tables in shared memory where the kernel supports it (`qmoe.kernels.shared`);
+            off until a GPU has confirmed that it is right and faster.
+    """
+
+    segment: int = 384
+    fill: int = 132 * 8 * 32
+    costs: tuple[float, float, float, float] = (1.0, 1.11, 1.4, 2.1)
+    tile_cost: tuple[float, float] = (1.6, 0.4)
+    token_tile: int = 64
+    row_tile: int = 128
+    depth_tile: int = 64
+    dot_warps: int = 8
+    dot_stages: int = 3
+    scratch_bytes: int = 64 << 20
+    asm: bool = True
+    shared: bool = False
+
+
+BATCHES = (1, 2, 4, 8)
+PLANS = {
+    80: Plan(fill=108 * 8 * 32, scratch_bytes=32 << 20),
+    89: Plan(fill=128 * 8 * 32, scratch_bytes=48 << 20),
+    90: Plan(),
+    100: Plan(fill=148 * 8 * 32, scratch_bytes=96 << 20),
+}
+PORTABLE = Plan(asm=False)  # the interpreter and AMD
+
+
+def plan_for(capability: int) -> Plan:
+    """Plan of a CUDA compute capability (10 * major + minor); `PORTABLE` below 8.0."""
+    known = [c for c in PLANS if c <= capability]
+    return PLANS[max(known)] if known else PORTABLE
+
+
+_forced: list[Plan] = []
+
+
+@contextmanager
+def forced(plan: Plan) -> Iterator[None]:
+    """Every device has this plan inside the context; for measurements, not thread-safe."""
+    _forced.append(plan)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def plan_of(device: torch.device) -> Plan:
+    """Plan of a device."""
+    return _forced[-1] if _forced else _plan_of(device)
+
+
+@lru_cache
+def _plan_of(device: torch.device) -> Plan:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return PORTABLE
+    major, minor = torch.cuda.get_device_capability(device)
+    return plan_for(10 * major + minor)
+
+
+def segments(plan: Plan, rows: int, cols: int, top_k: int) -> int:
+    """Segments per stream so that one token's experts fill the GPU, without segments below
+    `plan.segment` columns.
+    """
+    pieces = -(-cols // 1024)
+    wanted = -(-plan.fill // max(1, rows * pieces * top_k))
+    return max(1, min(wanted, 8, -(-cols // pieces) // plan.segment))
+
+
+@lru_cache(maxsize=4096)
+def batch_of(plan: Plan, tokens: int, top_k: int, experts: int) -> int:
+    """Tokens per expert that one pass of the matvec handles, 1, 2, 4 or 8; 0 = the grouped product
+    is cheaper.
+
+    Expected cost if every token picked its experts evenly: a pass per started group of B tokens,
+        against decoding each expert that has any token once and multiplying it with tiles of
+        tokens.
+    """
+    if tokens == 1:
+        return 1
+    share = min(1.0, top_k / experts)
+    passes = dict.fromkeys(BATCHES, 0.0)
+    active = tiles = 0.0
+    for n in range(1, tokens + 1):
+        log = math.lgamma(tokens + 1) - math.lgamma(n + 1) - math.lgamma(tokens - n + 1)
+        rest = (
+            (tokens - n) * math.log1p(-share) if share < 1 else (0.0 if n == tokens else -math.inf)
+        )
+        p = math.exp(log + n * math.log(share) + rest)
+        active += p
+        tiles += p * -(-n // plan.token_tile)
+        for b in BATCHES:
+            passes[b] += p * -(-n // b)
+    cost = {b: passes[b] * c for b, c in zip(BATCHES, plan.costs, strict=True)}
+    cost[0] = active * plan.tile_cost[0] + tiles * plan.tile_cost[1]
+    return min(cost, key=lambda b: (cost[b], b))

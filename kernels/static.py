@@ -1,0 +1,288 @@
+"""What can be known about the kernels without a GPU: registers, spills, instructions and cache
+lines per weight, and a model of the H200.
+
+The model: 132 SMs at 1.75 GHz; per warp and step (one symbol in each of 32 lanes) an SM needs N / 4
+cycles to issue N instructions, A / 2 cycles for A of them on the half-rate integer pipe, and one L1
+cycle per distinct cache line that the step touches; the largest of the three is the bound. bf16's
+floor is the time to read two bytes per weight from memory at 4.3 TB/s. The line rule has not been
+checked on a GPU.
+"""
+
+import json as json_module
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from qmoe.codec import encode_group, parse_matrix, parse_tables
+from qmoe.kernels import dense, grouped, groups, matvec, shared
+from qmoe.kernels.layout import Projection, pack_projection
+from qmoe.kernels.plan import PLANS
+from qmoe.kernels.sample import sample_matrix
+from qmoe.kernels.sass import Compiled, compile_for
+from qmoe.kernels.trace import Touched, trace
+from qmoe.types import QuantizedMatrix
+
+TARGETS: tuple[int | str, ...] = (80, 89, 90, 100, "gfx942")
+SM_CYCLES = 132 * 1.75e9
+BF16_WEIGHTS = 4.3e12 / 2
+BUDGET = 7.0  # lane instructions per weight of the batch-1 loop at 0.8 bit
+_DECODER = dict.fromkeys(("words", "records", "lanes", "starts", "context_maps", "expert_maps",
+"expert_limits"), "*i32") | {
+    "classes": "*u8", "lut": "*i16", "row_scale": "*fp32", "row_scale_neg": "*fp32"
+}  # fmt: skip
+_ROUTING = {
+    "group_expert": "*i32",
+    "group_pairs": "*i32",
+    "slots": "*i32",
+    "columns": "*i16",
+    "scales": "*fp32",
+    "partial": "*fp32",
+}
+
+
+def kernels(
+    target: int | str,
+) -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Everything that is compiled: name -> (kernel, argument types, constants, options)."""
+    asm = isinstance(target, int)
+    warp = {"num_warps": 1}
+    out: dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = {}
+    loop = _DECODER | _ROUTING | {"xs": "*bf16"}
+    variants: dict[str, dict[str, Any]] = {
+        "matvec 1": {},
+        "matvec 2": {"B": 2},
+        "matvec 4": {"B": 4},
+        "matvec 8": {"B": 8},
+        "matvec 1 float32": {"X_BITS": 32},
+        "matvec 8 float32": {"B": 8, "X_BITS": 32},
+        "matvec 1 in 2 segments": {"S": 2},
+        "matvec 1 of 10 bits": {"L": 10},
+        "matvec 1 of 12 bits": {"L": 12},
+        "matvec 1 wide": {"WIDE": True},
+        "matvec 1 two row scales": {"NEG": True},
+    }
+    for name, changed in variants.items():
+        constants = {
+            "B": 1,
+            "X_BITS": 16,
+            "L": 8,
+            "S": 1,
+            "WIDE": False,
+            "NEG": False,
+            "ASM": asm,
+        } | changed
+        types = (
+            loop
+            | ({"lut": "*i32"} if constants["WIDE"] else {})
+            | ({"xs": "*fp32"} if constants["X_BITS"] == 32 else {})
+        )
+        out[name] = matvec.matvec, types, constants, warp
+    if asm and shared.SUPPORTED:
+        for batch in (1, 4, 8):
+            constants = {
+                "B": batch,
+                "X_BITS": 16,
+                "L": 8,
+                "S": 1,
+                "WIDE": False,
+                "NEG": False,
+                "ASM": asm,
+            }
+            out[f"matvec {batch} shared"] = shared.matvec_shared, loop, constants, warp
+    decode = {"L": 8, "S": 1, "WIDE": False, "NEG": False, "ASM": asm}
+    out["decode"] = dense.decode_active, _DECODER | {"out": "*bf16", "counts": "*i32"}, decode, warp
+    block = {"BLOCK": 256}
+    out["inputs"] = (
+        matvec.gather_inputs,
+        _ROUTING | {"x": "*bf16", "xs": "*bf16"},
+        {"B": 1, "OFFSET": 0} | block,
+        {},
+    )
+    out["gate"] = (
+        matvec.silu_inputs,
+        _ROUTING | {"xs": "*bf16"},
+        {"SLOTS": 2, "B": 1, "HALF": 1} | block,
+        {},
+    )
+    out["sum pairs"] = (
+        matvec.sum_partials,
+        _ROUTING | {"y": "*bf16"},
+        {"SLOTS": 2, "B": 1} | block,
+        {},
+    )
+    sums = {"K": 8, "SLOTS": 1, "B": 1} | block
+    out["sum tokens"] = matvec.sum_tokens, _ROUTING | {"weights": "*bf16", "out": "*bf16"}, sums, {}
+    out["groups"] = groups.group_small, _ROUTING | {"index": "*i64"}, {"B": 8, "BLOCK": 256}, {}
+    plan = PLANS[90]
+    dot = {
+        "TOKENS": plan.token_tile,
+        "ROWS": plan.row_tile,
+        "DEPTH": plan.depth_tile,
+        "SPLIT": 1,
+        "EXACT": False,
+    }
+    dot_types = {
+        "xs": "*bf16",
+        "codes": "*bf16",
+        "row_scale": "*fp32",
+        "offsets": "*i32",
+        "order": "*i32",
+        "y": "*bf16",
+    }
+    out["grouped dot"] = (
+        grouped.grouped_dot,
+        dot_types,
+        dot,
+        {"num_warps": PLANS[90].dot_warps, "num_stages": PLANS[90].dot_stages},
+    )
+    out["zero"] = dense.zero_active, {"out": "*bf16", "counts": "*i32"}, {"BLOCK": 2048}, {}
+    return out
+
+
+def packed(matrices: Sequence[QuantizedMatrix], segments: int = 1) -> Projection:
+    """A projection from quantized matrices, by way of the codec."""
+    group = encode_group(matrices)
+    tables = parse_tables(group.tables)
+    return pack_projection(
+        [(tables, parse_matrix(tables, blob)) for blob in group.matrices], segments
+    )
+
+
+def estimate(
+    loop: Compiled, symbols: int, touched: Touched, shared_tables: bool = False
+) -> dict[str, float]:
+    """Model of a matvec loop that takes `symbols` symbols a turn: weights per second by each bound,
+    and lane instructions per weight.
+    """
+    n, alu = loop.instructions / symbols, loop.alu / symbols
+    weights = 32 / touched.steps_per_weight * SM_CYCLES  # per second if a step took an SM one cycle
+    bounds = {
+        "issue": weights / (n / 4),
+        "alu": weights / (alu / 2),
+        "lines": weights / touched.cycles(shared_tables),
+    }
+    return {
+        "instructions_per_symbol": n,
+        "alu_per_symbol": alu,
+        "lines_per_symbol": touched.cycles(shared_tables),
+        "symbols_per_weight": touched.steps_per_weight,
+        "instructions_per_weight": n * touched.steps_per_weight,
+        **{f"{k}_weights_per_s": v for k, v in bounds.items()},
+        "weights_per_s": min(bounds.values()),
+        "over_bf16": min(bounds.values()) / BF16_WEIGHTS,
+    }
+
+
+def run(json: bool = False, matrices: Sequence[QuantizedMatrix] | None = None) -> dict[str, Any]:
+    """Compiles every kernel for every target and models the batch-1 loop on an H200.
+
+    Args:
+        json: print one line of JSON instead of the table.
+        matrices: quantized experts of one projection to take symbols and cache lines from; default
+            is `sample_matrix` at 0.8 bit.
+
+    Returns:
+        {"targets": {target: {kernel: {registers, spills, instructions, alu, code}}}, "model":
+        {kernel: `estimate`}, "stored_bits", "memory_bits" (per weight, on disk and in kernel form),
+        "spills" (total), "budget", "within_budget"}.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET, where nothing can be compiled.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1; unset it")
+    sample = list(matrices) if matrices is not None else [sample_matrix(1536, 2048)]
+    weights = sum(m.codes.numel() for m in sample)
+    group = encode_group(sample)
+    p = packed(sample)
+    touched = {size: trace(p, 0, input_bytes=size) for size in (2, 4, 8, 16)}
+    result: dict[str, Any] = {
+        "targets": {},
+        "stored_bits": 8
+        * (group.tables.numel() + sum(b.numel() for b in group.matrices))
+        / weights,
+        "memory_bits": 8 * p.nbytes() / weights,
+        "budget": BUDGET,
+        "bf16_weights_per_s": BF16_WEIGHTS,
+    }
+    model: dict[str, dict[str, float]] = {}
+    for target in TARGETS:
+        rows = {}
+        for name, (kernel, types, constants, options) in kernels(target).items():
+            c = compile_for(kernel, types, constants, target, **options)
+            rows[name] = {
+                "registers": c.registers,
+                "spills": c.spills,
+                "instructions": c.instructions,
+                "alu": c.alu,
+                "code": c.code,
+            }
+            if (
+                target == 90
+                and name.startswith("matvec")
+                and constants["L"] == p.limits[0]
+                and constants["S"] == 1
+            ):
+                model[name] = estimate(
+                    c,
+                    32 // constants["L"],
+                    touched[min(16, constants["B"] * constants["X_BITS"] // 8)],
+                    kernel is shared.matvec_shared,
+                )
+        result["targets"][str(target)] = rows
+    result["model"] = model
+    result["spills"] = sum(k["spills"] for t in result["targets"].values() for k in t.values())
+    first = model.get("matvec 1")
+    result["within_budget"] = bool(
+        first and first["instructions_per_weight"] <= BUDGET and result["spills"] == 0
+    )
+    print(json_module.dumps(result) if json else report(result))
+    return result
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result of `run` as a table."""
+    lines = ["registers / spilled bytes / instructions of the inner loop (of them integer pipe)"]
+    targets = list(result["targets"])
+    lines.append(f"{'kernel':26}" + "".join(f"{t:>20}" for t in targets))
+    for name in result["targets"][targets[0]]:
+        cells = [result["targets"][t][name] for t in targets]
+        text = (
+            f"{c['registers']} / {c['spills']} / {c['instructions'] or '-'} ({c['alu'] or '-'})"
+            for c in cells
+        )
+        lines.append(f"{name:26}" + "".join(f"{t:>20}" for t in text))
+    lines.append("")
+    lines.append(
+        f"H200 model, class mix of {result['stored_bits']:.3f} stored bits per weight "
+        f"({result['memory_bits']:.3f} in kernel form); "
+        f"bf16 reads {result['bf16_weights_per_s'] / 1e12:.2f} T weights/s"
+    )
+    head = (
+        "symbols/weight",
+        "instr/symbol",
+        "instr/weight",
+        "issue T/s",
+        "ALU T/s",
+        "lines T/s",
+        "x bf16",
+    )
+    lines.append(f"{'loop':26}" + "".join(f"{h:>16}" for h in head))
+    for name, m in result["model"].items():
+        values = (
+            m["symbols_per_weight"],
+            m["instructions_per_symbol"],
+            m["instructions_per_weight"],
+        )
+        rates = (
+            m["issue_weights_per_s"] / 1e12,
+            m["alu_weights_per_s"] / 1e12,
+            m["lines_weights_per_s"] / 1e12,
+            m["over_bf16"],
+        )
+        lines.append(f"{name:26}" + "".join(f"{v:16.2f}" for v in (*values, *rates)))
+    lines.append(
+        f"budget {result['budget']} instructions per weight, no spills: "
+        f"{'kept' if result['within_budget'] else 'EXCEEDED'}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""What the lanes of a warp touch, step by step: the batch-1 loop of `qmoe.kernels.matvec` followed
+in torch, to count cache lines.
+
+A load of a warp costs the L1 cache about a cycle per distinct line of 128 bytes; this counts them
+on real streams.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmoe.kernels.layout import NO_ROW, Projection
+
+LINE = 128
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Means over the steps of a warp (one step = one symbol of each lane).
+
+    Attributes:
+        banks: cycles of the lookup if the tables are in shared memory (the fullest of 32 banks).
+        table, inputs, words, classes: distinct lines per step of the lookup, of x, of refills, and
+            of class and context map loads.
+        steps_per_weight: symbols stepped per coded weight, counting lanes that wait for others.
+        symbols_per_weight: the same without waiting.
+    """
+
+    banks: float
+    table: float
+    inputs: float
+    words: float
+    classes: float
+    steps_per_weight: float
+    symbols_per_weight: float
+
+    def cycles(self, shared: bool = False) -> float:
+        """L1 cycles per step, with the tables in global or in shared memory."""
+        return (self.banks if shared else self.table) + self.inputs + self.words + self.classes
+
+
+def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) -> Touched:
+    """Follows up to `programs` evenly spaced programs of an expert."""
+    chosen = torch.linspace(0, p.programs - 1, min(programs, p.programs)).long()
+    lanes = p.lanes[expert, chosen].long()
+    row, base = lanes & NO_ROW, lanes >> 24
+    first, _, steps, limit = p.records[expert, chosen].long()[:, :, None].unbind(1)
+    piece = (chosen // p.tiles // p.segments)[:, None]
+    at = first + torch.arange(32)
+    words, lut = p.words.long() & 0xFFFFFFFF, p.lut.long() & (0xFFFFFFFF if p.wide else 0xFFFF)
+    maps, bits = p.context_maps[p.expert_maps[expert]].long(), int(p.expert_limits[expert])
+    value_bits, entry_bytes = (8, 4) if p.wide else (6, 2)
+    pos = torch.zeros_like(lanes)
+    left = steps.expand_as(pos)
+    if p.segments > 1:
+        pos, left = p.starts[expert, chosen].long() & 0xFFFF, p.starts[expert, chosen].long() >> 16
+    used = torch.zeros_like(pos)
+    sums = dict.fromkeys(("banks", "table", "inputs", "words", "classes"), 0.0)
+    running = useful = 0
+    for step in range(int(steps.max())):
+        live = (step < steps).expand_as(pos)
+        place = pos.clamp(max=p.classes.shape[2] - 1)
+        column = p.classes[expert, piece, place].long()
+        sums["classes"] += _lines(place, live) + _lines((base + column) * 4, live)
+        table = maps[base + column]
+        low, high = (
+            words[at.clamp(max=words.numel() - 33)],
+            words[(at + 32).clamp(max=words.numel() - 1)],
+        )
+        window = low >> used | (high << (32 - used)) & 0xFFFFFFFF
+        for _ in range(32 // bits):
+            useful += int((live & (pos < limit) & (row < p.rows) & (left > 0)).sum())
+            running += int(live.sum())
+            index = table + (window & ((1 << bits) - 1))
+            entry = lut[index]
+            length = entry >> (6 + value_bits)
+            window, used, pos = window >> length, used + length, pos + (entry & 63)
+            sums["banks"] += _banks((index - maps[0]) * entry_bytes, live)
+            sums["table"] += _lines(index * entry_bytes, live)
+            sums["inputs"] += _lines(pos * input_bytes, live)
+        pos, left = torch.minimum(pos, limit), left - 1
+        if p.segments > 1:
+            pos = torch.where(left > 0, pos, limit)
+        need = used >= 32
+        sums["words"] += _lines((at + 64) * 4, live & need)
+        at, used = at + 32 * need, used & 31
+    real = row < p.rows
+    weights = (
+        float((real * (limit - 1)).sum()) / p.segments
+    )  # a segment is its part of a stream, on average
+    share = weights * (
+        p.cols / p.pieces / float((limit - 1).float().mean())
+    )  # columns of zeros are weights, too
+    count = running / 32
+    return Touched(
+        **{name: s / count for name, s in sums.items()},
+        steps_per_weight=running / share,
+        symbols_per_weight=useful / share,
+    )
+
+
+def _lines(address: Tensor, live: Tensor) -> float:
+    """Distinct lines over the lanes of each program, summed over programs."""
+    line = torch.where(live, address // LINE, -1).sort(dim=1).values
+    fresh = (line[:, 1:] != line[:, :-1]) & (line[:, 1:] >= 0)
+    return float(fresh.sum() + (line[:, 0] >= 0).sum())
+
+
+def _banks(address: Tensor, live: Tensor) -> float:
+    """Distinct words in the fullest bank of each program, summed over programs."""
+    word = torch.where(live, address // 4, -1).sort(dim=1).values
+    fresh = (word >= 0) & torch.nn.functional.pad(word[:, 1:] != word[:, :-1], (1, 0), value=True)
+    count = torch.zeros(len(word), 32, dtype=torch.long)
+    count.scatter_add_(1, word.clamp(min=0) % 32, fresh.long())
+    return float(count.max(dim=1).values.sum())
