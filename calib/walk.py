@@ -83,7 +83,10 @@ class Walk:
         def stub(b: BlockRef, real: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if block is None or b.module is not block.module:
-                    return _tree(self._place, self._saved[self.batch][b.list_name])
+                    saved = self._saved[self.batch]
+                    if block is not None and b.list_name not in saved:
+                        raise _Stop  # the list of `block` is no part of a text's forward
+                    return _tree(self._place, saved[b.list_name])
                 current["out"] = real(*args, **kwargs)
                 raise _Stop
 

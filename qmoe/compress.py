@@ -28,10 +28,11 @@ from qmoe.calib.experts import Parked, park, plugged
 from qmoe.calib.store import ActivationStore
 from qmoe.calib.tokens import inputs_only, learnable, prepare
 from qmoe.calib.walk import Walk
+from qmoe.carried import account, write_carried
 from qmoe.checkpoint import open_checkpoint
 from qmoe.container import ContainerWriter
 from qmoe.devices import pick_device
-from qmoe.errors import QmoeError
+from qmoe.errors import QmoeError, SourceError
 from qmoe.evaluate import split_batches
 from qmoe.families.base import ExpertsLayout
 from qmoe.host import BlockRef, Host
@@ -39,6 +40,7 @@ from qmoe.layer import Stream, quantize_layer
 from qmoe.quantize import Method, get_method
 from qmoe.rate import Controller, Curve, Probe, check_target, module_bits, share_of
 from qmoe.report import CompressReport
+from qmoe.save import plain_config
 
 _BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
 
@@ -102,7 +104,7 @@ def compress_checkpoint(
     method = _method(settings)
     checkpoint = open_checkpoint(source)
     host = Host(checkpoint, trust_remote_code=settings.trust_remote_code, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    tokenizer = _tokenizer(checkpoint.directory, settings.trust_remote_code)
     ctx = _context(host.config, settings)
     data = prepare(
         tokenizer, host.config, settings.calib, settings.calib_tokens, ctx, settings.seed
@@ -121,20 +123,30 @@ def compress_checkpoint(
                 curves = run.probe(settings.bits)
                 rest.note["curves"] = [c.as_list() for c in curves]
                 run.rate = Controller(settings.bits, curves)
-        names = ["rest"]
+        names = ["rest", *write_carried(writer, host)]
         for block in tqdm(list(host.blocks()), desc="blocks", unit="block", disable=not progress):
             with writer.block(block.name) as target:
                 run.block(block, target)
             names.append(block.name)
         writer.finish(
             names,
-            config=host.config.to_dict(),
+            config=plain_config(host.config),
             settings={**settings.recorded(), "method": method.name, "ctx": ctx},
             versions=_versions(),
             source={"name": Path(source).name, **identity},
+            report={"tensors": account(host)},
             carry_from=checkpoint.directory,
         )
     return CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
+
+
+def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, TypeError, ValueError) as e:
+        hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
 
 
 def _digest(batches: list[dict[str, Tensor]]) -> str:
