@@ -293,3 +293,41 @@ def _close(got: torch.Tensor, expected: torch.Tensor) -> None:
     worst = float((got - expected).abs().max())
     assert torch.isfinite(expected).all()
     assert worst <= 1e-4 * max(1.0, float(expected.abs().max())), f"logits differ by {worst}"
+
+
+# Types that cannot go through, with the reason.
+REASONS: dict[str, str] = {
+    "diffusion_gemma": "generates blocks of text by diffusion; it is no causal language model, and "
+    "`qmoe compress` says so.",
+    "ernie4_5_vl_moe": "its text and its vision experts are one numbered list on disk, which "
+    "reading a single expert does not take apart.",
+    "openai_privacy_filter": "labels tokens and generates no text; `qmoe compress` says so.",
+    "qwen3_omni_moe": "a pipeline of two language models and a vocoder; its thinker, "
+    "`qwen3_omni_moe_thinker`, is supported.",
+}
+STEPS = ("compress", "logits", "generate", "save")
+
+
+def attempt(kind: str, work: Path, tiny: Any) -> dict[str, Any]:
+    """One row of the table: {"kind", "experts": layout in words, "passed": [...], "reason"}."""
+    row = {"kind": kind, "experts": "", "passed": [], "reason": REASONS.get(kind, "")}
+    if row["reason"]:
+        return row
+    try:
+        row["passed"] = list(run(kind, work, tiny))
+        row["experts"] = described(work / "q")
+    except ImportError as e:  # transformers wants a package for this type alone
+        row["reason"] = f"not run: transformers needs a package that is not installed ({e})."
+    return row
+
+
+def described(compressed: Path) -> str:
+    """How the experts of a model are laid out."""
+    container = Container.open(compressed, check=False)
+    kinds = {(m.kind, tuple(p.name for p in m.projections)) for m in container.modules.values()}
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in sorted(kinds))
+
+
+def family_of(kind: str) -> str:
+    """The folder of transformers that a type belongs to."""
+    return model_type_to_module_name(kind)
