@@ -7,6 +7,7 @@ writes them back. Knows nothing about what they mean.
 """
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from qmoe.container import CARRIED_BLOCK, ContainerWriter
@@ -14,19 +15,22 @@ from qmoe.families.layouts import KINDS
 from qmoe.host import Host
 
 
-def write_carried(writer: ContainerWriter, host: Host) -> list[str]:
+def write_carried(
+    writer: ContainerWriter, host: Host, finished: Collection[str]
+) -> list[str]:
     """Copies what no module takes, one tensor at a time.
 
     Args:
         writer: of the compressed checkpoint.
         host: the model and its open source.
+        finished: blocks that an earlier run left.
 
     Returns:
         The names of the blocks written: one, or none if every tensor has a module.
     """
     if not host.unused:
         return []
-    if CARRIED_BLOCK not in writer.finished_blocks():
+    if CARRIED_BLOCK not in finished:
         with writer.block(CARRIED_BLOCK) as block:
             for name in host.unused:
                 block.add_tensor(name, host.checkpoint.read(name))

@@ -51,7 +51,10 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except QmoeError as error:
             click.echo(f"qmoe: {error}", err=True)
-            sys.exit(2)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("qmoe: interrupted", err=True)
+            sys.exit(130)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -108,9 +111,9 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @click.option(
     "--memory",
     type=_Bytes(),
-    default="4GiB",
+    default="8GiB",
     show_default=True,
-    help="Room for activations in memory; the rest goes to mapped files.",
+    help="Memory of a process; activations beyond it go to mapped files in OUT.partial.",
 )
 @_device
 @click.option(
@@ -121,11 +124,21 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     """Compress SOURCE (a directory or a hub id) into the directory OUT."""
     from qmoe.compress import Settings, compress_checkpoint
+    from qmoe.parallel import World
 
     if options["method"] == "rd" and options["bits"] is None and options["delta"] is None:
         options["bits"] = 0.8
-    report = compress_checkpoint(source, out, Settings(**options), progress=sys.stderr.isatty())
-    _show(report.as_dict(), as_json, report.text())
+    with World.of_environment() as world:
+        report = compress_checkpoint(
+            source,
+            out,
+            Settings(**options),
+            sys.stderr.isatty(),
+            world,
+            lambda text: click.echo(text, err=True),
+        )
+        if world.first:
+            _show(report.as_dict(), as_json, report.text())
 
 
 @main.command(name="eval")

@@ -198,9 +198,22 @@ class Host:
         """A block without the parameters in `skip` (its experts' matrices)."""
         self.load(lambda t: t.startswith(f"{block.name}.") and t not in skip)
 
+    def free_head(self) -> None:
+        """Puts the output embeddings back on the meta device unless the input shares them: no block
+        needs them.
+        """
+        head, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is not None and head.weight is not inputs.weight:
+            head.to("meta")
+
     def free(self, block: BlockRef) -> None:
-        """Puts a block's weights back on the meta device."""
+        """Puts a block's weights back on the meta device; tables that no file holds stay."""
+        stored = block.module.state_dict().keys()
+        tables = [(n, b) for n, b in block.module.named_buffers() if n not in stored]
         block.module.to("meta")
+        for name, buffer in tables:
+            owner, _, leaf = name.rpartition(".")
+            block.module.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
 
     def read_expert(
         self, layout: ExpertsLayout, module: nn.Module, expert: int
@@ -276,6 +289,26 @@ class Host:
         found: Tensor = result[0] if isinstance(result, list) else result
         return found
 
+    def prefetch(self, layout: ExpertsLayout, module: nn.Module, experts: range) -> None:
+        """Lets the matrices of some experts be read ahead where each has a tensor of its own; one
+        tensor of all experts is read in order, which the operating system sees by itself.
+        """
+        names = []
+        for name in KINDS[layout.kind].encoded(module):
+            for disk in self.sources.get(f"{layout.path}.{name}", ()):
+                number = _EXPERT_NUMBER.search(disk)
+                if number and int(number.group(1)) in experts:
+                    names.append(disk)
+        self.checkpoint.prefetch(names)
+
+    def prefetch_block(self, block: BlockRef) -> None:
+        """Lets a block without its experts' matrices be read ahead."""
+        skip = self.encoded_names(block)
+        inside = f"{block.name}."
+        for target, disks in self.sources.items():
+            if target.startswith(inside) and target not in skip:
+                self.checkpoint.prefetch(disks)
+
     def experts_of(self, block: BlockRef) -> list[tuple[ExpertsLayout, nn.Module]]:
         """The experts modules of a block in the order in which its forward calls them."""
         inside = f"{block.name}."
@@ -289,18 +322,16 @@ class Host:
             for name in KINDS[layout.kind].encoded(module)
         }
 
-    def dense(self, want: Callable[[str], bool]) -> dict[str, Tensor]:
+    def dense(self, want: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
         """Resident parameters and persistent buffers by module name, in the dtype that they have on
-        disk.
+        disk, one at a time.
 
         Tied copies are left out: the model ties them again when it is loaded.
         """
         tied = {name for name, _ in tied_names(self.model)}
-        out = {}
         for name, tensor in self.model.state_dict().items():
             if want(name) and not tensor.is_meta and name not in tied:
-                out[name] = tensor.cpu().to(self._stored_dtype(name, tensor))
-        return out
+                yield name, tensor.cpu().to(self._stored_dtype(name, tensor))
 
     def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
         if not tensor.is_floating_point():

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qmoe.calib.experts import park, plugged
+from qmoe.calib.state import Resident
 from qmoe.calib.store import ActivationStore
 from qmoe.calib.walk import Walk
 from qmoe.checkpoint import open_checkpoint
@@ -80,7 +81,7 @@ def _stream(directory, batches):
     host = Host(open_checkpoint(str(directory)))
     host.load_rest()
     with ActivationStore(1000) as store:
-        walk = Walk(host, batches, store)
+        walk = Walk(host, batches, Resident(store))
         reads = []
         for block in host.blocks():
             host.load_block(block, host.encoded_names(block))
@@ -128,7 +129,7 @@ def test_dense_tensors_keep_their_disk_dtype_and_leave_out_experts():
     block = next(host.blocks())
     names = host.encoded_names(block)
     host.load_block(block, names)
-    dense = host.dense(lambda n: n.startswith(f"{block.name}.") and n not in names)
+    dense = dict(host.dense(lambda n: n.startswith(f"{block.name}.") and n not in names))
     assert {t.dtype for t in dense.values()} == {torch.bfloat16}
     assert not any("experts" in n for n in dense)
     assert f"{block.name}.mlp.gate.weight" in dense
