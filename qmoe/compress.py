@@ -30,11 +30,12 @@ from qmoe import __version__
 from qmoe.calib.state import Durable, Outputs, Resident, resume_point
 from qmoe.calib.store import ActivationStore
 from qmoe.calib.tokens import inputs_only, prepare
+from qmoe.carried import account, write_carried
 from qmoe.checkpoint import open_checkpoint
 from qmoe.container import ContainerWriter
 from qmoe.devices import pick_device
 from qmoe.durable import canonical_json
-from qmoe.errors import InterruptedRunError, QmoeError
+from qmoe.errors import InterruptedRunError, QmoeError, SourceError
 from qmoe.evaluate import split_batches
 from qmoe.host import BlockRef, Host
 from qmoe.importance import fits, layer_importance
@@ -44,6 +45,7 @@ from qmoe.quantize import Method, get_method
 from qmoe.rate import Controller, Curve, Probe, check_target, share_of
 from qmoe.report import CompressReport
 from qmoe.run import Run
+from qmoe.save import plain_config
 
 _BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
 Say = Callable[[str], object]
@@ -120,7 +122,7 @@ def compress_checkpoint(
     method = _method(settings)
     checkpoint = open_checkpoint(source)
     host = Host(checkpoint, trust_remote_code=settings.trust_remote_code, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    tokenizer = _tokenizer(checkpoint.directory, settings.trust_remote_code)
     ctx = _context(host.config, settings)
     data = prepare(
         tokenizer, host.config, settings.calib, settings.calib_tokens, ctx, settings.seed
@@ -188,6 +190,7 @@ def compress_checkpoint(
                     rest.note["importance"] = importance
                     if run.rate is not None:
                         rest.note["curves"] = [c.as_list() for c in run.rate.curves]
+            carried = write_carried(writer, host, finished) if writer else []
         except KeyboardInterrupt:
             raise _interrupted(writer, blocks[done:]) from None
         host.free_head()
@@ -209,15 +212,25 @@ def compress_checkpoint(
                 bar.update()
         if writer:
             writer.finish(
-                ["rest", *(b.name for b in blocks)],
+                ["rest", *carried, *(b.name for b in blocks)],
                 config=_plain(host.config),
                 settings={**settings.recorded(), "method": method.name, "ctx": ctx},
                 versions=_versions(),
                 source={"name": Path(source).name, **identity},
+                report={"tensors": account(host)},
                 carry_from=checkpoint.directory,
             )
         world.meet("end of the run")
     return CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
+
+
+def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, TypeError, ValueError) as e:
+        hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
 
 
 def _clean(writer: ContainerWriter | None) -> Path:
@@ -294,7 +307,7 @@ def _probe(
 
 def _plain(config: Any) -> dict[str, Any]:
     """The config as JSON values, without the place where the source lies."""
-    out: dict[str, Any] = config.to_dict()
+    out = plain_config(config)
     out.pop("_name_or_path", None)
     return out
 
