@@ -15,9 +15,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class Settings:
         calib_tokens: at most this many tokens of it.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
+        knobs: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`, and
+            `gradient`, 0 for layers that count alike.
         memory: bytes that a process may use; what activations find no room for goes to mapped
             files.
         device: where solvers and forwards run.
@@ -78,10 +80,15 @@ class Settings:
     delta: float | None = None
     ctx: int | None = None
     seed: int = 0
+    knobs: Mapping[str, float] = field(default_factory=dict)
     memory: int = 8 * 2**30
     device: str = "auto"
     trust_remote_code: bool = False
     fresh: bool = False
+
+    def solver_knobs(self) -> dict[str, float]:
+        """The knobs that the solver has."""
+        return {name: value for name, value in self.knobs.items() if name != "gradient"}
 
     def recorded(self) -> dict[str, Any]:
         """The part that decides the bytes, for the manifest and for resuming."""
@@ -130,8 +137,9 @@ def compress_checkpoint(
     batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
     plan = make_plan(host, method, batches, settings.memory, out, settings.bits)
     say(plan.text())
-    by_gradient = method.drift > 0 and fits(host, settings.memory)
-    if method.drift > 0 and not by_gradient:
+    wanted = settings.method == "rd" and bool(settings.knobs.get("gradient", True))
+    by_gradient = wanted and fits(host, settings.memory)
+    if wanted and not by_gradient:
         say("layers count alike: the gradients of the whole model do not fit in --memory")
     identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
     job = {
@@ -175,12 +183,12 @@ def compress_checkpoint(
             run = make_run(method, batches, kept, world)
             if settings.bits is not None:
                 curves = finished.get("rest", {}).get("curves") or world.share(
-                    lambda: _probe(
-                        host, blocks, batches, settings.bits or 0.0, store, make_run, progress
-                    ),
+                    lambda: _probe(host, blocks, batches, settings, store, make_run, progress),
                     "probe of the bits",
                 )
-                run.rate = Controller(settings.bits, [Curve(*c) for c in curves])
+                run.rate = Controller(
+                    settings.bits, [Curve(*c) for c in curves], settings.solver_knobs()
+                )
                 run.rate_after([finished[b.name] for b in blocks[:done]])
             if writer and "rest" not in finished:
                 with writer.block("rest") as rest:
@@ -287,7 +295,7 @@ def _probe(
     host: Host,
     blocks: Sequence[BlockRef],
     batches: Batches,
-    bits: float,
+    settings: Settings,
     store: ActivationStore,
     make_run: Callable[[Method, Batches, Sequence[Outputs], World], Run],
     progress: bool,
@@ -296,7 +304,8 @@ def _probe(
     tokens = sum(b["input_ids"].numel() for b in batches)
     some = share_of(batches, batches[0]["input_ids"].numel())
     seen = sum(b["input_ids"].numel() for b in some)
-    probe = Probe(bits, tokens / seen, [la for b in blocks for la, _ in host.experts_of(b)])
+    layouts = [la for b in blocks for la, _ in host.experts_of(b)]
+    probe = Probe(settings.bits or 0.0, tokens / seen, layouts, settings.solver_knobs())
     outputs = Resident(store)
     run = make_run(probe.method, some, [outputs], World())
     for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=not progress)):
@@ -342,12 +351,19 @@ def _method(settings: Settings) -> Method:
             raise QmoeError("--bits and --delta exclude each other; give one of them")
         if settings.bits is not None:
             check_target(settings.bits)
-        params = {} if settings.delta is None else {"delta": settings.delta}
+        params = settings.solver_knobs()
+        if settings.delta is not None:
+            params["delta"] = settings.delta
+    elif settings.knobs:
+        raise QmoeError(f"--method {settings.method} has no knobs, got {dict(settings.knobs)}")
     elif settings.bits is not None or settings.delta is not None:
         raise QmoeError(
             f"--method {settings.method} has a fixed grid; --bits and --delta belong to --method rd"
         )
-    return get_method(name, **params)
+    try:
+        return get_method(name, **params)
+    except (TypeError, ValueError) as e:
+        raise QmoeError(f"{name} does not take {params}: {e}") from e
 
 
 def peak_rss_bytes() -> int:

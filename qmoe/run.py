@@ -23,7 +23,7 @@ from qmoe.families.base import ExpertsLayout
 from qmoe.host import BlockRef, Host
 from qmoe.layer import Stream, groups, quantize_layer
 from qmoe.parallel import World
-from qmoe.quantize import Method, get_method
+from qmoe.quantize import Method
 from qmoe.rate import Controller, module_bits
 from qmoe.types import QuantizedMatrix
 
@@ -139,7 +139,9 @@ class Run:
         original = streams[1] if len(streams) > 1 else None
         writer = target.experts(layout) if target is not None else None
         delta = self.rate.delta() if self.rate is not None else None
-        method = self.method if delta is None else get_method("rd", delta=delta)
+        method = self.method
+        if self.rate is not None and delta is not None:
+            method = self.rate.method(delta)
 
         def sink(projection: str, experts: range, matrices: list[QuantizedMatrix]) -> None:
             if self.pieces is not None:
