@@ -296,7 +296,7 @@ class Host:
         names = []
         for name in KINDS[layout.kind].encoded(module):
             for disk in self.sources.get(f"{layout.path}.{name}", ()):
-                number = _EXPERT_NUMBER.search(disk)
+                number = EXPERT_NUMBER.search(disk)
                 if number and int(number.group(1)) in experts:
                     names.append(disk)
         self.checkpoint.prefetch(names)

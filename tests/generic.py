@@ -79,7 +79,10 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"(qk_nope_head_dim|qk_rope_head_dim|v_head_dim|head_dim|.*_head_dim|kv_channels)", 16),
     (r"qk_head_dim", 32),
     (r"(q_lora_rank|kv_lora_rank|.*_lora_rank)", 32),
-    (r"(hidden_size|d_model|hidden_size_per_layer_input|.*_hidden_size|.*_hidden_dim|embed_dim)", 64),
+    (
+        r"(hidden_size|d_model|hidden_size_per_layer_input|.*_hidden_size|.*_hidden_dim|embed_dim)",
+        64,
+    ),
     (r"(max_position_embeddings|max_seq_len.*|.*max_position_embeddings)", 256),
     (r"(sliding_window|.*_sliding_window|sliding_window_size|.*chunk_size)", 8),
 )
@@ -179,7 +182,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma4_text": _GEMMA,
     "glm4v_moe": {"text_config": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]}}},
     "glm5_next": {"text_config": {"qk_head_dim": 16}},
-    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "granitemoehybrid": {
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},

@@ -178,7 +178,9 @@ def test_nllb_calibration_and_evaluation_use_the_equation(tmp_path, tiny):
     tokens = read_sealed(tmp_path / "q" / MANIFEST)["report"]["modules"][f"{path}.experts"]
     assert tokens["tokens"] == torch.cat(seen)[learned].sum(0).tolist()
     assert min(tokens["tokens"]) > 0
-    expected = evaluate(model, split_batches(prepare(tokenizer, model.config, str(text), 2**40, 32, 0)))
+    expected = evaluate(
+        model, split_batches(prepare(tokenizer, model.config, str(text), 2**40, 32, 0))
+    )
     got = score_checkpoint(str(source), str(text), ctx=32, device="cpu")
     assert got.nll == pytest.approx(expected.nll, abs=1e-6)
     export(tmp_path / "q", tmp_path / "dense", "float32")
