@@ -15,9 +15,7 @@ from qmoe.families.layouts import KINDS
 from qmoe.host import Host
 
 
-def write_carried(
-    writer: ContainerWriter, host: Host, finished: Collection[str]
-) -> list[str]:
+def write_carried(writer: ContainerWriter, host: Host, finished: Collection[str]) -> list[str]:
     """Copies what no module takes, one tensor at a time.
 
     Args:

@@ -267,6 +267,20 @@ def _bar(name: str, unit: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
+@main.command(name="import")
+@click.argument("project", type=click.Choice(["openmoe", "fairseq", "megablocks"]))
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@_json
+def import_(project: str, src: Path, dst: Path, as_json: bool) -> None:
+    """Rewrite a training project's checkpoint SRC as a transformers directory DST."""
+    from qmoe.importers import IMPORTERS
+    from qmoe.importers.report import as_dict, text
+
+    done = IMPORTERS[project](src, dst)
+    _show(as_dict(done), as_json, text(done))
+
+
 @main.group()
 def bench() -> None:
     """The numbers of docs/results.md, reproducible."""

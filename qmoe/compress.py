@@ -234,7 +234,12 @@ def compress_checkpoint(
 
 def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if not set(found.get_vocab().values()) - set(found.all_special_ids):
+            raise ValueError(
+                "it holds no vocabulary"
+            )  # made of the model's type, for want of files
+        return found
     except (ImportError, OSError, TypeError, ValueError) as e:
         hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__

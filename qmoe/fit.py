@@ -23,9 +23,7 @@ def tied_names(model: nn.Module) -> list[tuple[Any, Any]]:
     return list((getattr(model, "all_tied_weights_keys", None) or {}).items())
 
 
-def check_complete(
-    where: str, model: nn.Module, sources: Sources, several: Iterable[str]
-) -> None:
+def check_complete(where: str, model: nn.Module, sources: Sources, several: Iterable[str]) -> None:
     """Every parameter of the model is on disk.
 
     Args:
