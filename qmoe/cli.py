@@ -286,6 +286,18 @@ def bench() -> None:
     """The numbers of docs/results.md, reproducible."""
 
 
+@bench.command(name="kernels")
+@click.option("--static", is_flag=True, help="Compile for five targets and count; needs no GPU.")
+@_json
+def bench_kernels(static: bool, as_json: bool) -> None:
+    """Registers, spills and instructions per weight of every kernel, with a model of the H200."""
+    if not static:
+        raise QmoeError("timings need a GPU: run scripts/bench_gpu there; here pass --static")
+    from qmoe.kernels.static import run
+
+    run(as_json)
+
+
 @bench.command(name="codec")
 @_json
 def bench_codec(as_json: bool) -> None:
