@@ -108,6 +108,8 @@ class Walk:
         def stub(b: BlockRef, real: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if block is None or b.module is not block.module:
+                    if block is not None and b.list_name not in self.finished:
+                        raise _Stop  # the list of `block` is no part of a text's forward
                     return self._stored(b.list_name)
                 current["out"] = real(*args, **kwargs)
                 raise _Stop

@@ -15,9 +15,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,22 @@ from qmoe import __version__
 from qmoe.calib.state import Durable, Outputs, Resident, resume_point
 from qmoe.calib.store import ActivationStore
 from qmoe.calib.tokens import inputs_only, prepare
+from qmoe.carried import account, write_carried
 from qmoe.checkpoint import open_checkpoint
 from qmoe.container import ContainerWriter
 from qmoe.devices import pick_device
 from qmoe.durable import canonical_json
-from qmoe.errors import InterruptedRunError, QmoeError
+from qmoe.errors import InterruptedRunError, QmoeError, SourceError
 from qmoe.evaluate import split_batches
 from qmoe.host import BlockRef, Host
+from qmoe.importance import fits, layer_importance
 from qmoe.parallel import World
 from qmoe.plan import make_plan
 from qmoe.quantize import Method, get_method
 from qmoe.rate import Controller, Curve, Probe, check_target, share_of
 from qmoe.report import CompressReport
 from qmoe.run import Run
+from qmoe.save import plain_config
 
 _BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
 Say = Callable[[str], object]
@@ -61,6 +64,8 @@ class Settings:
         calib_tokens: at most this many tokens of it.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
+        knobs: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`, and
+            `gradient`, 0 for layers that count alike.
         memory: bytes that a process may use; what activations find no room for goes to mapped
             files.
         device: where solvers and forwards run.
@@ -75,10 +80,15 @@ class Settings:
     delta: float | None = None
     ctx: int | None = None
     seed: int = 0
+    knobs: Mapping[str, float] = field(default_factory=dict)
     memory: int = 8 * 2**30
     device: str = "auto"
     trust_remote_code: bool = False
     fresh: bool = False
+
+    def solver_knobs(self) -> dict[str, float]:
+        """The knobs that the solver has."""
+        return {name: value for name, value in self.knobs.items() if name != "gradient"}
 
     def recorded(self) -> dict[str, Any]:
         """The part that decides the bytes, for the manifest and for resuming."""
@@ -119,7 +129,7 @@ def compress_checkpoint(
     method = _method(settings)
     checkpoint = open_checkpoint(source)
     host = Host(checkpoint, trust_remote_code=settings.trust_remote_code, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    tokenizer = _tokenizer(checkpoint.directory, settings.trust_remote_code)
     ctx = _context(host.config, settings)
     data = prepare(
         tokenizer, host.config, settings.calib, settings.calib_tokens, ctx, settings.seed
@@ -127,6 +137,10 @@ def compress_checkpoint(
     batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
     plan = make_plan(host, method, batches, settings.memory, out, settings.bits)
     say(plan.text())
+    wanted = settings.method == "rd" and bool(settings.knobs.get("gradient", True))
+    by_gradient = wanted and fits(host, settings.memory)
+    if wanted and not by_gradient:
+        say("layers count alike: the gradients of the whole model do not fit in --memory")
     identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
     job = {
         **settings.recorded(),
@@ -134,6 +148,7 @@ def compress_checkpoint(
         "calib_sha256": _digest(batches),
         "versions": _versions(),
         "device": device.type,
+        "layer_weights": "gradient" if by_gradient else "equal",
     }
     blocks = list(host.blocks())
     with ExitStack() as stack:
@@ -149,32 +164,41 @@ def compress_checkpoint(
 
         def make_run(solver: Method, some: Batches, outputs: Sequence[Outputs], part: World) -> Run:
             pieces = work / "pieces" if outputs is kept else None
-            return Run(
+            made = Run(
                 host, solver, some, outputs, tokenizer, device, store, progress, part, pieces
             )
+            made.importance = importance
+            return made
 
-        run = make_run(method, batches, kept, world)
         host.load_rest()
         finished, done = world.share(
             lambda: _progress(writer, blocks, kept, len(batches), say), "what is finished"
         )
         try:
+            importance: dict[str, float] = {}
+            if by_gradient:
+                importance = finished.get("rest", {}).get("importance") or world.share(
+                    lambda: layer_importance(host, batches), "importance of the layers"
+                )
+            run = make_run(method, batches, kept, world)
             if settings.bits is not None:
                 curves = finished.get("rest", {}).get("curves") or world.share(
-                    lambda: _probe(
-                        host, blocks, batches, settings.bits or 0.0, store, make_run, progress
-                    ),
+                    lambda: _probe(host, blocks, batches, settings, store, make_run, progress),
                     "probe of the bits",
                 )
-                run.rate = Controller(settings.bits, [Curve(*c) for c in curves])
+                run.rate = Controller(
+                    settings.bits, [Curve(*c) for c in curves], settings.solver_knobs()
+                )
                 run.rate_after([finished[b.name] for b in blocks[:done]])
             if writer and "rest" not in finished:
                 with writer.block("rest") as rest:
                     outside = [f"{name}." for name, _ in host.block_lists]
                     for name, tensor in host.dense(lambda n: not n.startswith(tuple(outside))):
                         rest.add_tensor(name, tensor)
+                    rest.note["importance"] = importance
                     if run.rate is not None:
                         rest.note["curves"] = [c.as_list() for c in run.rate.curves]
+            carried = write_carried(writer, host, finished) if writer else []
         except KeyboardInterrupt:
             raise _interrupted(writer, blocks[done:]) from None
         host.free_head()
@@ -196,15 +220,30 @@ def compress_checkpoint(
                 bar.update()
         if writer:
             writer.finish(
-                ["rest", *(b.name for b in blocks)],
+                ["rest", *carried, *(b.name for b in blocks)],
                 config=_plain(host.config),
                 settings={**settings.recorded(), "method": method.name, "ctx": ctx},
                 versions=_versions(),
                 source={"name": Path(source).name, **identity},
+                report={"tensors": account(host)},
                 carry_from=checkpoint.directory,
             )
         world.meet("end of the run")
     return CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
+
+
+def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
+    try:
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if not set(found.get_vocab().values()) - set(found.all_special_ids):
+            raise ValueError(
+                "it holds no vocabulary"
+            )  # made of the model's type, for want of files
+        return found
+    except (ImportError, OSError, TypeError, ValueError) as e:
+        hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
 
 
 def _clean(writer: ContainerWriter | None) -> Path:
@@ -242,9 +281,7 @@ def _progress(
     return finished, done
 
 
-def _interrupted(
-    writer: ContainerWriter | None, blocks: Sequence[BlockRef]
-) -> InterruptedRunError:
+def _interrupted(writer: ContainerWriter | None, blocks: Sequence[BlockRef]) -> InterruptedRunError:
     """What ctrl-C ends a run with; `blocks` are those that were not known to be finished."""
     left = [b.name for b in blocks if writer is None or not writer.recorded(b.name)]
     where = f"continues at block {left[0]}" if left else "completes the checkpoint"
@@ -263,7 +300,7 @@ def _probe(
     host: Host,
     blocks: Sequence[BlockRef],
     batches: Batches,
-    bits: float,
+    settings: Settings,
     store: ActivationStore,
     make_run: Callable[[Method, Batches, Sequence[Outputs], World], Run],
     progress: bool,
@@ -272,7 +309,8 @@ def _probe(
     tokens = sum(b["input_ids"].numel() for b in batches)
     some = share_of(batches, batches[0]["input_ids"].numel())
     seen = sum(b["input_ids"].numel() for b in some)
-    probe = Probe(bits, tokens / seen, [la for b in blocks for la, _ in host.experts_of(b)])
+    layouts = [la for b in blocks for la, _ in host.experts_of(b)]
+    probe = Probe(settings.bits or 0.0, tokens / seen, layouts, settings.solver_knobs())
     outputs = Resident(store)
     run = make_run(probe.method, some, [outputs], World())
     for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=not progress)):
@@ -283,7 +321,7 @@ def _probe(
 
 def _plain(config: Any) -> dict[str, Any]:
     """The config as JSON values, without the place where the source lies."""
-    out: dict[str, Any] = config.to_dict()
+    out = plain_config(config)
     out.pop("_name_or_path", None)
     return out
 
@@ -318,12 +356,19 @@ def _method(settings: Settings) -> Method:
             raise QmoeError("--bits and --delta exclude each other; give one of them")
         if settings.bits is not None:
             check_target(settings.bits)
-        params = {} if settings.delta is None else {"delta": settings.delta}
+        params = settings.solver_knobs()
+        if settings.delta is not None:
+            params["delta"] = settings.delta
+    elif settings.knobs:
+        raise QmoeError(f"--method {settings.method} has no knobs, got {dict(settings.knobs)}")
     elif settings.bits is not None or settings.delta is not None:
         raise QmoeError(
             f"--method {settings.method} has a fixed grid; --bits and --delta belong to --method rd"
         )
-    return get_method(name, **params)
+    try:
+        return get_method(name, **params)
+    except (TypeError, ValueError) as e:
+        raise QmoeError(f"{name} does not take {params}: {e}") from e
 
 
 def peak_rss_bytes() -> int:

@@ -24,6 +24,7 @@ from qmoe.manifest import FORMAT_VERSION, MANIFEST, read_sealed, write_sealed
 
 INDEX = "qmoe.safetensors.index.json"
 MAX_SHARD_BYTES = 4 << 30
+CARRIED_BLOCK = "carried tensors"  # no module path has a space
 # What a user of the model needs besides its weights; a licence must travel with what it covers.
 CARRIED = (
     "generation_config.json",
@@ -253,7 +254,12 @@ class ContainerWriter:
         small[INDEX] = canonical_json(
             {
                 "metadata": {"total_size": total},
-                "weight_map": {name: entry["file"] for name, entry in tensors.items()},
+                "weight_map": {
+                    name: entry["file"]
+                    for block in blocks
+                    if block != CARRIED_BLOCK  # transformers must not look for their modules
+                    for name, entry in records[block]["tensors"].items()
+                },
             }
         )
         for name, data in sorted(small.items()):

@@ -82,6 +82,7 @@ def quantize_layer(
     sink: Sink,
     progress: Callable[[int], object] = lambda experts: None,
     world: World | None = None,
+    importance: float = 1.0,
 ) -> Coverage:
     """Quantizes every expert of a module, hands the integers on, and fills both streams' outputs.
 
@@ -105,7 +106,7 @@ def quantize_layer(
         NonFiniteError: NaN or Inf in weights, activations or Hessians; the text names the tensor.
     """
     world = world or World()
-    work = _Work(host, layout, module, method, quantized, original, device, world)
+    work = _Work(host, layout, module, method, quantized, original, device, world, importance)
     tokens: dict[int, int] = {}
     notes: dict[int, str] = {}
     todo = list(groups(layout))
@@ -145,9 +146,11 @@ class _Work:
         original: Stream | None,
         device: torch.device,
         world: World,
+        importance: float,
     ) -> None:
         self.host, self.layout, self.module, self.method = host, layout, module, method
         self.quantized, self.original, self.device = quantized, original, device
+        self.importance = importance
         self.layer = self._layer_moment(world)
 
     def _layer_moment(self, world: World) -> tuple[Tensor, int]:
@@ -234,6 +237,7 @@ class _Work:
             layer_hessian=layer,
             layer_tokens=layer_tokens,
             cross=crosses,
+            importance=self.importance,
         )
 
     def _inputs(

@@ -28,9 +28,10 @@ from qmoe.container import INDEX
 from qmoe.errors import CorruptError, QmoeError
 from qmoe.experts import Caches, EncodedExperts
 from qmoe.models import register as register_models
+from qmoe.models.auto import auto_class
 from qmoe.reader import Container, parse_quantization
 from qmoe.save import save_pretrained
-from qmoe.skeleton import auto_class, check, compare, swap
+from qmoe.skeleton import check, compare, swap
 
 CACHE_VARIABLE = "QMOE_CACHE_BYTES"
 

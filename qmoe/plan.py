@@ -206,10 +206,9 @@ def _seconds(
         for p in layout.projections:
             flops += 2.0 * share * streams * (p.cols**2 + 2 * p.rows * p.cols)
             flops += layout.experts * p.cols**2 * (4 * p.cols + 4 * p.rows)  # factors and feedback
-    cores: int = torch.get_num_threads()
-    return (
-        flops / _matmul_speed() + weights / (_SPEED * cores) + host.checkpoint.source_bytes / _DISK
-    )
+    cores = torch.get_num_threads()
+    coding = weights / (_SPEED * cores)
+    return float(flops / _matmul_speed() + coding + host.checkpoint.source_bytes / _DISK)
 
 
 def _matmul_speed() -> float:

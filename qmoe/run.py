@@ -23,7 +23,7 @@ from qmoe.families.base import ExpertsLayout
 from qmoe.host import BlockRef, Host
 from qmoe.layer import Stream, groups, quantize_layer
 from qmoe.parallel import World
-from qmoe.quantize import Method, get_method
+from qmoe.quantize import Method
 from qmoe.rate import Controller, module_bits
 from qmoe.types import QuantizedMatrix
 
@@ -33,6 +33,7 @@ class Run:
 
     Attributes:
         rate: picks the step of each layer where a number of bits is aimed at.
+        importance: of the layers, by module path; 1 where nothing is known.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Run:
         mine = world.mine(len(batches))
         self.walks = [Walk(host, batches, kept, mine) for kept in outputs]
         self.rate: Controller | None = None
+        self.importance: dict[str, float] = {}
 
     def go_on(self, done: Sequence[BlockRef]) -> None:
         """Puts the streams behind blocks whose outputs are kept already."""
@@ -137,7 +139,9 @@ class Run:
         original = streams[1] if len(streams) > 1 else None
         writer = target.experts(layout) if target is not None else None
         delta = self.rate.delta() if self.rate is not None else None
-        method = self.method if delta is None else get_method("rd", delta=delta)
+        method = self.method
+        if self.rate is not None and delta is not None:
+            method = self.rate.method(delta)
 
         def sink(projection: str, experts: range, matrices: list[QuantizedMatrix]) -> None:
             if self.pieces is not None:
@@ -166,6 +170,7 @@ class Run:
                 sink,
                 lambda experts: bar.update(experts * self.world.size),
                 self.world,
+                self.importance.get(layout.path, 1.0),
             )
         if self.pieces is None:
             return

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 from transformers.integrations.accelerate import load_offloaded_parameter
 
-from qmoe.container import MAX_SHARD_BYTES, ContainerWriter, carried_files
+from qmoe.container import CARRIED_BLOCK, MAX_SHARD_BYTES, ContainerWriter, carried_files
 from qmoe.errors import OutputError
+from qmoe.reader import Container
 from qmoe.stream import ExpertStream
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -79,7 +80,10 @@ def save_pretrained(
         try:
             for block, files in manifest["blocks"].items():
                 names = [n for n, e in manifest["tensors"].items() if e["file"] in files]
-                _save_block(writer, block, sorted(names), model)
+                if block == CARRIED_BLOCK:
+                    _save_carried(writer, names, source)
+                else:
+                    _save_block(writer, block, sorted(names), model)
             writer.finish(
                 list(manifest["blocks"]),
                 config=plain_config(model.config),
@@ -107,6 +111,19 @@ def _save_block(writer: ContainerWriter, name: str, tensors: list[str], model: A
                 block.add_encoded(streams, report[path])
             elif path not in report or leaf != "offsets":  # offsets go with their stream
                 block.add_tensor(tensor, fetch(model, tensor))
+
+
+def _save_carried(writer: ContainerWriter, names: list[str], source: Path) -> None:
+    """Copies what the model has no module for from where the model was loaded."""
+    if not source.is_dir():
+        raise OutputError(
+            f"{len(names)} tensors that no module takes are in {source}, which is gone; "
+            "put it back to save the whole checkpoint"
+        )
+    container = Container.open(source, check=False)
+    with writer.block(CARRIED_BLOCK) as block:
+        for name in sorted(names):
+            block.add_tensor(name, container.read(name))
 
 
 def fetch(model: Any, name: str) -> Tensor:

@@ -12,8 +12,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -245,15 +246,19 @@ def _small_disk(folder: Path, size: int):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def _write_without_end(file: BinaryIO) -> None:
+    while True:
+        file.write(bytes(4096))
+
+
 def test_full_disk(job, expected, tmp_path):
     disk = tmp_path / "disk"
     with _small_disk(disk, 40 << 20):
         out, filler = disk / "out", disk / "filler"
 
         def fill() -> None:
-            with filler.open("wb", buffering=0) as f, suppress(OSError):
-                while True:
-                    f.write(bytes(4096))
+            with filler.open("wb", buffering=0) as f, pytest.raises(OSError, match="No space"):
+                _write_without_end(f)
 
         with (
             _when(_record(out, 0), fill),
