@@ -206,7 +206,7 @@ class Host:
         if head is None or head.weight is inputs.weight:
             return None
         name = next(n for n, m in self.model.named_modules() if m is head) + ".weight"
-        return None if name in {n for n, _ in _tied(self.model)} else name
+        return None if name in {n for n, _ in tied_names(self.model)} else name
 
     def free_head(self) -> None:
         """Puts the output embeddings back on the meta device: no block needs them."""
