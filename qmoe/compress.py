@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +30,7 @@ from qmoe.calib.tokens import inputs_only, learnable, prepare
 from qmoe.calib.walk import Walk
 from qmoe.checkpoint import open_checkpoint
 from qmoe.container import ContainerWriter
+from qmoe.dense import HEAD, DenseCoder
 from qmoe.devices import pick_device
 from qmoe.errors import QmoeError
 from qmoe.evaluate import split_batches
@@ -51,6 +52,7 @@ class Settings:
         method: "rd", "qmoe", "rtn" or "gptq2" .. "gptq4".
         bits: stored bits per expert weight to hit, or None.
         delta: global step of rd, or None.
+        dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
         calib: calibration text.
         calib_tokens: at most this many tokens of it.
         ctx: tokens of a window, None for the model's own length, at most 2048.
@@ -66,6 +68,7 @@ class Settings:
     calib_tokens: int = 131072
     bits: float | None = None
     delta: float | None = None
+    dense_bits: int = 16
     ctx: int | None = None
     seed: int = 0
     memory: int = 4 * 2**30
@@ -113,9 +116,13 @@ def compress_checkpoint(
     with ContainerWriter(out, job=job) as writer, ActivationStore(settings.memory) as store:
         run = _Run(host, method, batches, tokenizer, device, store, progress)
         host.load_rest()
+        if settings.dense_bits < 16:
+            run.dense = DenseCoder(host, settings.dense_bits, batches, tokenizer, device)
         inside = tuple(f"{name}." for name, _ in host.block_lists)
         with writer.block("rest") as rest:
-            for name, tensor in host.dense(lambda n: not n.startswith(inside)).items():
+            coded = run.dense.outside(rest) if run.dense is not None else set()
+            outside = host.dense(lambda n: not n.startswith(inside) and n not in coded)
+            for name, tensor in outside.items():
                 rest.add_tensor(name, tensor)
             if settings.bits is not None:
                 curves = run.probe(settings.bits)
@@ -126,6 +133,10 @@ def compress_checkpoint(
             with writer.block(block.name) as target:
                 run.block(block, target)
             names.append(block.name)
+        if run.dense is not None:
+            with writer.block(HEAD) as target:
+                run.dense.head(run.quantized, target)
+            names.append(HEAD)
         writer.finish(
             names,
             config=host.config.to_dict(),
@@ -199,6 +210,7 @@ class _Run:
         self.quantized = Walk(host, batches, store)
         self.original = Walk(host, batches, store) if method.drift > 0 else None
         self.rate: Controller | None = None
+        self.dense: DenseCoder | None = None
 
     def probe(self, bits: float) -> list[Curve]:
         """Each module's bits as a function of the global step; see `qmoe.rate`."""
@@ -231,6 +243,8 @@ class _Run:
         encoded_names = host.encoded_names(block)
         host.load_block(block, encoded_names)
         inside = f"{block.name}."
+        if self.dense is not None:
+            encoded_names |= self.dense.block(block, self.quantized, encoded_names, target)
         if target is not None:
             dense = host.dense(lambda n: n.startswith(inside) and n not in encoded_names)
             for name, tensor in dense.items():
@@ -241,18 +255,26 @@ class _Run:
             streams = []
             width = layout.projections[-1].rows
             for walk, plugs in zip(walks, done, strict=True):
-                with _plugged(walk, plugs):
+                with self._weights(walk), _plugged(walk, plugs):
                     parked = park(walk, block, layout.path, module, width, self.store)
                 plugs.append((module, parked))
                 streams.append(Stream(parked, self._keep(block, parked)))
             self._quantize(layout, module, streams, target)
             finished(layout)
         for walk, plugs in zip(walks, done, strict=True):
-            with _plugged(walk, plugs):
+            with self._weights(walk), _plugged(walk, plugs):
                 walk.run(block)
             for _, parked in plugs:
                 parked.release(self.store)
+        if self.dense is not None:
+            self.dense.leave()
         host.free(block)
+
+    def _weights(self, walk: Walk) -> AbstractContextManager[None]:
+        """Shows a stream the dense weights that are its own: decoded ones for the quantized."""
+        if self.dense is None or walk is not self.quantized:
+            return nullcontext()
+        return self.dense.shown()
 
     def _quantize(
         self,

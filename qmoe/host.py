@@ -297,6 +297,10 @@ class Host:
                 out[name] = tensor.to(self._stored_dtype(name, tensor))
         return out
 
+    def tied(self) -> list[tuple[str, str]]:
+        """(tied copy, what it is a copy of), names of parameters; copies are not stored."""
+        return _tied(self.model)
+
     def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
         if not tensor.is_floating_point():
             return tensor.dtype

@@ -7,13 +7,14 @@ Knows nothing about models, transformers or devices.
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from qmoe.container import INDEX
+from qmoe.dense_stream import OFFSETS, STREAM, DenseGeometry, DenseStream, parse_dense
 from qmoe.errors import CorruptError
 from qmoe.families.base import ExpertsLayout, Projection
 from qmoe.families.layouts import KINDS
@@ -75,6 +76,7 @@ class Container:
         config: config.json.
         modules: geometry of the experts modules, by path in the transformers model.
         tensors: every stored tensor: (file name, offset of the file's data part, entry).
+        dense: geometry of the dense matrices that are stored encoded, by parameter name.
     """
 
     directory: Path
@@ -82,6 +84,7 @@ class Container:
     config: dict[str, Any]
     modules: dict[str, ExpertsLayout]
     tensors: dict[str, tuple[str, int, Entry]]
+    dense: dict[str, DenseGeometry] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -108,7 +111,9 @@ class Container:
         if check:
             check_files(where, manifest, progress)
         config = _json_object(where / "config.json")
-        modules = parse_quantization(config.get("quantization_config"))
+        quantization = config.get("quantization_config")
+        modules = parse_quantization(quantization)
+        dense = parse_dense(quantization["dense"] if "dense" in quantization else None)
         tensors: dict[str, tuple[str, int, Entry]] = {}
         for file in sorted(manifest["files"]):
             if file.endswith(".safetensors"):
@@ -119,9 +124,10 @@ class Container:
                             f"{where}: tensor {name} is in {tensors[name][0]} and {file}"
                         )
                     tensors[name] = (file, start, entry)
-        self = cls(where, manifest, config, modules, tensors)
+        self = cls(where, manifest, config, modules, tensors, dense)
         self._check_index()
         self._check_modules()
+        self._check_dense()
         return self
 
     def _check_index(self) -> None:
@@ -158,6 +164,22 @@ class Container:
             if leaf in ("stream", "offsets") and path not in self.modules:
                 raise CorruptError(f"{name} is stored, but config.json does not list {path}")
 
+    def _check_dense(self) -> None:
+        for name, geometry in self.dense.items():
+            stream, offsets = (self.tensors.get(t) for t in geometry.tensors)
+            if stream is None or offsets is None or name in self.tensors:
+                raise CorruptError(f"config.json lists {name}, which is not stored encoded once")
+            s, o, want = stream[2], offsets[2], geometry.offsets_shape
+            if s.dtype != "U8" or len(s.shape) != 1 or o.dtype != "I64" or o.shape != want:
+                raise CorruptError(
+                    f"{name}: stream {s.dtype} {s.shape}, offsets {o.dtype} {o.shape}; "
+                    f"config.json asks for U8 [n] and I64 {want}"
+                )
+        for tensor in self.tensors:
+            name, _, leaf = tensor.rpartition(".")
+            if leaf in (STREAM, OFFSETS) and name not in self.dense:
+                raise CorruptError(f"{tensor} is stored, but config.json does not list {name}")
+
     def read(self, name: str) -> Tensor:
         """One stored tensor, in memory of its own.
 
@@ -178,9 +200,20 @@ class Container:
         layout = self.modules[path]
         return ExpertStream(layout, self.read(f"{path}.stream"), self.read(f"{path}.offsets"))
 
+    def dense_matrix(self, name: str) -> DenseStream:
+        """The encoded form of one dense matrix.
+
+        Raises:
+            CorruptError: its offsets are not valid.
+        """
+        geometry = self.dense[name]
+        stream, offsets = geometry.tensors
+        return DenseStream(geometry, self.read(stream), self.read(offsets))
+
     def dense_names(self) -> list[str]:
-        """Names of the stored tensors that are not part of an encoded experts module."""
+        """Names of the stored tensors that are not part of anything encoded."""
         encoded = {f"{path}.{leaf}" for path in self.modules for leaf in ("stream", "offsets")}
+        encoded.update(tensor for geometry in self.dense.values() for tensor in geometry.tensors)
         return [name for name in self.tensors if name not in encoded]
 
 
