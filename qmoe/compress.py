@@ -133,7 +133,7 @@ def compress_checkpoint(
             with writer.block(block.name) as target:
                 run.block(block, target)
             names.append(block.name)
-        if run.dense is not None:
+        if run.dense is not None and run.dense.has_head:
             with writer.block(HEAD) as target:
                 run.dense.head(run.quantized, target)
             names.append(HEAD)

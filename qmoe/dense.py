@@ -95,8 +95,13 @@ class DenseCoder:
         head = self._head()
         return out if head is None else {*out, head[0]}
 
+    @property
+    def has_head(self) -> bool:
+        """Whether there is an untied head to be coded behind the last block."""
+        return self._head() is not None
+
     def head(self, walk: Walk, target: BlockWriter | None) -> None:
-        """Codes an untied head with the Hessian of the final hidden states.
+        """Codes the untied head with the Hessian of the final hidden states.
 
         Args:
             walk: the quantized stream behind the last block.
@@ -104,7 +109,7 @@ class DenseCoder:
         """
         found = self._head()
         if found is None:
-            return
+            raise ValueError("the model has no head of its own")
         name, module = found
         if module.weight.is_meta:
             self.host.load(lambda n: n == name)

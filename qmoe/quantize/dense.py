@@ -43,6 +43,7 @@ class DenseSolver:
         self.note = ""
         rows, cols = weight.shape
         self._factor: Tensor | None = None
+        self._col_step = _COL_STEP
         unit = torch.ones(cols, dtype=torch.float64, device=weight.device)
         self._row = torch.zeros(rows, dtype=torch.int16, device=weight.device)
         if hessian is not None and hessian.diagonal().sum() > 0:
@@ -56,6 +57,7 @@ class DenseSolver:
             unit = unit / unit.log().mean().exp()
         elif hessian is None:
             size = weight.square().mean(1).sqrt()
+            self._col_step = 1  # all columns have one step, nothing else tunes the rate
             self._row = grid_index(size.clamp_min(_SMALLEST_ROW * size.median()), _ROW_STEP)
         else:
             self.note = "no inputs seen: rounded on equal terms"
@@ -79,7 +81,7 @@ class DenseSolver:
         shift = _FINER * (self.planes - 1)
         largest = (weight.abs() / row[:, :, None]).amax(1)
         step = torch.maximum(self._unit * (delta * 2 ** (shift / SCALE_STEPS)), largest / LARGEST)
-        col_index = grid_index(step.clamp(max=2.0 ** (SCALE_MAX // SCALE_STEPS)), _COL_STEP)
+        col_index = grid_index(step.clamp(max=2.0 ** (SCALE_MAX // SCALE_STEPS)), self._col_step)
         grid = Grid.symmetric(grid_scale(col_index), row)
         if self._factor is None:
             codes = round_to_grid(weight, grid)
