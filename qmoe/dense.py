@@ -35,6 +35,7 @@ BITS = (16, 8, 4, 3)
 HEAD = "head"  # name of the unit of the container that holds an untied head
 _LEAST, _NARROWEST = 1 << 12, 16  # weights; rows or columns: below, side data would outweigh
 _BAND = 1 << 22  # weights of a band
+_ENTRY = 65  # bytes that a tensor's entry in the header of its file takes beside its name
 _SAMPLE = 1 << 20  # weights on which a step is sought
 _TOLERANCE, _TRIES = 0.003, 8  # share of the bits; steps tried
 _ROUTER = re.compile(r"(^|[._])(router|gate|classifier|wg)([._]|$)")
@@ -62,8 +63,8 @@ class DenseCoder:
         self._tokens = {False: learnable(batches, tokenizer, decoder=False)}
         if host.config.is_encoder_decoder:
             self._tokens[True] = learnable(batches, tokenizer, decoder=True)
-        self._outside: list[tuple[nn.Parameter, Tensor]] = []
-        self._inside: list[tuple[nn.Parameter, Tensor]] = []
+        self._outside: list[tuple[Tensor, Tensor]] = []
+        self._inside: list[tuple[Tensor, Tensor]] = []
         self._tied = {name for name, _ in host.tied()}
 
     @contextmanager
@@ -119,7 +120,7 @@ class DenseCoder:
             moments.add(module, x)
             return x.new_zeros(*x.shape[:-1], 1)
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward  # type: ignore[method-assign,assignment]
         try:
             with self.shown():
                 for _ in walk.logits():
@@ -152,7 +153,7 @@ class DenseCoder:
         moments = self._moments(walk, "decoder" in block.list_name)
         with ExitStack() as stack:
             for layout, module in self.host.experts_of(block):
-                module.forward = _silent(module, layout.projections[-1].rows)  # type: ignore[method-assign]
+                module.forward = _silent(module, layout.projections[-1].rows)
                 stack.callback(delattr, module, "forward")
             for module in linears.values():
                 hook = module.register_forward_pre_hook(
@@ -203,7 +204,10 @@ class DenseCoder:
 
     def _name(self, parameter: Tensor) -> str | None:
         """Under which name a parameter is stored: of its names the one that is no tied copy."""
-        for name, found in self.host.model.named_parameters(remove_duplicate=False):
+        named: Iterator[tuple[str, Tensor]] = self.host.model.named_parameters(
+            remove_duplicate=False
+        )
+        for name, found in named:
             if found is parameter and name not in self._tied:
                 return name
         return None
@@ -264,17 +268,16 @@ def find_step(solver: DenseSolver, geometry: DenseGeometry, bits: float) -> floa
     return 2.0 ** min(tried, key=lambda t: abs(t[1]))[0]
 
 
-def _stored_bits(
-    solver: DenseSolver, geometry: DenseGeometry, rows: Tensor, delta: float
-) -> float:
+def _stored_bits(solver: DenseSolver, geometry: DenseGeometry, rows: Tensor, delta: float) -> float:
     """Stored bits per weight, predicted from a sample of rows."""
-    bits = 8.0 * math.prod(geometry.offsets_shape) * 8 / geometry.weights
+    bits: float = 64.0 * math.prod(geometry.offsets_shape) / geometry.weights
+    bits += 8.0 * sum(len(name) + _ENTRY for name in geometry.tensors) / geometry.weights
     for plane in solver.solve(rows.to(solver.weight.device), delta):
         encoded = encode_group([plane])
         header = 8.0 * encoded.tables.numel()
         bits += (encoded.stored_bits - header) / plane.codes.numel()
         bits += header * len(geometry.bands) / geometry.weights
-    return bits
+    return float(bits)
 
 
 def _silent(module: nn.Module, width: int) -> Callable[..., Tensor]:
@@ -334,6 +337,7 @@ class _Moments:
         """The sum for a module; zeros if it was never called."""
         leader = self._leader.get(module)
         if leader is None:
-            cols = module.weight.shape[1]  # type: ignore[union-attr,index]
+            weight = module.get_parameter("weight")
+            cols = weight.shape[1]
             return torch.zeros(cols, cols, dtype=torch.float64, device=self._device)
         return self._sums[leader]

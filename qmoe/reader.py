@@ -113,7 +113,7 @@ class Container:
         config = _json_object(where / "config.json")
         quantization = config.get("quantization_config")
         modules = parse_quantization(quantization)
-        dense = parse_dense(quantization["dense"] if "dense" in quantization else None)
+        dense = parse_dense((quantization or {}).get("dense"))
         tensors: dict[str, tuple[str, int, Entry]] = {}
         for file in sorted(manifest["files"]):
             if file.endswith(".safetensors"):

@@ -42,8 +42,8 @@ def save_pretrained(
     """Writes the model, its config and its generation config; bound to every loaded model as
     ``model.save_pretrained``.
 
-    Dense matrices that were stored encoded are so again: their bytes are copied from where the model
-    was loaded, if the model still has the values that they decode to; one that was changed, also in
+    Dense matrices that were stored encoded are so again: their bytes are copied from where the
+    model was loaded, if it still has the values that they decode to; one that was changed, also in
     its dtype, is stored as it is.
 
     As in transformers, the tokenizer is saved by its own method. Files of these names in the
@@ -95,7 +95,9 @@ def save_pretrained(
                 settings=manifest["settings"],
                 versions=manifest["versions"],
                 source=manifest["source"],
-                report={k: v for k, v in manifest["report"].items() if k not in ("modules", "dense")},
+                report={
+                    k: v for k, v in manifest["report"].items() if k not in ("modules", "dense")
+                },
                 extra_files=small,
             )
         except BaseException:

@@ -19,7 +19,7 @@ from qmoe.durable import canonical_json, file_sha256
 from qmoe.errors import CorruptError, OutputError
 from qmoe.export import export
 from qmoe.inspect import inspect
-from qmoe.manifest import MANIFEST, read_manifest, write_sealed
+from qmoe.manifest import MANIFEST, read_manifest, read_sealed, write_sealed
 from qmoe.quantize.dense import DenseSolver
 from qmoe.reader import Container
 from qmoe.verify import verify
@@ -214,7 +214,7 @@ def test_saving_a_changed_weight_or_without_the_source(work, tmp_path):
 
 def _reseal(out, name):
     """Makes the manifest agree with a changed file, as an attacker would."""
-    manifest = read_manifest(out)
+    manifest = read_sealed(out / MANIFEST)
     path = out / name
     manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     write_sealed(out / MANIFEST, {k: v for k, v in manifest.items() if k != "checksum"})

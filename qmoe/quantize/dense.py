@@ -96,6 +96,5 @@ class DenseSolver:
         return out
 
 
-
 def _matrix(codes: Tensor, row: Tensor, col: Tensor) -> QuantizedMatrix:
     return QuantizedMatrix(*(t[0].cpu().contiguous() for t in (codes, row, col)))
