@@ -265,7 +265,7 @@ def find_step(solver: DenseSolver, geometry: DenseGeometry, bits: float) -> floa
             (x0, y0), (x1, y1) = tried[-2:]
             slope = (y1 - y0) / (x1 - x0) if x1 != x0 else -1.0
         at -= miss / min(max(slope, -2.0), -0.25)
-    return 2.0 ** min(tried, key=lambda t: abs(t[1]))[0]
+    return float(2.0 ** min(tried, key=lambda t: abs(t[1]))[0])
 
 
 def _stored_bits(solver: DenseSolver, geometry: DenseGeometry, rows: Tensor, delta: float) -> float:
