@@ -12,6 +12,7 @@ Memory: the parked hidden states [tokens, hidden] and outputs [tokens, slots, hi
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from qmoe.errors import NonFiniteError
 from qmoe.families.base import Routed
 from qmoe.families.layouts import route
 from qmoe.host import BlockRef
+from qmoe.parallel import World
 
 _CHUNK = 4096  # rows of one partial Hessian product; fixed, since it decides the rounding
 
@@ -63,12 +65,18 @@ class Parked:
 
     def release(self, store: ActivationStore) -> None:
         """Gives the tensors back to the store's budget."""
-        for t in (self.hidden, self.output):
+        for t in (self.hidden, self.index, self.weight, self.output):
             store.release(t)
 
 
 def park(
-    walk: Walk, block: BlockRef, path: str, module: nn.Module, width: int, store: ActivationStore
+    walk: Walk,
+    block: BlockRef,
+    path: str,
+    module: nn.Module,
+    width: int,
+    store: ActivationStore,
+    world: World | None = None,
 ) -> Parked:
     """Runs every batch up to the experts of `block` and keeps what the router hands them.
 
@@ -78,11 +86,13 @@ def park(
         module: the experts. Its forward is overridden for the time of the call.
         width: outputs of an expert.
         store: where the hidden states and the outputs to come are kept.
+        world: the processes that share the batches; each runs its own, all see the result.
 
     Raises:
         NonFiniteError: NaN or Inf in the hidden states, with the module's path.
     """
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    world = world or World()
+    seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def forward(*args: Any, **kwargs: Any) -> None:
         call = route(module, *args, **kwargs)
@@ -94,23 +104,32 @@ def park(
         weights = (
             torch.ones(call.index.shape) if call.weights is None else call.weights.float().cpu()
         )
-        seen.append((store.keep(call.hidden), call.index.to(torch.int32).cpu(), weights))
+        index = call.index.to(torch.int32).cpu()
+        seen[walk.batch] = (store.keep(call.hidden), index, weights)
         stop_forward()
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         walk.run(block, keep=False)
     finally:
         del module.forward
-    rows = [len(h) for h, _, _ in seen]
-    first = seen[0][0]
-    hidden = store.empty((sum(rows), first.shape[1]), first.dtype)
-    torch.cat([h for h, _, _ in seen], out=hidden)
-    for h, _, _ in seen:
+    found = {n: (len(h), h.shape[1], i.shape[1], h.dtype) for n, (h, i, _) in seen.items()}
+    for other in world.collect(found, f"routing of {path}"):
+        found |= other
+    rows = [found[n][0] for n in sorted(found)]
+    _, cols, slots, dtype = next(iter(found.values()))
+    hidden = store.shared(world, (sum(rows), cols), dtype)
+    index = store.shared(world, (sum(rows), slots), torch.int32)
+    weight = store.shared(world, (sum(rows), slots), torch.float32)
+    output = store.shared(world, (sum(rows), slots, width), dtype)
+    starts = [0, *accumulate(rows)]
+    for n in sorted(seen):
+        part = slice(starts[n], starts[n + 1])
+        h, index[part], weight[part] = seen.pop(n)
+        hidden[part] = h
+        output[part] = 0
         store.release(h)
-    index, weight = torch.cat([i for _, i, _ in seen]), torch.cat([w for _, _, w in seen])
-    output = store.empty((len(hidden), index.shape[1], width), hidden.dtype)
-    output.zero_()
+    world.meet(f"routing of {path}")
     return Parked(hidden, index, weight, rows, output)
 
 
@@ -119,9 +138,7 @@ def plugged(walk: Walk, module: nn.Module, parked: Parked) -> Iterator[None]:
     """While the context is open, the experts answer with the parked outputs (batches in the order
     of `walk`).
     """
-    starts = [0]
-    for n in parked.rows:
-        starts.append(starts[-1] + n)
+    starts = [0, *accumulate(parked.rows)]
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         call: Routed = route(module, *args, **kwargs)
@@ -129,7 +146,7 @@ def plugged(walk: Walk, module: nn.Module, parked: Parked) -> Iterator[None]:
         total = parked.output[starts[n] : starts[n + 1]].sum(1)
         return total.to(call.hidden.device).reshape(*call.shape, -1)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
@@ -144,7 +161,7 @@ def second_moment(x: Tensor, y: Tensor | None = None, device: torch.device | Non
     """
     y = x if y is None else y
     total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=device or x.device)
-    for a, b in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True):
+    for a, b in zip(torch.split(x, _CHUNK), torch.split(y, _CHUNK), strict=True):
         a, b = a.to(total.device), b.to(total.device)
         total += (a.T @ b).double()
     return total

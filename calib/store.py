@@ -1,13 +1,15 @@
 """Room for calibration activations: memory while a budget lasts, then files that are mapped into
 memory.
 
-The files are unlinked by their owner (`close`), and hold raw values of one tensor each. Knows
-nothing about models.
+The files lose their names as soon as they are mapped, so nothing is left behind after a crash; each
+holds the raw values of one tensor. Knows nothing about models.
 """
 
+import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import OutputError
+from qmoe.parallel import World
 
 
 class ActivationStore:
@@ -23,19 +26,21 @@ class ActivationStore:
     memory.
 
     Mapped tensors behave as ordinary ones; the kernel writes them back and drops their pages under
-    pressure, so peak resident memory does not grow with the calibration set.
+    pressure, and `trim` takes them out of this process's resident memory, so that peak memory does
+    not grow with the calibration set.
     """
 
     def __init__(self, budget: int, directory: Path | None = None) -> None:
         """Args: budget in bytes; directory for the files (default: the system's temporary
-        directory).
+        directory), the same for all processes of a run.
         """
         self.budget, self.used, self.spilled = budget, 0, 0
-        self._parent, self._folder, self._count = directory, None, 0
-        self._folder: Path | None
+        self._parent, self._count, self._shared = directory, 0, 0
+        self._folder: Path | None = None
+        self._maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor; call `release` when it is no longer needed.
+        """A tensor of undefined values; call `release` when it is no longer needed.
 
         Raises:
             OutputError: the disk cannot take the file.
@@ -49,17 +54,39 @@ class ActivationStore:
             self._folder = Path(tempfile.mkdtemp(prefix="activations-", dir=self._parent))
         path = self._folder / str(self._count)
         self._count += 1
-        try:
-            with path.open("wb") as f:
-                os.posix_fallocate(f.fileno(), 0, size)
-        except OSError as error:
-            raise OutputError(
-                f"{self._folder}: no room for {size / 2**20:.0f} MiB of activations ({error.strerror}); "
-                "free disk space or pass fewer --calib-tokens"
-            ) from error
-        flat = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype)
-        path.unlink()  # the mapping keeps the data; nothing is left behind after a crash
-        return flat.view(shape)
+        _allocate(path, size)
+        out = self._map(path, shape, dtype)
+        path.unlink()
+        return out
+
+    def shared(self, world: World, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of undefined values that all processes of `world` see; they must call this in
+        step.
+
+        Raises:
+            OutputError: the disk cannot take the file. LostProcessError: a process is gone.
+        """
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if world.size == 1 or size == 0:
+            return self.empty(shape, dtype)
+        assert self._parent is not None, "processes share a directory"
+        path = self._parent / f"shared-{self._shared}"
+        self._shared += 1
+        if world.first:
+            _allocate(path, size)
+        world.meet("room for activations")
+        out = self._map(path, shape, dtype)
+        world.meet("room for activations")
+        if world.first:
+            path.unlink()
+        return out
+
+    def _map(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        with path.open("r+b") as f:
+            mapped = mmap.mmap(f.fileno(), 0)
+        out = torch.frombuffer(mapped, dtype=dtype).view(shape)  # keeps `mapped` alive
+        self._maps[out.data_ptr()] = mapped
+        return out
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A copy of `tensor` on the CPU that the store accounts for."""
@@ -68,11 +95,19 @@ class ActivationStore:
         return out
 
     def release(self, tensor: Tensor) -> None:
-        """Returns an in-memory tensor's bytes to the budget; mapped ones cost nothing to hold."""
-        self.used = max(0, self.used - tensor.nbytes)
+        """Returns an in-memory tensor's bytes to the budget; mapped ones were never on it."""
+        if tensor.data_ptr() not in self._maps:
+            self.used = max(0, self.used - tensor.nbytes)
+
+    def trim(self) -> None:
+        """Takes mapped tensors out of resident memory; their values stay in the files."""
+        for mapped in list(self._maps.values()):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Removes the folder; mapped tensors still alive keep their data until they are collected."""
+        """Removes the folder; mapped tensors still alive keep their data until they are
+        collected.
+        """
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -87,3 +122,16 @@ class ActivationStore:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _allocate(path: Path, size: int) -> None:
+    """A file with all its blocks, so that a full disk is met here and not at a later access."""
+    try:
+        with path.open("wb") as f:
+            os.posix_fallocate(f.fileno(), 0, size)
+    except OSError as error:
+        raise OutputError(
+            f"{path.parent}: no room for {size / 2**20:.0f} MiB of activations "
+            f"({error.strerror}); free disk space or pass fewer --calib-tokens, then run the same "
+            "command again"
+        ) from error

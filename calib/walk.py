@@ -9,19 +9,19 @@ Knows nothing about weights, solvers or experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qmoe.calib.store import ActivationStore
+from qmoe.calib.state import Outputs, tree
 from qmoe.host import BlockRef, Host
 
 Batch = dict[str, Tensor]
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, not an error: it ends a forward after the current block
+class _Stop(Exception):  # control flow: ends a forward after the current block
     pass
 
 
@@ -36,15 +36,31 @@ class Walk:
 
     Two walks over one host (the original model's stream and the quantized one's) may be interleaved
     block by block.
+
+    Attributes:
+        batch: index of the batch that is running.
+        finished: last finished block of every list, {list name: block name}.
+        mine: the batches that this process runs, ascending.
     """
 
-    def __init__(self, host: Host, batches: Sequence[Batch], store: ActivationStore) -> None:
-        self.host, self.batches, self.store = host, batches, store
-        self.batch = 0  # index of the batch that is running
-        self._saved: list[dict[str, Any]] = [{} for _ in batches]
+    def __init__(
+        self,
+        host: Host,
+        batches: Sequence[Batch],
+        outputs: Outputs,
+        mine: Sequence[int] | None = None,
+    ) -> None:
+        """Args: host, batches: the model and its inputs. outputs: keeps what blocks return. mine:
+        the share of this process, by default all.
+        """
+        self.host, self.batches, self.outputs = host, batches, outputs
+        self.mine = range(len(batches)) if mine is None else mine
+        self.batch = 0
+        self.finished: dict[str, str] = {}
+        self._read: dict[str, Any] = {}  # stored outputs of the running batch, by list
 
     def run(self, block: BlockRef, keep: bool = True) -> None:
-        """Runs every batch through `block`, which must be resident.
+        """Runs every batch of this process through `block`, which must be resident.
 
         Args:
             block: the block after the last finished one of its list.
@@ -53,24 +69,37 @@ class Walk:
         """
         current: dict[str, Any] = {}
         with self._stubs(block, current), torch.no_grad():
-            for n, batch in enumerate(self.batches):
-                self.batch, current["out"] = n, None
-                try:
-                    self.host.model(**batch, use_cache=False)
-                except _Stop:
-                    pass
+            for n in self.mine:
+                current["out"] = None
+                with suppress(_Stop):
+                    self._forward(n)
                 if keep:
-                    old = self._saved[n].get(block.list_name)
-                    self._saved[n][block.list_name] = _tree(self.store.keep, current["out"])
-                    _tree(self.store.release, old)
+                    self.outputs.put(block.list_name, block.name, n, current["out"])
+        self._read.clear()
+        if keep:
+            self.finished[block.list_name] = block.name
 
     def logits(self) -> Iterator[Tensor]:
-        """The model's logits for every batch once all blocks are finished."""
-        current: dict[str, Any] = {}
-        for n, batch in enumerate(self.batches):
-            with self._stubs(None, current), torch.no_grad():
-                self.batch = n
-                yield self.host.model(**batch, use_cache=False).logits
+        """The model's logits for every batch of this process once all blocks are finished."""
+        for n in self.mine:
+            with self._stubs(None, {}), torch.no_grad():
+                yield self._forward(n).logits
+
+    def _forward(self, batch: int) -> Any:
+        self.batch = batch
+        self._read.clear()
+        inputs = {name: self._place(tensor) for name, tensor in self.batches[batch].items()}
+        return self.host.model(**inputs, use_cache=False)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.host.device)
+
+    def _stored(self, list_name: str) -> Any:
+        if list_name not in self._read:  # every finished block of the list asks, with one answer
+            block = self.finished[list_name]
+            kept = self.outputs.get(list_name, block, self.batch)
+            self._read[list_name] = tree(self._place, kept)
+        return self._read[list_name]
 
     @contextmanager
     def _stubs(self, block: BlockRef | None, current: dict[str, Any]) -> Iterator[None]:
@@ -79,7 +108,9 @@ class Walk:
         def stub(b: BlockRef, real: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if block is None or b.module is not block.module:
-                    return self._saved[self.batch][b.list_name]
+                    if block is not None and b.list_name not in self.finished:
+                        raise _Stop  # the list of `block` is no part of a text's forward
+                    return self._stored(b.list_name)
                 current["out"] = real(*args, **kwargs)
                 raise _Stop
 
@@ -92,11 +123,3 @@ class Walk:
         finally:
             for b in blocks:
                 del b.module.forward  # the instance attribute; the class's method shows again
-
-
-def _tree(f: Callable[[Tensor], Any], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return f(value)
-    if isinstance(value, tuple | list):
-        return type(value)(_tree(f, v) for v in value)
-    return value

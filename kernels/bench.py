@@ -237,7 +237,7 @@ def dense_layer(pack: ExpertsPack, hidden: Tensor, index: Tensor, weight: Tensor
 
 def graph_seconds(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
     """Median seconds per call of functions captured one after another in one CUDA graph."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -249,8 +249,8 @@ def graph_seconds(calls: Sequence[Callable[[], object]], replays: int = 20) -> f
             call()
     times: list[float] = []
     for _ in range(replays + 3):
-        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()

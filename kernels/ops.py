@@ -106,6 +106,21 @@ def _(
     return torch.empty_like(hidden)
 
 
+def project_pairs(p: Projection, x: Tensor, index: Tensor) -> Tensor:
+    """``y[t] = W[index[t]] @ x[t]`` as a custom operator: kernels on a GPU, the twin on a CPU.
+
+    Args:
+        p: encoded projection, on x's device.
+        x: bf16, fp16 or float32 [pairs, cols].
+        index: int64 [pairs]; outside 0..E-1 gives zeros.
+
+    Returns:
+        [pairs, rows] in x's dtype.
+    """
+    out: Tensor = _project(x.contiguous(), index, 1, p.tensors(), p.numbers())
+    return out
+
+
 def silu_gate(h: Tensor) -> Tensor:
     """SwiGLU on concatenated gate and up: ``silu(h[:, :I]) * h[:, I:]``."""
     gate, up = h.chunk(2, dim=-1)

@@ -5,6 +5,7 @@ Knows nothing about the checkpoint around it, calibration or solvers.
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,11 +15,57 @@ from torch import Tensor
 
 from qmoe import codec
 from qmoe.dense_stream import DenseGeometry, DenseStream
+from qmoe.durable import writing
 from qmoe.families.base import ExpertsLayout
 from qmoe.manifest import write_sealed
 from qmoe.stream import ExpertStream
 from qmoe.tensorfile import Spill
 from qmoe.types import QuantizedMatrix
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One encoded group: matrices of one projection that share tables, and what is reported of
+    them.
+
+    Attributes:
+        projection: its name.
+        experts: one for each matrix.
+        encoded: tables and streams.
+        ideal_bits: of all matrices, scales included.
+        zeros: integers that are zero.
+    """
+
+    projection: str
+    experts: list[int]
+    encoded: codec.EncodedGroup
+    ideal_bits: float
+    zeros: int
+
+    @classmethod
+    def of(
+        cls, projection: str, experts: Sequence[int], matrices: Sequence[QuantizedMatrix]
+    ) -> "Piece":
+        """Encodes a group."""
+        encoded = codec.encode_group(matrices)
+        return cls(
+            projection,
+            list(experts),
+            encoded,
+            codec.ideal_bits(matrices, encoded.scale_bits),
+            sum(int((m.codes == 0).sum()) for m in matrices),
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes it for another process of the same run."""
+        with writing(path):
+            torch.save(asdict(self), path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Piece":
+        """Reads what `save` wrote."""
+        plain = torch.load(path, weights_only=True)
+        return cls(**plain | {"encoded": codec.EncodedGroup(**plain["encoded"])})
 
 
 class ExpertsWriter:
@@ -31,51 +78,47 @@ class ExpertsWriter:
         self._totals = {name: {"bytes": 0, "ideal_bits": 0.0, "zeros": 0} for name in self._names}
 
     def add_group(
-        self,
-        projection: str,
-        experts: Sequence[int],
-        matrices: Sequence[QuantizedMatrix],
-        encoded: codec.EncodedGroup | None = None,
+        self, projection: str, experts: Sequence[int], matrices: Sequence[QuantizedMatrix]
     ) -> None:
-        """Appends one group: matrices of one projection that share tables.
+        """Encodes and appends one group: matrices of one projection that share tables.
 
         Args:
             projection: name of a projection of the layout.
             experts: the experts, one for each matrix, each given once per projection.
             matrices: of the projection's shape.
-            encoded: the group's encoded form, if it is already there.
 
         Raises:
             ValueError: wrong shapes or an expert that was given before.
             OutputError: the disk refuses.
         """
-        j = self._names.index(projection)
-        want = self._layout.projections[j]
-        seen: set[int] = set()
+        want = self._layout.projections[self._names.index(projection)]
         for expert, m in zip(experts, matrices, strict=True):
             if tuple(m.codes.shape) != (want.rows, want.cols):
                 raise ValueError(
                     f"{self._layout.path} expert {expert} {projection}: {tuple(m.codes.shape)}, "
                     f"expected {(want.rows, want.cols)}"
                 )
-            if self._offsets[expert, j, 0] >= 0 or expert in seen:
+        self.add_piece(Piece.of(projection, experts, matrices))
+
+    def add_piece(self, piece: Piece) -> None:
+        """Appends a group that is encoded already; see `add_group`."""
+        j = self._names.index(piece.projection)
+        for i, expert in enumerate(piece.experts):
+            if self._offsets[expert, j, 0] >= 0 or expert in piece.experts[:i]:
                 raise ValueError(
-                    f"{self._layout.path} expert {expert} {projection} is written twice"
+                    f"{self._layout.path} expert {expert} {piece.projection} is written twice"
                 )
-            seen.add(expert)
-        if encoded is None:
-            encoded = codec.encode_group(matrices)
         name = f"{self._layout.path}.stream"
+        encoded, total = piece.encoded, self._totals[piece.projection]
         tables = self._spill.append(name, encoded.tables)
-        total = self._totals[projection]
         total["bytes"] += encoded.tables.numel()
-        for expert, blob in zip(experts, encoded.matrices, strict=True):
-            at = self._spill.append(name, blob)
-            row = [tables, tables + encoded.tables.numel(), at, at + blob.numel()]
+        for expert, blob in zip(piece.experts, encoded.matrices, strict=True):
+            start = self._spill.append(name, blob)
+            row = [tables, tables + encoded.tables.numel(), start, start + blob.numel()]
             self._offsets[expert, j] = torch.tensor(row)
             total["bytes"] += blob.numel()
-        total["ideal_bits"] += codec.ideal_bits(matrices, encoded.scale_bits)
-        total["zeros"] += sum(int((m.codes == 0).sum()) for m in matrices)
+        total["ideal_bits"] += piece.ideal_bits
+        total["zeros"] += piece.zeros
 
     def finish(
         self, tokens: Sequence[int] | None = None, notes: Sequence[str] | None = None
@@ -119,7 +162,7 @@ class BlockWriter:
     def __init__(self, data: Path, journal: Path, name: str, max_shard_bytes: int) -> None:
         self._data, self._journal, self.name = data, journal, name
         self._max = max_shard_bytes
-        self._stem = re.sub(r"[^A-Za-z0-9._-]", "_", name)
+        self._stem = record_path(journal, name).stem
         self._spill = Spill(journal / f"{self._stem}.spill")
         self._modules: dict[str, Any] = {}
         self._dense: dict[str, Any] = {}
@@ -246,7 +289,12 @@ class BlockWriter:
             "dense": self._dense,
             "note": self.note,
         }
-        write_sealed(self._journal / f"{self._stem}.json", record)
+        write_sealed(record_path(self._journal, self.name), record)
+
+
+def record_path(journal: Path, name: str) -> Path:
+    """Where the record of a block is kept."""
+    return journal / (re.sub(r"[^A-Za-z0-9._-]", "_", name) + ".json")
 
 
 def geometry(layout: ExpertsLayout) -> dict[str, Any]:

@@ -19,11 +19,19 @@ import click
 from qmoe.errors import QmoeError
 
 
-class _Bytes(click.ParamType):
+class _Bytes(click.ParamType[int]):
     """A size such as 8GiB, 500MB or a plain number of bytes."""
 
     name = "size"
-    _units: ClassVar = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20}
+    _units: ClassVar = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 2**10,
+        "mib": 2**20,
+    }
     _units |= {"gib": 2**30, "tib": 2**40, "tb": 10**12}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -43,7 +51,10 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except QmoeError as error:
             click.echo(f"qmoe: {error}", err=True)
-            sys.exit(2)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("qmoe: interrupted", err=True)
+            sys.exit(130)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -107,9 +118,9 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @click.option(
     "--memory",
     type=_Bytes(),
-    default="4GiB",
+    default="8GiB",
     show_default=True,
-    help="Room for activations in memory; the rest goes to mapped files.",
+    help="Memory of a process; activations beyond it go to mapped files in OUT.partial.",
 )
 @_device
 @click.option(
@@ -120,12 +131,22 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     """Compress SOURCE (a directory or a hub id) into the directory OUT."""
     from qmoe.compress import Settings, compress_checkpoint
+    from qmoe.parallel import World
 
     if options["method"] == "rd" and options["bits"] is None and options["delta"] is None:
         options["bits"] = 0.8
     options["dense_bits"] = int(options["dense_bits"])
-    report = compress_checkpoint(source, out, Settings(**options), progress=sys.stderr.isatty())
-    _show(report.as_dict(), as_json, report.text())
+    with World.of_environment() as world:
+        report = compress_checkpoint(
+            source,
+            out,
+            Settings(**options),
+            sys.stderr.isatty(),
+            world,
+            lambda text: click.echo(text, err=True),
+        )
+        if world.first:
+            _show(report.as_dict(), as_json, report.text())
 
 
 @main.command(name="eval")
@@ -151,6 +172,54 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 
     score = score_checkpoint(model, progress=sys.stderr.isatty(), **options)
     _show(score.as_dict(), as_json, score_text(score))
+
+
+@main.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--bits",
+    default="0.4,0.6,0.8,1,1.5,2,3",
+    show_default=True,
+    help="Targets of rd, stored bits per expert weight.",
+)
+@click.option(
+    "--methods",
+    default="rtn,qmoe,gptq2,gptq3,gptq4",
+    show_default=True,
+    help="Others to measure beside rd; '' for none.",
+)
+@click.option("--calib", required=True, help="Calibration text, see compress.")
+@click.option("--text", required=True, help="Evaluation text, see eval.")
+@click.option("--calib-tokens", type=click.IntRange(1), default=131072, show_default=True)
+@click.option(
+    "--ctx",
+    type=click.IntRange(2),
+    default=1024,
+    show_default=True,
+    help="Window length of calibration and evaluation.",
+)
+@click.option(
+    "--tokens", type=click.IntRange(2), default=None, help="Evaluate at most this many tokens."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_device
+@click.option("--keep", is_flag=True, help="Keep the compressed checkpoints in OUT.")
+@_json
+def sweep(source: str, out: Path, bits: str, methods: str, as_json: bool, **options: Any) -> None:
+    """Size against quality: a table and a picture of SOURCE compressed at several rates.
+
+    Everything goes to OUT: points.jsonl, sweep.md, sweep.png. The same command resumes.
+    """
+    from qmoe.sweep import parse_bits, parse_methods, run
+
+    targets, others = parse_bits(bits), parse_methods(methods)
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    found = run(source, out, targets, others, progress=sys.stderr.isatty(), say=say, **options)
+    _show(found.as_dict(), as_json, found.text())
 
 
 @main.command()

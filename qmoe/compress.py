@@ -4,44 +4,53 @@ a time.
 Peak memory: one block without its experts, one group of experts with its Hessians, and the
 activations that `--memory` allows; never the model. docs/scale.md has the arithmetic and the
 measurements.
+
+A block is finished when its activations and then its record are on the disk; a run that was
+interrupted goes on at the first block that is not. Several processes share batches and groups of
+experts and give the same bytes.
 """
 
 import hashlib
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from qmoe import __version__
-from qmoe.block import BlockWriter
-from qmoe.calib.experts import Parked, park, plugged
+from qmoe.calib.state import Durable, Outputs, Resident, resume_point
 from qmoe.calib.store import ActivationStore
-from qmoe.calib.tokens import inputs_only, learnable, prepare
-from qmoe.calib.walk import Walk
+from qmoe.calib.tokens import inputs_only, prepare
+from qmoe.carried import account, write_carried
 from qmoe.checkpoint import open_checkpoint
 from qmoe.container import ContainerWriter
 from qmoe.dense import HEAD, DenseCoder
 from qmoe.devices import pick_device
-from qmoe.errors import QmoeError
+from qmoe.durable import canonical_json
+from qmoe.errors import InterruptedRunError, QmoeError, SourceError
 from qmoe.evaluate import split_batches
-from qmoe.families.base import ExpertsLayout
 from qmoe.host import BlockRef, Host
-from qmoe.layer import Stream, quantize_layer
+from qmoe.importance import fits, layer_importance
+from qmoe.parallel import World
+from qmoe.plan import make_plan
 from qmoe.quantize import Method, get_method
-from qmoe.rate import Controller, Curve, Probe, check_target, module_bits, share_of
+from qmoe.rate import Controller, Curve, Probe, check_target, share_of
 from qmoe.report import CompressReport
+from qmoe.run import Run
+from qmoe.save import plain_config
 
 _BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
+Say = Callable[[str], object]
+Batches = Sequence[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,10 @@ class Settings:
         calib_tokens: at most this many tokens of it.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
-        memory: bytes of activations kept in memory; more goes to mapped files.
+        knobs: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`, and
+            `gradient`, 0 for layers that count alike.
+        memory: bytes that a process may use; what activations find no room for goes to mapped
+            files.
         device: where solvers and forwards run.
         trust_remote_code: run the source's own model code.
         fresh: discard an unfinished run on the same output.
@@ -71,10 +83,15 @@ class Settings:
     dense_bits: int = 16
     ctx: int | None = None
     seed: int = 0
-    memory: int = 4 * 2**30
+    knobs: Mapping[str, float] = field(default_factory=dict)
+    memory: int = 8 * 2**30
     device: str = "auto"
     trust_remote_code: bool = False
     fresh: bool = False
+
+    def solver_knobs(self) -> dict[str, float]:
+        """The knobs that the solver has."""
+        return {name: value for name, value in self.knobs.items() if name != "gradient"}
 
     def recorded(self) -> dict[str, Any]:
         """The part that decides the bytes, for the manifest and for resuming."""
@@ -86,66 +103,235 @@ class Settings:
 
 
 def compress_checkpoint(
-    source: str, out: Path, settings: Settings, progress: bool = False
+    source: str,
+    out: Path,
+    settings: Settings,
+    progress: bool = False,
+    world: World | None = None,
+    say: Say = lambda text: None,
 ) -> CompressReport:
-    """Compresses a checkpoint.
+    """Compresses a checkpoint, or goes on with what an interrupted run of the same settings left.
 
     Args:
         source: local directory or hub id.
         out: directory to make; it must not exist.
         settings: see `Settings`.
         progress: draw bars.
+        world: the processes that work on this together; all call this with the same arguments.
+        say: receives the plan and where a run is resumed, in the first process.
 
     Raises:
         QmoeError: the input's fault, see qmoe.errors; the source is never written to and `out`
-            never half-made.
+            never half-made. InterruptedRunError: ctrl-C.
     """
     start = time.monotonic()
+    world = world or World()
+    if not world.first:
+        progress, say = False, lambda text: None
     device = pick_device(settings.device)
     method = _method(settings)
     checkpoint = open_checkpoint(source)
-    host = Host(checkpoint, trust_remote_code=settings.trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    host = Host(checkpoint, trust_remote_code=settings.trust_remote_code, device=device)
+    tokenizer = _tokenizer(checkpoint.directory, settings.trust_remote_code)
     ctx = _context(host.config, settings)
     data = prepare(
         tokenizer, host.config, settings.calib, settings.calib_tokens, ctx, settings.seed
     )
     batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
+    plan = make_plan(host, method, batches, settings.memory, out, settings.bits)
+    say(plan.text())
+    wanted = settings.method == "rd" and bool(settings.knobs.get("gradient", True))
+    by_gradient = wanted and fits(host, settings.memory)
+    if wanted and not by_gradient:
+        say("layers count alike: the gradients of the whole model do not fit in --memory")
     identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
-    job = {**settings.recorded(), "source": identity, "calib_sha256": _digest(batches)}
-    with ContainerWriter(out, job=job) as writer, ActivationStore(settings.memory) as store:
-        run = _Run(host, method, batches, tokenizer, device, store, progress)
+    job = {
+        **settings.recorded(),
+        "source": identity,
+        "calib_sha256": _digest(batches),
+        "versions": _versions(),
+        "device": device.type,
+        "layer_weights": "gradient" if by_gradient else "equal",
+    }
+    blocks = list(host.blocks())
+    with ExitStack() as stack:
+        writer = None
+        if world.first:
+            writer = ContainerWriter(out, job=job, resume=not settings.fresh)
+            stack.enter_context(writer)
+        work = world.share(lambda: _clean(writer), "begin of the run")
+        store = stack.enter_context(ActivationStore(plan.store, work))
+        run_id = hashlib.sha256(canonical_json(job)).hexdigest()
+        names = ["quantized", "original"] if method.drift > 0 else ["quantized"]
+        kept = [Durable(work / "state" / name, f"{run_id} {name}") for name in names]
+
+        def make_run(solver: Method, some: Batches, outputs: Sequence[Outputs], part: World) -> Run:
+            pieces = work / "pieces" if outputs is kept else None
+            made = Run(
+                host, solver, some, outputs, tokenizer, device, store, progress, part, pieces
+            )
+            made.importance = importance
+            return made
+
         host.load_rest()
-        if settings.dense_bits < 16:
-            run.dense = DenseCoder(host, settings.dense_bits, batches, tokenizer, device)
-        inside = tuple(f"{name}." for name, _ in host.block_lists)
-        with writer.block("rest") as rest:
-            coded = run.dense.outside(rest) if run.dense is not None else set()
-            outside = host.dense(lambda n: not n.startswith(inside) and n not in coded)
-            for name, tensor in outside.items():
-                rest.add_tensor(name, tensor)
-            if settings.bits is not None:
-                curves = run.probe(settings.bits)
-                rest.note["curves"] = [c.as_list() for c in curves]
-                run.rate = Controller(settings.bits, curves)
-        names = ["rest"]
-        for block in tqdm(list(host.blocks()), desc="blocks", unit="block", disable=not progress):
-            with writer.block(block.name) as target:
-                run.block(block, target)
-            names.append(block.name)
-        if run.dense is not None and run.dense.has_head:
-            with writer.block(HEAD) as target:
-                run.dense.head(run.quantized, target)
-            names.append(HEAD)
-        writer.finish(
-            names,
-            config=host.config.to_dict(),
-            settings={**settings.recorded(), "method": method.name, "ctx": ctx},
-            versions=_versions(),
-            source={"name": Path(source).name, **identity},
-            carry_from=checkpoint.directory,
+        finished, done = world.share(
+            lambda: _progress(writer, blocks, kept, len(batches), say), "what is finished"
         )
+        try:
+            importance: dict[str, float] = {}
+            if by_gradient:
+                importance = finished.get("rest", {}).get("importance") or world.share(
+                    lambda: layer_importance(host, batches), "importance of the layers"
+                )
+            run = make_run(method, batches, kept, world)
+            if settings.bits is not None:
+                curves = finished.get("rest", {}).get("curves") or world.share(
+                    lambda: _probe(host, blocks, batches, settings, store, make_run, progress),
+                    "probe of the bits",
+                )
+                run.rate = Controller(
+                    settings.bits, [Curve(*c) for c in curves], settings.solver_knobs()
+                )
+                run.rate_after([finished[b.name] for b in blocks[:done]])
+            if settings.dense_bits < 16:
+                run.dense = DenseCoder(host, settings.dense_bits, batches, tokenizer, device)
+            if writer and "rest" not in finished:
+                with writer.block("rest") as rest:
+                    coded = run.dense.outside(rest) if run.dense else set()
+                    inside = tuple(f"{name}." for name, _ in host.block_lists)
+                    outside = host.dense(lambda n: not n.startswith(inside) and n not in coded)
+                    for name, tensor in outside:
+                        rest.add_tensor(name, tensor)
+                    rest.note["importance"] = importance
+                    if run.rate is not None:
+                        rest.note["curves"] = [c.as_list() for c in run.rate.curves]
+            elif run.dense:
+                run.dense.outside(None)
+            carried = write_carried(writer, host, finished) if writer else []
+        except KeyboardInterrupt:
+            raise _interrupted(writer, blocks[done:]) from None
+        host.free_head()
+        run.go_on(blocks[:done])
+        with tqdm(
+            total=len(blocks), desc="blocks", unit="block", initial=done, disable=not progress
+        ) as bar:
+            for i, block in enumerate(blocks[done:], done):
+                try:
+                    with ExitStack() as unit:
+                        target = unit.enter_context(writer.block(block.name)) if writer else None
+                        run.block(block, target, blocks[i + 1 : i + 2])
+                        _settle(kept, world)
+                    if world.first:  # activations before it are not needed any more
+                        for k in kept:
+                            k.keep_only(list(run.last_blocks()))
+                except KeyboardInterrupt:
+                    raise _interrupted(writer, blocks[i:]) from None
+                bar.update()
+        last = [HEAD] if run.dense and run.dense.has_head else []
+        if writer:
+            if run.dense and last and HEAD not in finished:
+                with writer.block(HEAD) as head:
+                    run.dense.head(run.whole_walk(), head)
+            writer.finish(
+                ["rest", *carried, *(b.name for b in blocks), *last],
+                config=_plain(host.config),
+                settings={**settings.recorded(), "method": method.name, "ctx": ctx},
+                versions=_versions(),
+                source={"name": Path(source).name, **identity},
+                report={"tensors": account(host)},
+                carry_from=checkpoint.directory,
+            )
+        world.meet("end of the run")
     return CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
+
+
+def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, TypeError, ValueError) as e:
+        hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
+
+
+def _clean(writer: ContainerWriter | None) -> Path:
+    """The folder of the run's own files, without what a run that died left, except its state."""
+    assert writer is not None
+    for left in writer.work.iterdir():
+        if left.name != "state":
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    (writer.work / "pieces").mkdir()
+    return writer.work
+
+
+def _progress(
+    writer: ContainerWriter | None,
+    blocks: Sequence[BlockRef],
+    kept: Sequence[Durable],
+    batches: int,
+    say: Say,
+) -> tuple[dict[str, Any], int]:
+    """Notes of the finished blocks, and how many blocks of the model to go on after."""
+    assert writer is not None
+    finished = writer.finished_blocks()
+    names = [(b.list_name, b.name) for b in blocks]
+    done, had = resume_point(names, finished, kept, batches)
+    if "rest" not in finished:
+        return finished, 0
+    if done < had:
+        say(
+            f"{had} blocks are finished, but the activations behind {names[had - 1][1]} are "
+            f"missing or damaged; going back to block {names[done][1]}"
+        )
+    elif done:
+        then = f"continuing at block {names[done][1]}" if done < len(names) else "completing"
+        say(f"{done} of {len(names)} blocks are finished; {then}")
+    return finished, done
+
+
+def _interrupted(writer: ContainerWriter | None, blocks: Sequence[BlockRef]) -> InterruptedRunError:
+    """What ctrl-C ends a run with; `blocks` are those that were not known to be finished."""
+    left = [b.name for b in blocks if writer is None or not writer.recorded(b.name)]
+    where = f"continues at block {left[0]}" if left else "completes the checkpoint"
+    return InterruptedRunError(f"interrupted; the same command {where}")
+
+
+def _settle(kept: Sequence[Durable], world: World) -> None:
+    """Returns when the activations of all processes are durable."""
+    world.meet("activations of a block")
+    if world.first:
+        for k in kept:
+            k.settle()
+
+
+def _probe(
+    host: Host,
+    blocks: Sequence[BlockRef],
+    batches: Batches,
+    settings: Settings,
+    store: ActivationStore,
+    make_run: Callable[[Method, Batches, Sequence[Outputs], World], Run],
+    progress: bool,
+) -> list[list[Any]]:
+    """Each module's bits as a function of the global step, see `qmoe.rate`; in one process."""
+    tokens = sum(b["input_ids"].numel() for b in batches)
+    some = share_of(batches, batches[0]["input_ids"].numel())
+    seen = sum(b["input_ids"].numel() for b in some)
+    layouts = [la for b in blocks for la, _ in host.experts_of(b)]
+    probe = Probe(settings.bits or 0.0, tokens / seen, layouts, settings.solver_knobs())
+    outputs = Resident(store)
+    run = make_run(probe.method, some, [outputs], World())
+    for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=not progress)):
+        run.block(block, None, blocks[i + 1 : i + 2], probe.finish)
+    outputs.drop()
+    return [c.as_list() for c in probe.curves]
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The config as JSON values, without the place where the source lies."""
+    out = plain_config(config)
+    out.pop("_name_or_path", None)
+    return out
 
 
 def _digest(batches: list[dict[str, Tensor]]) -> str:
@@ -178,161 +364,22 @@ def _method(settings: Settings) -> Method:
             raise QmoeError("--bits and --delta exclude each other; give one of them")
         if settings.bits is not None:
             check_target(settings.bits)
-        params = {} if settings.delta is None else {"delta": settings.delta}
+        params = settings.solver_knobs()
+        if settings.delta is not None:
+            params["delta"] = settings.delta
+    elif settings.knobs:
+        raise QmoeError(f"--method {settings.method} has no knobs, got {dict(settings.knobs)}")
     elif settings.bits is not None or settings.delta is not None:
         raise QmoeError(
             f"--method {settings.method} has a fixed grid; --bits and --delta belong to --method rd"
         )
-    return get_method(name, **params)
+    try:
+        return get_method(name, **params)
+    except (TypeError, ValueError) as e:
+        raise QmoeError(f"{name} does not take {params}: {e}") from e
 
 
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-class _Run:
-    """The state of one compression between blocks: two streams of activations and the reports."""
-
-    def __init__(
-        self,
-        host: Host,
-        method: Method,
-        batches: list[dict[str, Tensor]],
-        tokenizer: Any,
-        device: torch.device,
-        store: ActivationStore,
-        progress: bool,
-    ) -> None:
-        self.host, self.method, self.batches, self.tokenizer = host, method, batches, tokenizer
-        self.device, self.store, self.progress = device, store, progress
-        self.quantized = Walk(host, batches, store)
-        self.original = Walk(host, batches, store) if method.drift > 0 else None
-        self.rate: Controller | None = None
-        self.dense: DenseCoder | None = None
-
-    def probe(self, bits: float) -> list[Curve]:
-        """Each module's bits as a function of the global step; see `qmoe.rate`."""
-        tokens = sum(b["input_ids"].numel() for b in self.batches)
-        some = share_of(self.batches, self.batches[0]["input_ids"].numel())
-        seen = sum(b["input_ids"].numel() for b in some)
-        probe = Probe(bits, tokens / seen)
-        run = _Run(
-            self.host, probe.method, some, self.tokenizer, self.device, self.store, self.progress
-        )
-        blocks = list(self.host.blocks())
-        for block in tqdm(blocks, desc="probe", unit="block", disable=not self.progress):
-            run.block(block, None, probe.finish)
-        return probe.curves
-
-    def block(
-        self,
-        block: BlockRef,
-        target: BlockWriter | None,
-        finished: Callable[[ExpertsLayout], None] = lambda layout: None,
-    ) -> None:
-        """Quantizes one block and moves both streams past it.
-
-        Args:
-            block: the block after the last one.
-            target: where tensors and experts are stored; None stores nothing.
-            finished: called after every experts module.
-        """
-        host = self.host
-        encoded_names = host.encoded_names(block)
-        host.load_block(block, encoded_names)
-        inside = f"{block.name}."
-        if self.dense is not None:
-            encoded_names |= self.dense.block(block, self.quantized, encoded_names, target)
-        if target is not None:
-            dense = host.dense(lambda n: n.startswith(inside) and n not in encoded_names)
-            for name, tensor in dense.items():
-                target.add_tensor(name, tensor)
-        walks = [w for w in (self.quantized, self.original) if w is not None]
-        done: list[list[tuple[nn.Module, Parked]]] = [[] for _ in walks]
-        for layout, module in host.experts_of(block):
-            streams = []
-            width = layout.projections[-1].rows
-            for walk, plugs in zip(walks, done, strict=True):
-                with self._weights(walk), _plugged(walk, plugs):
-                    parked = park(walk, block, layout.path, module, width, self.store)
-                plugs.append((module, parked))
-                streams.append(Stream(parked, self._keep(block, parked)))
-            self._quantize(layout, module, streams, target)
-            finished(layout)
-        for walk, plugs in zip(walks, done, strict=True):
-            with self._weights(walk), _plugged(walk, plugs):
-                walk.run(block)
-            for _, parked in plugs:
-                parked.release(self.store)
-        if self.dense is not None:
-            self.dense.leave()
-        host.free(block)
-
-    def _weights(self, walk: Walk) -> AbstractContextManager[None]:
-        """Shows a stream the dense weights that are its own: decoded ones for the quantized."""
-        if self.dense is None or walk is not self.quantized:
-            return nullcontext()
-        return self.dense.shown()
-
-    def _quantize(
-        self,
-        layout: ExpertsLayout,
-        module: nn.Module,
-        streams: list[Stream],
-        target: BlockWriter | None,
-    ) -> None:
-        original = streams[1] if len(streams) > 1 else None
-        writer = target.experts(layout) if target is not None else None
-        delta = self.rate.delta() if self.rate is not None else None
-        method = self.method if delta is None else get_method("rd", delta=delta)
-        with tqdm(
-            total=layout.experts,
-            desc=layout.path,
-            unit="expert",
-            leave=False,
-            disable=not self.progress,
-        ) as bar:
-            coverage = quantize_layer(
-                self.host,
-                layout,
-                module,
-                method,
-                streams[0],
-                original,
-                self.device,
-                writer.add_group if writer is not None else lambda *_: None,
-                bar.update,
-            )
-        if target is None:
-            return
-        report = target.finish_experts(layout.path, coverage.tokens, coverage.notes)
-        if self.rate is not None and delta is not None:
-            self.rate.record(layout.path, module_bits(layout, report), delta)
-            target.note[layout.path] = {"delta": delta}
-
-    def _keep(self, block: BlockRef, parked: Parked) -> Tensor:
-        """Which of the parked rows statistics are taken from; rows that are no tokens in order are
-        all kept.
-        """
-        config = self.host.config
-        decoder = config.is_encoder_decoder and "decoder" in block.list_name
-        masks = learnable(self.batches, self.tokenizer, decoder)
-        parts = []
-        for rows, mask in zip(parked.rows, masks, strict=True):
-            times = rows // len(mask)
-            parts.append(
-                mask.repeat(times)
-                if times * len(mask) == rows
-                else torch.ones(rows, dtype=torch.bool)
-            )
-        return torch.cat(parts)
-
-
-@contextmanager
-def _plugged(walk: Walk, plugs: list[tuple[nn.Module, Parked]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module, parked in plugs:
-            stack.enter_context(plugged(walk, module, parked))
-        yield

@@ -17,13 +17,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from qmoe.block import BlockWriter
+from qmoe.block import BlockWriter, record_path
 from qmoe.durable import canonical_json, file_sha256, sync_directory, write_file, writing
 from qmoe.errors import CorruptError, OutputError
 from qmoe.manifest import FORMAT_VERSION, MANIFEST, read_sealed, write_sealed
 
 INDEX = "qmoe.safetensors.index.json"
 MAX_SHARD_BYTES = 4 << 30
+CARRIED_BLOCK = "carried tensors"  # no module path has a space
 # What a user of the model needs besides its weights; a licence must travel with what it covers.
 CARRIED = (
     "generation_config.json",
@@ -89,17 +90,19 @@ class ContainerWriter:
         self._replace, self._max = replace, max_shard_bytes
         self._root = self.out.with_name(self.out.name + ".partial")
         self._data, self._journal = self._root / "data", self._root / "journal"
+        self.work = self._root / "work"  # for files of the run that do not become part of `out`
         self._check_free()
         with writing(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         try:
             if not resume:
-                for folder in (self._data, self._journal):
+                for folder in (self._data, self._journal, self.work):
                     shutil.rmtree(folder, ignore_errors=True)
             with writing(self._root):
                 self._data.mkdir(exist_ok=True)
                 self._journal.mkdir(exist_ok=True)
+                self.work.mkdir(exist_ok=True)
                 sync_directory(self._root)
                 sync_directory(self._root.parent)
             self._settle_job(dict(job or {}))
@@ -185,6 +188,10 @@ class ContainerWriter:
             return None
         return record
 
+    def recorded(self, name: str) -> bool:
+        """Whether a block has a record; cheap, and its files are not looked at."""
+        return record_path(self._journal, name).exists()
+
     def block(self, name: str) -> BlockWriter:
         """Begins a block. One at a time; a block of the same name is replaced."""
         self._records = None
@@ -249,7 +256,12 @@ class ContainerWriter:
         small[INDEX] = canonical_json(
             {
                 "metadata": {"total_size": total},
-                "weight_map": {name: entry["file"] for name, entry in tensors.items()},
+                "weight_map": {
+                    name: entry["file"]
+                    for block in blocks
+                    if block != CARRIED_BLOCK  # transformers must not look for their modules
+                    for name, entry in records[block]["tensors"].items()
+                },
             }
         )
         for name, data in sorted(small.items()):

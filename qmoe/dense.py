@@ -27,6 +27,7 @@ from qmoe.codec.geometry import MAX_COLS
 from qmoe.dense_stream import DenseGeometry
 from qmoe.errors import NonFiniteError
 from qmoe.families.layouts import route
+from qmoe.fit import tied_names
 from qmoe.host import BlockRef, Host
 from qmoe.quantize.dense import DenseSolver
 from qmoe.types import QuantizedMatrix
@@ -65,7 +66,7 @@ class DenseCoder:
             self._tokens[True] = learnable(batches, tokenizer, decoder=True)
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._inside: list[tuple[Tensor, Tensor]] = []
-        self._tied = {name for name, _ in host.tied()}
+        self._tied = {name for name, _ in tied_names(host.model)}
 
     @contextmanager
     def shown(self) -> Iterator[None]:

@@ -6,7 +6,13 @@ Every one of them ends a command with its message on stderr and exit code 2.
 
 
 class QmoeError(Exception):
-    """Base of all errors that are the input's fault, not the program's."""
+    """Base of all errors that are the input's fault, not the program's.
+
+    Attributes:
+        exit_code: of the command that it ends.
+    """
+
+    exit_code = 2
 
 
 class SourceError(QmoeError):
@@ -39,3 +45,13 @@ class FormatVersionError(QmoeError):
 
 class CapacityError(QmoeError):
     """The run does not fit in the memory or disk it was given; the text has both numbers."""
+
+
+class LostProcessError(QmoeError):
+    """Another process of a run on several processes ended or does not answer."""
+
+
+class InterruptedRunError(QmoeError):
+    """The user stopped a run that can be continued; the text says where it goes on."""
+
+    exit_code = 130

@@ -117,7 +117,8 @@ def _predictions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     logits = logits[scored].float()
     if not torch.isfinite(logits).all():
         raise NonFiniteError(
-            f"{type(model).__name__}: its logits hold NaN or Inf; the weights are damaged or the dtype overflows"
+            f"{type(model).__name__}: its logits hold NaN or Inf; the weights are damaged "
+            "or the dtype overflows"
         )
     return logits, labels[scored]
 

@@ -6,7 +6,7 @@ One block is decoded at a time. Knows nothing about calibration or solvers.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from qmoe.container import carried_files
+from qmoe.container import CARRIED_BLOCK, carried_files
 from qmoe.dense_stream import STREAM
 from qmoe.durable import canonical_json, sync_directory, write_file, writing
 from qmoe.errors import OutputError
@@ -84,17 +84,16 @@ def _write(
     width = max(5, len(str(len(blocks))))
     weight_map: dict[str, str] = {}
     total = 0
-    for i, files in enumerate(blocks.values()):
+    for i, (block, files) in enumerate(blocks.items()):
         names = [name for name, (file, _, _) in container.tensors.items() if file in files]
-        dense = _decoded(container, model, names, dtype, plan)
+        names += [name for name, (file, _, _) in container.carried.items() if file in files]
         file = f"model-{i + 1:0{width}d}-of-{len(blocks):0{width}d}.safetensors"
         spill = Spill(work / "spill")
         try:
-            for name, tensor in sorted(revert_weight_conversion(model, dense).items()):
+            for name, tensor in _published(container, model, block, names, dtype, plan):
                 spill.add(name, tensor)
                 weight_map[name] = file
                 total += tensor.nbytes
-            del dense
             spill.write_shard(work / file, spill.shards(1 << 62)[0])
         finally:
             spill.close()
@@ -108,6 +107,23 @@ def _write(
     write_file(work / "config.json", canonical_json(config))
     for name, data in carried_files(container.directory).items():
         write_file(work / name, data)
+
+
+def _published(
+    container: Container,
+    model: nn.Module,
+    block: str,
+    names: list[str],
+    dtype: torch.dtype,
+    kept: set[str],
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of one block under the names that the family is published with; carried ones as they
+    came."""
+    if block == CARRIED_BLOCK:
+        yield from ((name, container.read(name)) for name in sorted(names))
+        return
+    dense = _decoded(container, model, names, dtype, kept)
+    yield from sorted(revert_weight_conversion(model, dense).items())
 
 
 def _decoded(

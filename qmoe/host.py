@@ -11,7 +11,6 @@ It knows nothing about quantization, calibration text or the output.
 """
 
 import copy
-import re
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,10 +32,13 @@ from transformers.utils import logging
 
 from qmoe.checkpoint import Checkpoint
 from qmoe.errors import NonFiniteError, SourceError, UnsupportedModelError
+from qmoe.families.aliases import ALIASES
 from qmoe.families.base import ExpertsLayout
 from qmoe.families.layouts import KINDS, find_experts
+from qmoe.fit import EXPERT_NUMBER, check_complete, check_experts, tied_names
+from qmoe.models.auto import auto_class
 
-_EXPERT_NUMBER = re.compile(r"experts?[._](\d+)\.")
+_NOT_SETTINGS = ("model_type", "auto_map")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Host:
         checkpoint: Checkpoint,
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         """Builds the empty model.
 
@@ -83,6 +86,7 @@ class Host:
             dtype: compute dtype of materialised weights; parameters that the family keeps in
                 float32 stay so.
             trust_remote_code: run model code that the checkpoint brings along.
+            device: where the dense parts of blocks are put; the CPU if not given.
 
         Raises:
             UnsupportedModelError: a model type that transformers does not know, or no block lists
@@ -90,6 +94,7 @@ class Host:
             SourceError: a parameter of the model that no tensor of the checkpoint feeds.
         """
         self.checkpoint, self.dtype = checkpoint, dtype
+        self.device = device or torch.device("cpu")
         self.config = _read_config(checkpoint, trust_remote_code)
         with torch.device("meta"):
             self.model = _model_class(self.config, checkpoint, trust_remote_code)._from_config(
@@ -100,11 +105,14 @@ class Host:
         # meta
         self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
         self.model._initialize_missing_keys(is_quantized=False)
+        for buffer in self.model.buffers():
+            if not buffer.is_meta:
+                buffer.data = buffer.data.to(self.device)
         self._mapping = get_model_conversion_mapping(self.model, None, None)
         self._map_names()
         self.block_lists = _block_lists(self.model)
         self.experts = find_experts(self.model)
-        self._check_complete()
+        self._check()
 
     def _map_names(self) -> None:
         renamings = [t for t in self._mapping if isinstance(t, WeightRenaming)]
@@ -124,26 +132,12 @@ class Host:
             else:
                 self.unused.append(name)
 
-    def _check_complete(self) -> None:
-        tied = {k for pair in _tied(self.model) for k in pair}
-        missing = [
-            n for n, p in self.model.named_parameters() if n not in self.sources and n not in tied
-        ]
-        # a converter with several targets (a fused qkv on disk) names only the first of them
-        several = {
-            t
-            for c in self._converter.values()
-            if len(c.target_patterns) > 1
-            for t in c.target_patterns
-        }
-        missing = [
-            n for n in missing if not any(re.search(t.replace("*", r"\d+"), n) for t in several)
-        ]
-        if missing:
-            raise SourceError(
-                f"{self.checkpoint.directory}: no tensor on disk for {missing[0]} ({len(missing)} parameters of "
-                f"{type(self.model).__name__} are missing); the checkpoint is incomplete or does not match config.json"
-            )
+    def _check(self) -> None:
+        where = str(self.checkpoint.directory)
+        several = {p for p, c in self._converter.items() if len(c.target_patterns) > 1}
+        targets = {t for p in several for t in self._converter[p].target_patterns}
+        check_complete(where, self.model, self.sources, targets)
+        check_experts(where, self.experts, self.sources, several)
 
     def blocks(self) -> Iterator[BlockRef]:
         """All blocks in the order in which the model's forward calls their lists."""
@@ -179,7 +173,8 @@ class Host:
         if info.mismatched_keys:
             name, disk, expected = sorted(info.mismatched_keys)[0]
             raise SourceError(
-                f"{self.checkpoint.directory}: {name} has shape {tuple(disk)} on disk, config.json asks for "
+                f"{self.checkpoint.directory}: {name} has shape {tuple(disk)} on disk, "
+                "config.json asks for "
                 f"{tuple(expected)}; the checkpoint does not match its config"
             )
         if info.conversion_errors:
@@ -188,8 +183,10 @@ class Host:
                 f"{self.checkpoint.directory}: cannot convert {name}: {str(text).strip()}"
             )
         for name, tensor in _named_tensors(self.model):
-            if want(name) and not tensor.is_meta and tensor.is_floating_point():
-                check_finite(name, tensor)
+            if want(name) and not tensor.is_meta:
+                if tensor.is_floating_point():
+                    check_finite(name, tensor)
+                tensor.data = tensor.data.to(self.device)
 
     def load_rest(self) -> None:
         """Everything outside the blocks: embeddings, final norms, head, vision tower."""
@@ -201,9 +198,22 @@ class Host:
         """A block without the parameters in `skip` (its experts' matrices)."""
         self.load(lambda t: t.startswith(f"{block.name}.") and t not in skip)
 
+    def free_head(self) -> None:
+        """Puts the output embeddings back on the meta device unless the input shares them: no block
+        needs them.
+        """
+        head, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is not None and head.weight is not inputs.weight:
+            head.to("meta")
+
     def free(self, block: BlockRef) -> None:
-        """Puts a block's weights back on the meta device."""
+        """Puts a block's weights back on the meta device; tables that no file holds stay."""
+        stored = block.module.state_dict().keys()
+        tables = [(n, b) for n, b in block.module.named_buffers() if n not in stored]
         block.module.to("meta")
+        for name, buffer in tables:
+            owner, _, leaf = name.rpartition(".")
+            block.module.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
 
     def read_expert(
         self, layout: ExpertsLayout, module: nn.Module, expert: int
@@ -227,7 +237,7 @@ class Host:
         position = 0
         for name in kind.encoded(module):
             target = f"{layout.path}.{name}"
-            number = _EXPERT_NUMBER.search(target)
+            number = EXPERT_NUMBER.search(target)
             if number:  # a module per expert: its siblings stay where they are
                 position = expert
                 if int(number.group(1)) == expert:
@@ -236,6 +246,13 @@ class Host:
                 rows = module.get_parameter(name).shape[0] // layout.experts
                 stand_in.put(name, self._rows(target, expert, rows))
         read = kind.read(stand_in, position)
+        for p in layout.projections:
+            if tuple(read[p.name].shape) != (p.rows, p.cols):
+                raise SourceError(
+                    f"{self.checkpoint.directory}: expert {expert} of {layout.path} has a {p.name} "
+                    f"matrix of shape {tuple(read[p.name].shape)}, config.json asks for "
+                    f"{(p.rows, p.cols)}; the checkpoint does not match its config"
+                )
         return {k: w.contiguous() for k, w in read.items()}
 
     def _whole(self, target: str) -> Tensor:
@@ -247,10 +264,10 @@ class Host:
         """Rows [expert * rows, (expert + 1) * rows) of a parameter that holds all experts, through
         its converter.
         """
-        converter, collected = None, {}
-        collected: dict[str, list[Tensor]]
+        converter: Any = None
+        collected: dict[str, list[Tensor]] = {}
         for disk, pattern in sorted(self.sources[target].items()):
-            number = _EXPERT_NUMBER.search(disk)
+            number = EXPERT_NUMBER.search(disk)
             if number and int(number.group(1)) != expert:
                 continue
             at = ... if number else slice(expert * rows, (expert + 1) * rows)
@@ -268,8 +285,29 @@ class Host:
         for pattern, tensors in collected.items():
             converter.collected_tensors[pattern] = tensors
         made = converter.convert(target, model=self.model, config=self.config, hf_quantizer=None)
-        result = next(iter(made.values()))
-        return result[0] if isinstance(result, list) else result
+        result: Any = next(iter(made.values()))
+        found: Tensor = result[0] if isinstance(result, list) else result
+        return found
+
+    def prefetch(self, layout: ExpertsLayout, module: nn.Module, experts: range) -> None:
+        """Lets the matrices of some experts be read ahead where each has a tensor of its own; one
+        tensor of all experts is read in order, which the operating system sees by itself.
+        """
+        names = []
+        for name in KINDS[layout.kind].encoded(module):
+            for disk in self.sources.get(f"{layout.path}.{name}", ()):
+                number = EXPERT_NUMBER.search(disk)
+                if number and int(number.group(1)) in experts:
+                    names.append(disk)
+        self.checkpoint.prefetch(names)
+
+    def prefetch_block(self, block: BlockRef) -> None:
+        """Lets a block without its experts' matrices be read ahead."""
+        skip = self.encoded_names(block)
+        inside = f"{block.name}."
+        for target, disks in self.sources.items():
+            if target.startswith(inside) and target not in skip:
+                self.checkpoint.prefetch(disks)
 
     def experts_of(self, block: BlockRef) -> list[tuple[ExpertsLayout, nn.Module]]:
         """The experts modules of a block in the order in which its forward calls them."""
@@ -284,22 +322,16 @@ class Host:
             for name in KINDS[layout.kind].encoded(module)
         }
 
-    def dense(self, want: Callable[[str], bool]) -> dict[str, Tensor]:
+    def dense(self, want: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
         """Resident parameters and persistent buffers by module name, in the dtype that they have on
-        disk.
+        disk, one at a time.
 
         Tied copies are left out: the model ties them again when it is loaded.
         """
-        tied = {name for name, _ in _tied(self.model)}
-        out = {}
+        tied = {name for name, _ in tied_names(self.model)}
         for name, tensor in self.model.state_dict().items():
             if want(name) and not tensor.is_meta and name not in tied:
-                out[name] = tensor.to(self._stored_dtype(name, tensor))
-        return out
-
-    def tied(self) -> list[tuple[str, str]]:
-        """(tied copy, what it is a copy of), names of parameters; copies are not stored."""
-        return _tied(self.model)
+                yield name, tensor.cpu().to(self._stored_dtype(name, tensor))
 
     def _stored_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
         if not tensor.is_floating_point():
@@ -361,6 +393,7 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     if (
         "auto_map" in checkpoint.config
         and kind not in transformers.CONFIG_MAPPING
+        and kind not in ALIASES
         and not trust_remote_code
     ):
         raise UnsupportedModelError(
@@ -368,12 +401,17 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             "read it, then pass --trust-remote-code to run it"
         )
     try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.directory, trust_remote_code=trust_remote_code
-        )
+        if kind in ALIASES:
+            given = {k: v for k, v in checkpoint.config.items() if k not in _NOT_SETTINGS}
+            config = AutoConfig.for_model(ALIASES[kind], **given)
+        else:
+            config = AutoConfig.from_pretrained(
+                checkpoint.directory, trust_remote_code=trust_remote_code
+            )
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
-            f"{checkpoint.directory}: model type {kind!r} is not known to transformers {transformers.__version__}"
+            f"{checkpoint.directory}: model type {kind!r} is not known to "
+            f"transformers {transformers.__version__}"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the checkpoint presents dense tensors
@@ -384,11 +422,7 @@ def _model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -
     names = config.architectures or []
     cls = getattr(transformers, names[0], None) if names else None
     if cls is None:
-        auto = (
-            transformers.AutoModelForSeq2SeqLM
-            if config.is_encoder_decoder
-            else transformers.AutoModelForCausalLM
-        )
+        auto = auto_class(config)
         if type(config) in auto._model_mapping:
             cls = auto._model_mapping[type(config)]
         elif trust_remote_code and "auto_map" in checkpoint.config:
@@ -417,13 +451,10 @@ def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     ]
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no list of blocks of the types {sorted(kinds)}; this layout is not supported"
+            f"{type(model).__name__}: no list of blocks of the types {sorted(kinds)}; "
+            "this layout is not supported"
         )
     return found
-
-
-def _tied(model: nn.Module) -> list[tuple[str, str]]:
-    return list((getattr(model, "all_tied_weights_keys", None) or {}).items())
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -21,12 +21,14 @@ from qmoe.errors import NonFiniteError
 from qmoe.families.base import ExpertsLayout, Projection
 from qmoe.families.layouts import expert_forward
 from qmoe.host import Host
+from qmoe.parallel import World
 from qmoe.quantize import Method, Problem, Solution
 from qmoe.types import QuantizedMatrix
 
 ROWS = 4096  # rows of activations at once; fixed, since it decides the rounding of sums
-_GROUP_CELLS = 2**27  # Hessian cells of a group: 1 GiB in float64
+_GROUP_CELLS = 2**25  # Hessian cells of a group: 256 MiB in float64, of which eight are alive
 _GROUP_EXPERTS = 32
+_STRIPE = 512  # rows of the layer's Hessian that are computed as one piece of work
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,14 @@ def quantize_layer(
     device: torch.device,
     sink: Sink,
     progress: Callable[[int], object] = lambda experts: None,
+    world: World | None = None,
+    importance: float = 1.0,
 ) -> Coverage:
     """Quantizes every expert of a module, hands the integers on, and fills both streams' outputs.
+
+    Of several processes each takes its share of the groups; when all return, the outputs are
+    complete. A group is computed by one process in one order, so the number of processes does not
+    change a bit.
 
     Args:
         host: where the experts' matrices are read from, each once.
@@ -92,22 +100,33 @@ def quantize_layer(
         device: where solvers and Hessians run.
         sink: receives every group of every projection.
         progress: called with the number of experts done, after every group.
+        world: the processes that share the groups.
 
     Raises:
         NonFiniteError: NaN or Inf in weights, activations or Hessians; the text names the tensor.
     """
-    work = _Work(host, layout, module, method, quantized, original, device)
-    tokens: list[int] = []
-    notes = [""] * layout.experts
-    for group in groups(layout):
-        for projection, problem, solution in work.solve(group):
+    world = world or World()
+    work = _Work(host, layout, module, method, quantized, original, device, world, importance)
+    tokens: dict[int, int] = {}
+    notes: dict[int, str] = {}
+    todo = list(groups(layout))
+    for i in world.mine(len(todo)):
+        group = todo[i]
+        if i + world.size < len(todo):
+            host.prefetch(layout, module, todo[i + world.size])
+        for projection, seen, solution in work.solve(group):
             sink(projection.name, group, solution.matrices)
+            tokens |= dict(zip(group, seen, strict=True))
             for e, note in zip(group, solution.notes, strict=True):
-                if note and note not in notes[e]:
-                    notes[e] = f"{notes[e]}; {note}" if notes[e] else note
-        tokens += problem.tokens.tolist()
+                before = notes.setdefault(e, "")
+                if note and note not in before:
+                    notes[e] = f"{before}; {note}" if before else note
         progress(len(group))
-    return Coverage(tokens, notes)
+    for other_tokens, other_notes in world.collect((tokens, notes), f"experts of {layout.path}"):
+        tokens |= other_tokens
+        notes |= other_notes
+    experts = range(layout.experts)
+    return Coverage([tokens[e] for e in experts], [notes[e] for e in experts])
 
 
 class _Done(Exception):  # control flow: the activation is known, the rest is not needed
@@ -126,27 +145,44 @@ class _Work:
         quantized: Stream,
         original: Stream | None,
         device: torch.device,
+        world: World,
+        importance: float,
     ) -> None:
         self.host, self.layout, self.module, self.method = host, layout, module, method
         self.quantized, self.original, self.device = quantized, original, device
-        self.layer = self._layer_moment()
+        self.importance = importance
+        self.layer = self._layer_moment(world)
 
-    def _layer_moment(self) -> tuple[Tensor, int]:
+    def _layer_moment(self, world: World) -> tuple[Tensor, int]:
         """Hessian of all tokens together (each slot counted) and the number of (token, slot) pairs
         behind it.
         """
         p, keep = self.quantized.parked, self.quantized.keep
         used = (p.index < self.layout.experts) & keep[:, None]
         mass = (used * (p.weight.square() if self.method.weighted else 1.0)).sum(1).sqrt()
-        total = torch.zeros(
-            p.hidden.shape[1], p.hidden.shape[1], dtype=torch.float64, device=self.device
-        )
-        for x, m in zip(p.hidden.split(ROWS), mass.split(ROWS), strict=True):
-            total += second_moment(x.to(self.device).float() * m[:, None].to(self.device))
+        cols = p.hidden.shape[1]
+        stripes = [slice(a, min(a + _STRIPE, cols)) for a in range(0, cols, _STRIPE)]
+        mine = {
+            i: torch.zeros(
+                stripes[i].stop - stripes[i].start, cols, dtype=torch.float64, device=self.device
+            )
+            for i in world.mine(len(stripes))
+        }
+        for x, m in zip(torch.split(p.hidden, ROWS), torch.split(mass, ROWS), strict=True):
+            x = x.to(self.device).float() * m[:, None].to(self.device)
+            for i, part in mine.items():
+                part += second_moment(x[:, stripes[i]], x)
+        total = torch.empty(cols, cols, dtype=torch.float64, device=self.device)
+        parts = {i: part.cpu() for i, part in mine.items()}
+        for found in world.collect(parts, f"Hessian of {self.layout.path}"):
+            for i, part in found.items():
+                total[stripes[i]] = part
         return total, int(used.sum())
 
-    def solve(self, group: range) -> Iterator[tuple[Projection, Problem, Solution]]:
-        """Yields every projection of a group, solved; then the group's outputs are in the streams."""
+    def solve(self, group: range) -> Iterator[tuple[Projection, list[int], Solution]]:
+        """Yields every projection of a group with the tokens that each expert saw, solved; then the
+        group's outputs are in the streams.
+        """
         weights = [
             {k: w.float().to(self.device) for k, w in read.items()}
             for read in (self.host.read_expert(self.layout, self.module, e) for e in group)
@@ -156,8 +192,10 @@ class _Work:
             problem = self._problem(group, projection, weights, decoded)
             solution = self.method.solve(problem)
             for d, m in zip(decoded, solution.matrices, strict=True):
-                d[projection.name] = m.dequantize()
-            yield projection, problem, solution
+                d[projection.name] = m.dequantize().to(self.device)
+            tokens = problem.tokens.tolist()
+            del problem  # the next one's Hessians need its room
+            yield projection, tokens, solution
         for e, w, d in zip(group, weights, decoded, strict=True):
             self._outputs(self.quantized, e, d)
             if self.original is not None:
@@ -171,24 +209,21 @@ class _Work:
         decoded: list[dict[str, Tensor]],
     ) -> Problem:
         drift = self.original is not None
-        hessians, crosses, tokens = [], [], []
-        for e, w, d in zip(group, weights, decoded, strict=True):
-            shape = (projection.cols, projection.cols)
-            hessian = torch.zeros(shape, dtype=torch.float64, device=self.device)
-            cross = torch.zeros_like(hessian) if drift else None
+        shape = (len(group), projection.cols, projection.cols)
+        stacked = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        crosses = torch.zeros_like(stacked) if drift else None
+        tokens = []
+        for i, (e, w, d) in enumerate(zip(group, weights, decoded, strict=True)):
             token, slot = self.quantized.parked.slots(e)
             used = self.quantized.keep[token]
             token, slot = token[used], slot[used]
-            for t, s in zip(token.split(ROWS), slot.split(ROWS), strict=True):
-                x = self._inputs(self.quantized, e, t, s, projection, d)
-                hessian += second_moment(x)
-                if cross is not None and self.original is not None:
-                    cross += second_moment(self._inputs(self.original, e, t, s, projection, w), x)
-            hessians.append(hessian)
             tokens.append(len(token))
-            if cross is not None:
-                crosses.append(cross)
-        stacked = torch.stack(hessians)
+            for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):
+                x = self._inputs(self.quantized, e, t, s, projection, d)
+                stacked[i] += second_moment(x)
+                if crosses is not None and self.original is not None:
+                    before = self._inputs(self.original, e, t, s, projection, w)
+                    crosses[i] += second_moment(before, x)
         name = f"{self.layout.path} ({projection.name})"
         if not torch.isfinite(stacked).all():
             raise NonFiniteError(
@@ -201,7 +236,8 @@ class _Work:
             tokens=torch.tensor(tokens),
             layer_hessian=layer,
             layer_tokens=layer_tokens,
-            cross=torch.stack(crosses) if drift else None,
+            cross=crosses,
+            importance=self.importance,
         )
 
     def _inputs(
@@ -237,6 +273,6 @@ class _Work:
     def _outputs(self, stream: Stream, e: int, matrices: dict[str, Tensor]) -> None:
         p = stream.parked
         token, slot = p.slots(e)
-        for t, s in zip(token.split(ROWS), slot.split(ROWS), strict=True):
+        for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):
             y = expert_forward(self.module, matrices, e, p.hidden[t].to(self.device).float())
             p.output[t, s] = (y.cpu() * p.weight[t, s, None]).to(p.output.dtype)

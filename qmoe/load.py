@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -28,9 +29,10 @@ from qmoe.dense_load import Decode, converters
 from qmoe.errors import CorruptError, QmoeError
 from qmoe.experts import Caches, EncodedExperts
 from qmoe.models import register as register_models
+from qmoe.models.auto import auto_class
 from qmoe.reader import Container, parse_quantization
 from qmoe.save import save_pretrained
-from qmoe.skeleton import auto_class, check, compare, swap
+from qmoe.skeleton import check, compare, swap
 
 CACHE_VARIABLE = "QMOE_CACHE_BYTES"
 
@@ -147,6 +149,10 @@ class QmoeQuantizer(HfQuantizer):
             model.qmoe_manifest = self.container.manifest
             model.qmoe_directory = str(self.container.directory)
         model.save_pretrained = MethodType(save_pretrained, model)
+        if torch.cuda.is_available():
+            from qmoe.backend import register  # needs triton, which not every platform has
+
+            register()
         return model
 
     def is_serializable(self, **_: Any) -> bool:

@@ -10,7 +10,7 @@ another.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from qmoe.codec import encode_group
 from qmoe.errors import QmoeError
 from qmoe.families.base import ExpertsLayout
+from qmoe.layer import groups
 from qmoe.quantize import Method, Problem, Solution, get_method
 from qmoe.types import QuantizedMatrix
 
@@ -69,11 +70,13 @@ class Controller:
     Attributes:
         target: stored bits per expert weight.
         curves: of all modules, in the order of the run.
+        knobs: of rd, beside the step.
         spent: {module: (bits that it took, bits predicted at its step)} of the finished ones.
     """
 
     target: float
     curves: Sequence[Curve]
+    knobs: Mapping[str, float] = field(default_factory=dict)
     spent: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def delta(self) -> float:
@@ -101,6 +104,10 @@ class Controller:
             else:
                 high = middle
         return math.sqrt(low * high)
+
+    def method(self, delta: float) -> Method:
+        """rd with a step."""
+        return get_method("rd", delta=delta, **self.knobs)
 
     def record(self, path: str, took: float, delta: float) -> None:
         """A module is finished: `took` stored bits at the step `delta`."""
@@ -133,17 +140,34 @@ class Probe:
     root of the ratio of tokens; the steps are scaled accordingly.
     """
 
-    def __init__(self, target: float, tokens_ratio: float) -> None:
-        """Args: target in bits per weight; tokens of the run / tokens of the probe."""
+    def __init__(
+        self,
+        target: float,
+        tokens_ratio: float,
+        layouts: Sequence[ExpertsLayout],
+        knobs: Mapping[str, float],
+    ) -> None:
+        """Args: target in bits per weight; tokens of the run / tokens of the probe; the modules
+        that will be walked through, in order; knobs of rd.
+        """
+        self._knobs = {**knobs, "drift": 0.0}
         self._target, self._scale = target, tokens_ratio**-0.5
         self._centre: float | None = None
         self._bits: dict[float, float] = {}
         self._weights = 0
+        self._samples = [n for layout in layouts for n in _samples(layout)]
+        self._calls = 0
         self.curves: list[Curve] = []
-        self.method = Method("probe", weighted=True, drift=0.0, solve=self._solve)
+        weighted = get_method("rd", **self._knobs).weighted
+        self.method = Method("probe", weighted=weighted, drift=0.0, solve=self._solve)
 
     def _solve(self, problem: Problem) -> Solution:
-        sample = _spread(problem.tokens)
+        unchanged = cast(list[QuantizedMatrix], [_Unchanged(w) for w in problem.weight])
+        solution = Solution(unchanged, [""] * len(unchanged))
+        sample = _spread(problem.tokens, self._samples[self._calls])
+        self._calls += 1
+        if len(sample) == 0:
+            return solution
         part = Problem(
             weight=problem.weight[sample],
             hessian=problem.hessian[sample],
@@ -159,12 +183,11 @@ class Probe:
             bits = self._cost(part, delta, len(problem.weight)) * problem.weight.numel()
             self._bits[delta] = self._bits.get(delta, 0.0) + bits
         self._weights += problem.weight.numel()
-        unchanged = cast(list[QuantizedMatrix], [_Unchanged(w) for w in problem.weight])
-        return Solution(unchanged, [""] * len(unchanged))
+        return solution
 
     def _cost(self, part: Problem, delta: float, group: int) -> float:
         """Stored bits per weight of a sample that stands for a group of `group` experts."""
-        method = get_method("rd", delta=delta * self._scale, drift=0.0)
+        method = get_method("rd", delta=delta * self._scale, **self._knobs)
         encoded = encode_group(method.solve(part).matrices)
         header = 8.0 * encoded.tables.numel()
         blobs = encoded.stored_bits - header
@@ -196,10 +219,22 @@ class Probe:
         self._bits, self._weights = {}, 0
 
 
-def _spread(tokens: Tensor) -> Tensor:
-    """Indices of at most SAMPLE_EXPERTS experts at evenly spaced ranks of their token counts."""
+def _samples(layout: ExpertsLayout) -> list[int]:
+    """How many experts are probed in every call of the solver for a module: groups in order, each
+    projection of a group in turn.
+    """
+    sizes = [len(group) for group in groups(layout)]
+    wanted = min(SAMPLE_EXPERTS, layout.experts)
+    out = []
+    for i, size in enumerate(sizes):
+        count = (i + 1) * wanted // len(sizes) - i * wanted // len(sizes)
+        out += [min(count, size)] * len(layout.projections)
+    return out
+
+
+def _spread(tokens: Tensor, count: int) -> Tensor:
+    """Indices of `count` experts at evenly spaced ranks of their token counts."""
     order = torch.argsort(tokens.cpu(), stable=True)
-    count = min(SAMPLE_EXPERTS, len(order))
     at = [(2 * i + 1) * len(order) // (2 * count) for i in range(count)]
     return order[at].sort().values
 
@@ -216,5 +251,5 @@ class _Unchanged:
 
 def module_bits(layout: ExpertsLayout, report: dict[str, Any]) -> float:
     """Stored bits of a finished module, offsets included, from its entry in the report."""
-    stream = sum(8.0 * p["bytes"] for p in report["projections"].values())
+    stream: float = sum(8.0 * p["bytes"] for p in report["projections"].values())
     return stream + _OFFSETS_BITS * layout.experts * len(layout.projections)

@@ -15,6 +15,7 @@ _SIZES = (
     "expert_weights",
     "stored_bytes",
     "source_bytes",
+    "tensors",
 )
 
 
@@ -108,6 +109,9 @@ def inspect_text(found: dict[str, Any]) -> str:
         f"on disk      {found['stored_bytes'] / 2**20:.2f} MiB, {ratio:.1f} times smaller "
         "than the source",
     ]
+    if found["tensors"]:
+        fates = ", ".join(f"{n} {fate}" for fate, n in found["tensors"].items() if n)
+        lines.append(f"tensors of the source: {fates}")
     if found["experts_without_tokens"]:
         lines.append(f"{found['experts_without_tokens']} experts saw no calibration token")
     if "layers" in found:

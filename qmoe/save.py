@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from qmoe.block import BlockWriter
-from qmoe.container import MAX_SHARD_BYTES, ContainerWriter, carried_files
+from qmoe.container import CARRIED_BLOCK, MAX_SHARD_BYTES, ContainerWriter, carried_files
 from qmoe.dense_stream import OFFSETS, STREAM
 from qmoe.errors import CorruptError, OutputError
 from qmoe.reader import Container
@@ -88,7 +88,10 @@ def save_pretrained(
         try:
             for block, files in manifest["blocks"].items():
                 names = [n for n, e in manifest["tensors"].items() if e["file"] in files]
-                _save_block(writer, block, sorted(names), model, container)
+                if block == CARRIED_BLOCK:
+                    _save_carried(writer, names, source)
+                else:
+                    _save_block(writer, block, sorted(names), model, container)
             writer.finish(
                 list(manifest["blocks"]),
                 config=plain_config(model.config),
@@ -156,6 +159,19 @@ def _save_dense(block: BlockWriter, name: str, weight: Tensor, container: Contai
         block.add_dense_encoded(coded, container.manifest["report"]["dense"][name])
     else:
         block.add_tensor(name, weight)
+
+
+def _save_carried(writer: ContainerWriter, names: list[str], source: Path) -> None:
+    """Copies what the model has no module for from where the model was loaded."""
+    if not source.is_dir():
+        raise OutputError(
+            f"{len(names)} tensors that no module takes are in {source}, which is gone; "
+            "put it back to save the whole checkpoint"
+        )
+    container = Container.open(source, check=False)
+    with writer.block(CARRIED_BLOCK) as block:
+        for name in sorted(names):
+            block.add_tensor(name, container.read(name))
 
 
 def fetch(model: Any, name: str) -> Tensor:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from qmoe.calib.tokens import prepare
@@ -18,6 +17,7 @@ from qmoe.evaluate import Score, evaluate, split_batches
 from qmoe.families.layouts import repair
 from qmoe.load import load
 from qmoe.manifest import MANIFEST
+from qmoe.models.auto import auto_class
 
 
 def score_checkpoint(
@@ -51,7 +51,8 @@ def score_checkpoint(
     other = load_any(reference, dtype, where) if reference else None
     if other is not None and other.config.vocab_size != first.config.vocab_size:
         raise SourceError(
-            f"{model} has {first.config.vocab_size} tokens and {reference} has {other.config.vocab_size}; "
+            f"{model} has {first.config.vocab_size} tokens "
+            f"and {reference} has {other.config.vocab_size}; "
             "KL needs one vocabulary"
         )
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -70,12 +71,7 @@ def load_any(model: str, dtype: str, device: torch.device) -> Any:
     checkpoint = open_checkpoint(model)  # one clear sentence for whatever is wrong with it
     directory = checkpoint.directory if checkpoint.quantization is None else model
     config = AutoConfig.from_pretrained(directory)
-    auto = (
-        transformers.AutoModelForSeq2SeqLM
-        if config.is_encoder_decoder
-        else transformers.AutoModelForCausalLM
-    )
-    loaded = auto.from_pretrained(model, dtype=getattr(torch, dtype))
+    loaded = auto_class(config).from_pretrained(model, dtype=getattr(torch, dtype))
     repair(loaded)
     return loaded.to(device).eval()
 
@@ -96,6 +92,7 @@ def score_text(score: Score) -> str:
         rise = 100 * (score.perplexity / found["reference_perplexity"] - 1)
         lines.append(f"reference  {found['reference_perplexity']:.3f}   ({rise:+.2f} %)")
         lines.append(
-            f"KL {score.kl:.5f} nats   same most likely token {100 * (score.top1_agreement or 0):.1f} %"
+            f"KL {score.kl:.5f} nats   "
+            f"same most likely token {100 * (score.top1_agreement or 0):.1f} %"
         )
     return "\n".join(lines)

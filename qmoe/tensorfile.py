@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -139,7 +140,8 @@ class Spill:
 
     def close(self) -> None:
         """Drops the scratch file."""
-        self._file.close()
+        with suppress(OSError):  # on a full disk the rest of the buffer, which nobody needs now
+            self._file.close()
         self._path.unlink(missing_ok=True)
 
     def _order(self) -> list[str]:

@@ -53,7 +53,7 @@ def verify(
     check(container)
     listed = container.manifest["tensors"]
     matrices = 0
-    for name in container.dense_names():
+    for name in [*container.dense_names(), *container.carried]:
         tensor = container.read(name)
         _compare(container, name, tensor, listed[name]["sha256"])
         if progress is not None:

@@ -1,4 +1,4 @@
-"""The bundled model through every step that a user takes: compress, verify, load, generate, evaluate.
+"""The bundled model through every step of a user: compress, verify, load, generate, evaluate.
 
 Prints one table (also the README's) and ends in one JSON line.
 """

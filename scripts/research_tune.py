@@ -89,8 +89,9 @@ class Tuned(nn.Module):
         col = torch.stack([m.col_scale for m in self.matrices])
         if self.log_col.requires_grad:
             col = grid_index(self.col * self.log_col.detach().exp(), col_step)
-        return [QuantizedMatrix(m.codes, r, c) for m, r, c in zip(self.matrices, row, col,
-        strict=True)]
+        return [
+            QuantizedMatrix(m.codes, r, c) for m, r, c in zip(self.matrices, row, col, strict=True)
+        ]
 
 
 def distill(
@@ -124,9 +125,7 @@ def distill(
     layers = model.model.layers
     tuned = [Tuned(g, train_cols) for g in groups]
     head = model.lm_head.weight.detach()
-    dense = [
-        p for n, p in model.named_parameters() if "norm" in n or n.endswith("mlp.gate.weight")
-    ]
+    dense = [p for n, p in model.named_parameters() if "norm" in n or n.endswith("mlp.gate.weight")]
     for p in model.parameters():
         p.requires_grad_(False)
     for p in dense:

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qmoe.calib.experts import park, plugged
+from qmoe.calib.state import Resident
 from qmoe.calib.store import ActivationStore
 from qmoe.calib.walk import Walk
 from qmoe.checkpoint import open_checkpoint
@@ -39,14 +40,30 @@ def _tiny(tmp_path, kind, **config):
 
 
 MIXTRAL = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+LLAMA = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4}
 SWITCH = {
-    "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 4, "num_decoder_layers": 4, "num_heads": 4,
-    "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2, "num_experts": 4, "expert_capacity": 64,
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 4,
+    "num_decoder_layers": 4,
+    "num_heads": 4,
+    "num_sparse_encoder_layers": 2,
+    "num_sparse_decoder_layers": 2,
+    "num_experts": 4,
+    "expert_capacity": 64,
     "decoder_start_token_id": 0,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +81,7 @@ def _stream(directory, batches):
     host = Host(open_checkpoint(str(directory)))
     host.load_rest()
     with ActivationStore(1000) as store:
-        walk = Walk(host, batches, store)
+        walk = Walk(host, batches, Resident(store))
         reads = []
         for block in host.blocks():
             host.load_block(block, host.encoded_names(block))
@@ -112,7 +129,7 @@ def test_dense_tensors_keep_their_disk_dtype_and_leave_out_experts():
     block = next(host.blocks())
     names = host.encoded_names(block)
     host.load_block(block, names)
-    dense = host.dense(lambda n: n.startswith(f"{block.name}.") and n not in names)
+    dense = dict(host.dense(lambda n: n.startswith(f"{block.name}.") and n not in names))
     assert {t.dtype for t in dense.values()} == {torch.bfloat16}
     assert not any("experts" in n for n in dense)
     assert f"{block.name}.mlp.gate.weight" in dense
@@ -137,7 +154,7 @@ def test_unknown_model_type_is_refused(copy):
 
 
 def test_model_without_experts_is_refused(tmp_path):
-    directory = _tiny(tmp_path, "llama", vocab_size=96, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)  # fmt: skip
+    directory = _tiny(tmp_path, "llama", **LLAMA)
     with pytest.raises(UnsupportedModelError, match="no mixture-of-experts"):
         Host(open_checkpoint(str(directory)))
 

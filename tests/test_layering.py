@@ -18,11 +18,18 @@ LAYERS = {
     "qmoe.quantize": 1,
     "qmoe.codec": 1,
     "qmoe.kernels": 1,
+    "qmoe.durable": 1,
+    "qmoe.tensorfile": 1,
+    "qmoe.parallel": 1,
     "qmoe.sources": 2,
     "qmoe.checkpoint": 2,
     "qmoe.manifest": 2,
+    "qmoe.stream": 2,
+    "qmoe.block": 2,
     "qmoe.container": 2,
     "qmoe.families": 2,
+    "qmoe.models": 2,
+    "qmoe.fit": 3,
     "qmoe.host": 3,
     "qmoe.experts": 3,
     "qmoe.calib": 3,
@@ -101,7 +108,10 @@ def test_the_two_folders_are_found_under_qmoe():
 def test_repository_root_does_not_shadow_the_hub_kernels_package():
     # transformers probes for a package called `kernels`; a regular package of that name in the root
     # would break it
-    code = "import sys; sys.path.insert(0, '.'); from transformers.utils import import_utils as i; print(i.is_kernels_available())"
+    code = (
+        "import sys; sys.path.insert(0, '.'); from transformers.utils import import_utils as i; "
+        "print(i.is_kernels_available())"
+    )
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -29,9 +29,7 @@ def make_problem(
         hessians.append(x.T @ x)
         crosses.append(original.T @ x)
     h = torch.stack(hessians)
-    return Problem(
-        weight, h, torch.tensor(tokens), h.sum(0), sum(tokens), torch.stack(crosses)
-    )
+    return Problem(weight, h, torch.tensor(tokens), h.sum(0), sum(tokens), torch.stack(crosses))
 
 
 def method(name: str, **params):
@@ -203,8 +201,12 @@ def test_rd_drift_moves_towards_the_original_output():
 def test_rd_importance_is_a_finer_delta():
     problem = make_problem()
     heavy = Problem(
-        problem.weight, problem.hessian, problem.tokens, problem.layer_hessian,
-        problem.layer_tokens, importance=4.0,
+        problem.weight,
+        problem.hessian,
+        problem.tokens,
+        problem.layer_hessian,
+        problem.layer_tokens,
+        importance=4.0,
     )
     assert same(
         get_method("rd", delta=8.0, drift=0.0).solve(heavy),

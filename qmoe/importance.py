@@ -1,0 +1,84 @@
+"""How much the loss feels an error of each layer's experts: weights for the allocation of bits.
+
+The importance of a layer is the mean over tokens of the squared gradient of the loss at its
+experts' output, the labels drawn from the model itself (the trace of the Fisher information with
+respect to that output); see docs/log-quant.md for what it is worth. The gradient needs the whole
+model at once, so it is taken only where the model fits in the memory that the run was given.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qmoe.host import Host
+
+TOKENS = 16384  # calibration tokens behind the gradients
+_ROOM = 2.5  # float32 weights, and activations of a batch with its gradients, per byte of weights
+
+
+def fits(host: Host, memory: int) -> bool:
+    """Whether the model in float32, with a batch's activations, stays within `memory` bytes."""
+    weights: int = sum(p.numel() for p in host.model.parameters())
+    return _ROOM * 4 * weights <= memory
+
+
+def layer_importance(host: Host, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Importance of every experts module, with a geometric mean of 1.
+
+    Args:
+        host: the source; all its blocks are loaded for the time of the call.
+        batches: calibration inputs; about TOKENS tokens of them are used.
+
+    Returns:
+        {module path: importance}.
+    """
+    host.load(lambda name: True)
+    host.model.tie_weights()
+    parameters = list(host.model.parameters())
+    for p in parameters:
+        p.requires_grad_(False)
+    squares = {layout.path: 0.0 for layout, _ in host.experts}
+    generator = torch.Generator().manual_seed(0)
+    count = max(1, TOKENS // max(1, batches[0]["input_ids"].numel()))
+    tokens = 0
+    for i in range(min(count, len(batches))):
+        batch = batches[i * len(batches) // min(count, len(batches))]
+        # a few rows at a time: the graph of a whole batch would be the larger part of the memory
+        for rows in range(len(batch["input_ids"])):
+            one = {k: v[rows : rows + 1].to(host.device) for k, v in batch.items()}
+            tokens += _add(host, one, generator, squares)
+    for block in host.blocks():
+        host.free(block)
+    means = torch.tensor([squares[path] / tokens for path in squares], dtype=torch.float64)
+    means = means / means.clamp_min(1e-30).log().mean().exp()
+    return {path: float(m) for path, m in zip(squares, means.clamp(1e-3, 1e3), strict=True)}
+
+
+@torch.enable_grad()
+def _add(
+    host: Host, batch: dict[str, Tensor], generator: torch.Generator, squares: dict[str, float]
+) -> int:
+    """Adds one sample's squared gradients; returns its number of predictions."""
+    probes: dict[str, Tensor] = {}
+    handles = []
+    for layout, module in host.experts:
+
+        def hook(_: Any, __: Any, out: Tensor, path: str = layout.path) -> Tensor:
+            probes[path] = torch.zeros_like(out, requires_grad=True)
+            return out + probes[path]
+
+        handles.append(module.register_forward_hook(hook))
+    try:
+        logits = host.model(**batch, use_cache=False).logits.flatten(0, 1).float()
+    finally:
+        for handle in handles:
+            handle.remove()
+    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+    F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+    for path, probe in probes.items():
+        if probe.grad is not None:
+            squares[path] += float(probe.grad.double().square().sum())
+    return len(drawn)

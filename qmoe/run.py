@@ -1,0 +1,246 @@
+"""Moves the calibration activations of two streams of a model past one block after another and has
+the experts on the way quantized and stored.
+
+Knows nothing about how runs begin, end or are resumed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qmoe.block import BlockWriter, ExpertsWriter, Piece
+from qmoe.calib.experts import Parked, park, plugged
+from qmoe.calib.state import Outputs
+from qmoe.calib.store import ActivationStore
+from qmoe.calib.tokens import learnable
+from qmoe.calib.walk import Walk
+from qmoe.dense import DenseCoder
+from qmoe.families.base import ExpertsLayout
+from qmoe.host import BlockRef, Host
+from qmoe.layer import Stream, groups, quantize_layer
+from qmoe.parallel import World
+from qmoe.quantize import Method
+from qmoe.rate import Controller, module_bits
+from qmoe.types import QuantizedMatrix
+
+
+class Run:
+    """The state of one compression between blocks.
+
+    Attributes:
+        rate: picks the step of each layer where a number of bits is aimed at.
+        dense: codes the matrices beside the experts; None leaves them as they are.
+        importance: of the layers, by module path; 1 where nothing is known.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        method: Method,
+        batches: Sequence[dict[str, Tensor]],
+        outputs: Sequence[Outputs],
+        tokenizer: Any,
+        device: torch.device,
+        store: ActivationStore,
+        progress: bool,
+        world: World,
+        pieces: Path | None,
+    ) -> None:
+        """Args:
+        host: the streamed model, with everything outside its blocks resident.
+        method: the solver.
+        batches: calibration inputs.
+        outputs: keep the activations: of the quantized stream, and if the method has drift
+            correction, of the original one.
+        tokenizer: knows which tokens are special.
+        device: where solvers run.
+        store: room for activations at experts.
+        progress: draw bars.
+        world: the processes that share the work.
+        pieces: folder in which processes exchange encoded groups; None stores nothing at all.
+        """
+        self.host, self.method, self.batches, self.tokenizer = host, method, batches, tokenizer
+        self.device, self.store, self.progress = device, store, progress
+        self.world, self.pieces = world, pieces
+        mine = world.mine(len(batches))
+        self.walks = [Walk(host, batches, kept, mine) for kept in outputs]
+        self.rate: Controller | None = None
+        self.dense: DenseCoder | None = None
+        self.importance: dict[str, float] = {}
+
+    def go_on(self, done: Sequence[BlockRef]) -> None:
+        """Puts the streams behind blocks whose outputs are kept already."""
+        for walk in self.walks:
+            walk.finished = {b.list_name: b.name for b in done}
+
+    def last_blocks(self) -> list[str]:
+        """The last finished block of every list."""
+        return list(self.walks[0].finished.values())
+
+    def rate_after(self, notes: Sequence[Mapping[str, Any]]) -> None:
+        """Tells `rate` what finished blocks took, from the notes of their writers."""
+        for note in notes:
+            for path, module in note.items():
+                if self.rate is not None:
+                    self.rate.record(path, module["bits"], module["delta"])
+
+    def block(
+        self,
+        block: BlockRef,
+        target: BlockWriter | None,
+        ahead: Sequence[BlockRef] = (),
+        finished: Callable[[ExpertsLayout], None] = lambda layout: None,
+    ) -> None:
+        """Quantizes one block and moves all streams past it.
+
+        Args:
+            block: the block after the last one.
+            target: where tensors and experts are stored, in the first process.
+            ahead: blocks to read ahead while this one is completed.
+            finished: called after every experts module.
+        """
+        host = self.host
+        encoded_names = host.encoded_names(block)
+        host.load_block(block, encoded_names)
+        inside = f"{block.name}."
+        if self.dense is not None:
+            coded = self.dense.block(block, self.whole_walk(), encoded_names, target)
+            encoded_names = encoded_names | coded
+        if target is not None:
+            dense = host.dense(lambda n: n.startswith(inside) and n not in encoded_names)
+            for name, tensor in dense:
+                target.add_tensor(name, tensor)
+        done: list[list[tuple[nn.Module, Parked]]] = [[] for _ in self.walks]
+        for layout, module in host.experts_of(block):
+            streams = []
+            width = layout.projections[-1].rows
+            for walk, plugs in zip(self.walks, done, strict=True):
+                with self._weights(walk), _plugged(walk, plugs):
+                    parked = park(walk, block, layout.path, module, width, self.store, self.world)
+                plugs.append((module, parked))
+                streams.append(Stream(parked, self._keep(block, parked)))
+            self._quantize(layout, module, streams, target)
+            finished(layout)
+        for following in ahead:
+            host.prefetch_block(following)
+        for walk, plugs in zip(self.walks, done, strict=True):
+            with self._weights(walk), _plugged(walk, plugs):
+                walk.run(block)
+            for _, parked in plugs:
+                parked.release(self.store)
+        if self.dense is not None:
+            self.dense.leave()
+        host.free(block)
+
+    def whole_walk(self) -> Walk:
+        """The quantized stream over all batches, whichever process this is."""
+        walk = self.walks[0]
+        if self.world.size == 1:
+            return walk
+        whole = Walk(self.host, self.batches, walk.outputs)
+        whole.finished = walk.finished
+        return whole
+
+    def _weights(self, walk: Walk) -> AbstractContextManager[None]:
+        """Shows a stream the dense weights that are its own: decoded ones for the quantized."""
+        if self.dense is None or walk is not self.walks[0]:
+            return nullcontext()
+        return self.dense.shown()
+
+    def _quantize(
+        self,
+        layout: ExpertsLayout,
+        module: nn.Module,
+        streams: list[Stream],
+        target: BlockWriter | None,
+    ) -> None:
+        original = streams[1] if len(streams) > 1 else None
+        writer = target.experts(layout) if target is not None else None
+        delta = self.rate.delta() if self.rate is not None else None
+        method = self.method
+        if self.rate is not None and delta is not None:
+            method = self.rate.method(delta)
+
+        def sink(projection: str, experts: range, matrices: list[QuantizedMatrix]) -> None:
+            if self.pieces is not None:
+                piece = Piece.of(projection, experts, matrices)
+                if writer is not None and self.world.size == 1:
+                    writer.add_piece(piece)
+                else:
+                    piece.save(self._piece(projection, experts))
+            self.store.trim()
+
+        with tqdm(
+            total=layout.experts,
+            desc=layout.path,
+            unit="expert",
+            leave=False,
+            disable=not self.progress,
+        ) as bar:
+            coverage = quantize_layer(
+                self.host,
+                layout,
+                module,
+                method,
+                streams[0],
+                original,
+                self.device,
+                sink,
+                lambda experts: bar.update(experts * self.world.size),
+                self.world,
+                self.importance.get(layout.path, 1.0),
+            )
+        if self.pieces is None:
+            return
+        if target is not None and writer is not None:
+            if self.world.size > 1:
+                self._gather(layout, writer)
+            report = target.finish_experts(layout.path, coverage.tokens, coverage.notes)
+            took = module_bits(layout, report)
+        if self.rate is not None and delta is not None:
+            took = self.world.share(lambda: took, f"bits of {layout.path}")
+            self.rate.record(layout.path, took, delta)
+            if target is not None:
+                target.note[layout.path] = {"delta": delta, "bits": took}
+
+    def _gather(self, layout: ExpertsLayout, writer: ExpertsWriter) -> None:
+        """Stores all processes' groups, in the order in which one process would have."""
+        for group in groups(layout):
+            for projection in layout.projections:
+                path = self._piece(projection.name, group)
+                writer.add_piece(Piece.load(path))
+                path.unlink()
+
+    def _piece(self, projection: str, experts: range) -> Path:
+        assert self.pieces is not None
+        return self.pieces / f"{experts.start}-{projection}"
+
+    def _keep(self, block: BlockRef, parked: Parked) -> Tensor:
+        """Which of the parked rows statistics are taken from; rows that are no tokens in order are
+        all kept.
+        """
+        config = self.host.config
+        decoder = config.is_encoder_decoder and "decoder" in block.list_name
+        masks = learnable(self.batches, self.tokenizer, decoder)
+        parts = []
+        for rows, mask in zip(parked.rows, masks, strict=True):
+            times = rows // len(mask)
+            parts.append(
+                mask.repeat(times)
+                if times * len(mask) == rows
+                else torch.ones(rows, dtype=torch.bool)
+            )
+        return torch.cat(parts)
+
+
+@contextmanager
+def _plugged(walk: Walk, plugs: list[tuple[nn.Module, Parked]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module, parked in plugs:
+            stack.enter_context(plugged(walk, module, parked))
+        yield
