@@ -166,8 +166,9 @@ def _cuts(total: int, parts: int, generator: torch.Generator) -> list[int]:
 
 def _plain(tokenizer: Any, path: Path, need: int) -> list[int]:
     """The first `need` ids of a text file, reading a prefix that is doubled until it suffices."""
-    characters = need * CHARACTERS_PER_TOKEN
     try:
+        # a reader sizes its buffer by what it is asked for, so never ask for more than there is
+        characters = min(need * CHARACTERS_PER_TOKEN, path.stat().st_size + 1)
         while True:
             with path.open(encoding="utf-8") as f:
                 text = f.read(characters)

@@ -88,14 +88,17 @@ class Walk:
     def _forward(self, batch: int) -> Any:
         self.batch = batch
         self._read.clear()
-        inputs = {name: t.to(self.host.device) for name, t in self.batches[batch].items()}
+        inputs = {name: self._place(tensor) for name, tensor in self.batches[batch].items()}
         return self.host.model(**inputs, use_cache=False)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.host.device)
 
     def _stored(self, list_name: str) -> Any:
         if list_name not in self._read:  # every finished block of the list asks, with one answer
             block = self.finished[list_name]
-            found = self.outputs.get(list_name, block, self.batch)
-            self._read[list_name] = tree(lambda t: t.to(self.host.device), found)
+            kept = self.outputs.get(list_name, block, self.batch)
+            self._read[list_name] = tree(self._place, kept)
         return self._read[list_name]
 
     @contextmanager
@@ -105,6 +108,8 @@ class Walk:
         def stub(b: BlockRef, real: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if block is None or b.module is not block.module:
+                    if block is not None and b.list_name not in self.finished:
+                        raise _Stop  # the list of `block` is no part of a text's forward
                     return self._stored(b.list_name)
                 current["out"] = real(*args, **kwargs)
                 raise _Stop

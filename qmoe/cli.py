@@ -94,6 +94,13 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     "--delta", type=float, default=None, help="The raw global step of rd, instead of --bits."
 )
 @click.option(
+    "--dense-bits",
+    type=click.Choice(["16", "8", "4", "3"]),
+    default="16",
+    show_default=True,
+    help="Stored bits per weight of attention, shared experts, embeddings and head; 16: untouched.",
+)
+@click.option(
     "--calib",
     "calib",
     type=str,
@@ -128,6 +135,7 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
 
     if options["method"] == "rd" and options["bits"] is None and options["delta"] is None:
         options["bits"] = 0.8
+    options["dense_bits"] = int(options["dense_bits"])
     with World.of_environment() as world:
         report = compress_checkpoint(
             source,
@@ -267,9 +275,35 @@ def _bar(name: str, unit: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
+@main.command(name="import")
+@click.argument("project", type=click.Choice(["openmoe", "fairseq", "megablocks"]))
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@_json
+def import_(project: str, src: Path, dst: Path, as_json: bool) -> None:
+    """Rewrite a training project's checkpoint SRC as a transformers directory DST."""
+    from qmoe.importers import IMPORTERS
+    from qmoe.importers.report import as_dict, text
+
+    done = IMPORTERS[project](src, dst)
+    _show(as_dict(done), as_json, text(done))
+
+
 @main.group()
 def bench() -> None:
     """The numbers of docs/results.md, reproducible."""
+
+
+@bench.command(name="kernels")
+@click.option("--static", is_flag=True, help="Compile for five targets and count; needs no GPU.")
+@_json
+def bench_kernels(static: bool, as_json: bool) -> None:
+    """Registers, spills and instructions per weight of every kernel, with a model of the H200."""
+    if not static:
+        raise QmoeError("timings need a GPU: run scripts/bench_gpu there; here pass --static")
+    from qmoe.kernels.static import run
+
+    run(as_json)
 
 
 @bench.command(name="codec")

@@ -30,11 +30,13 @@ from qmoe import __version__
 from qmoe.calib.state import Durable, Outputs, Resident, resume_point
 from qmoe.calib.store import ActivationStore
 from qmoe.calib.tokens import inputs_only, prepare
+from qmoe.carried import account, write_carried
 from qmoe.checkpoint import open_checkpoint
 from qmoe.container import ContainerWriter
+from qmoe.dense import HEAD, DenseCoder
 from qmoe.devices import pick_device
 from qmoe.durable import canonical_json
-from qmoe.errors import InterruptedRunError, QmoeError
+from qmoe.errors import InterruptedRunError, QmoeError, SourceError
 from qmoe.evaluate import split_batches
 from qmoe.host import BlockRef, Host
 from qmoe.importance import fits, layer_importance
@@ -44,6 +46,7 @@ from qmoe.quantize import Method, get_method
 from qmoe.rate import Controller, Curve, Probe, check_target, share_of
 from qmoe.report import CompressReport
 from qmoe.run import Run
+from qmoe.save import plain_config
 
 _BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
 Say = Callable[[str], object]
@@ -58,6 +61,7 @@ class Settings:
         method: "rd", "qmoe", "rtn" or "gptq2" .. "gptq4".
         bits: stored bits per expert weight to hit, or None.
         delta: global step of rd, or None.
+        dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
         calib: calibration text.
         calib_tokens: at most this many tokens of it.
         ctx: tokens of a window, None for the model's own length, at most 2048.
@@ -76,6 +80,7 @@ class Settings:
     calib_tokens: int = 131072
     bits: float | None = None
     delta: float | None = None
+    dense_bits: int = 16
     ctx: int | None = None
     seed: int = 0
     knobs: Mapping[str, float] = field(default_factory=dict)
@@ -127,7 +132,7 @@ def compress_checkpoint(
     method = _method(settings)
     checkpoint = open_checkpoint(source)
     host = Host(checkpoint, trust_remote_code=settings.trust_remote_code, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    tokenizer = _tokenizer(checkpoint.directory, settings.trust_remote_code)
     ctx = _context(host.config, settings)
     data = prepare(
         tokenizer, host.config, settings.calib, settings.calib_tokens, ctx, settings.seed
@@ -188,14 +193,21 @@ def compress_checkpoint(
                     settings.bits, [Curve(*c) for c in curves], settings.solver_knobs()
                 )
                 run.rate_after([finished[b.name] for b in blocks[:done]])
+            if settings.dense_bits < 16:
+                run.dense = DenseCoder(host, settings.dense_bits, batches, tokenizer, device)
             if writer and "rest" not in finished:
                 with writer.block("rest") as rest:
-                    outside = [f"{name}." for name, _ in host.block_lists]
-                    for name, tensor in host.dense(lambda n: not n.startswith(tuple(outside))):
+                    coded = run.dense.outside(rest) if run.dense else set()
+                    inside = tuple(f"{name}." for name, _ in host.block_lists)
+                    outside = host.dense(lambda n: not n.startswith(inside) and n not in coded)
+                    for name, tensor in outside:
                         rest.add_tensor(name, tensor)
                     rest.note["importance"] = importance
                     if run.rate is not None:
                         rest.note["curves"] = [c.as_list() for c in run.rate.curves]
+            elif run.dense:
+                run.dense.outside(None)
+            carried = write_carried(writer, host, finished) if writer else []
         except KeyboardInterrupt:
             raise _interrupted(writer, blocks[done:]) from None
         host.free_head()
@@ -215,17 +227,36 @@ def compress_checkpoint(
                 except KeyboardInterrupt:
                     raise _interrupted(writer, blocks[i:]) from None
                 bar.update()
+        last = [HEAD] if run.dense and run.dense.has_head else []
         if writer:
+            if run.dense and last and HEAD not in finished:
+                with writer.block(HEAD) as head:
+                    run.dense.head(run.whole_walk(), head)
             writer.finish(
-                ["rest", *(b.name for b in blocks)],
+                ["rest", *carried, *(b.name for b in blocks), *last],
                 config=_plain(host.config),
                 settings={**settings.recorded(), "method": method.name, "ctx": ctx},
                 versions=_versions(),
                 source={"name": Path(source).name, **identity},
+                report={"tensors": account(host)},
                 carry_from=checkpoint.directory,
             )
         world.meet("end of the run")
     return CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
+
+
+def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
+    try:
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if not set(found.get_vocab().values()) - set(found.all_special_ids):
+            raise ValueError(
+                "it holds no vocabulary"
+            )  # made of the model's type, for want of files
+        return found
+    except (ImportError, OSError, TypeError, ValueError) as e:
+        hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
 
 
 def _clean(writer: ContainerWriter | None) -> Path:
@@ -303,7 +334,7 @@ def _probe(
 
 def _plain(config: Any) -> dict[str, Any]:
     """The config as JSON values, without the place where the source lies."""
-    out: dict[str, Any] = config.to_dict()
+    out = plain_config(config)
     out.pop("_name_or_path", None)
     return out
 

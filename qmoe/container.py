@@ -24,6 +24,7 @@ from qmoe.manifest import FORMAT_VERSION, MANIFEST, read_sealed, write_sealed
 
 INDEX = "qmoe.safetensors.index.json"
 MAX_SHARD_BYTES = 4 << 30
+CARRIED_BLOCK = "carried tensors"  # no module path has a space
 # What a user of the model needs besides its weights; a licence must travel with what it covers.
 CARRIED = (
     "generation_config.json",
@@ -216,7 +217,7 @@ class ContainerWriter:
             settings: how it was compressed.
             versions: of the libraries that took part.
             source: what was compressed, e.g. {"name": ..., "bytes": ...}.
-            report: more entries for the manifest's report, beside "modules".
+            report: more entries for the manifest's report, beside "modules" and "dense".
             carry_from: directory whose tokenizer, generation and licence files are copied.
             extra_files: more small files by name.
 
@@ -234,12 +235,14 @@ class ContainerWriter:
         files: dict[str, Any] = {}
         tensors: dict[str, Any] = {}
         modules: dict[str, Any] = {}
+        dense: dict[str, Any] = {}
         for name in blocks:
             if twice := tensors.keys() & records[name]["tensors"].keys():
                 raise ValueError(f"block {name}: {sorted(twice)[:3]} are in another block, too")
             files |= records[name]["files"]
             tensors |= records[name]["tensors"]
             modules |= records[name]["modules"]
+            dense |= records[name]["dense"]
         for stale in self._data.iterdir():  # shards of blocks that are not part of the model
             if stale.name not in files:
                 stale.unlink()
@@ -248,12 +251,17 @@ class ContainerWriter:
             code = ("*.py",) if config.get("auto_map") else ()
             small = carried_files(carry_from, code)
         small |= extra_files or {}
-        small["config.json"] = canonical_json(_with_modules(config, modules))
+        small["config.json"] = canonical_json(_with_modules(config, modules, dense))
         total = sum(entry["bytes"] for entry in files.values())
         small[INDEX] = canonical_json(
             {
                 "metadata": {"total_size": total},
-                "weight_map": {name: entry["file"] for name, entry in tensors.items()},
+                "weight_map": {
+                    name: entry["file"]
+                    for block in blocks
+                    if block != CARRIED_BLOCK  # transformers must not look for their modules
+                    for name, entry in records[block]["tensors"].items()
+                },
             }
         )
         for name, data in sorted(small.items()):
@@ -270,6 +278,7 @@ class ContainerWriter:
             "report": {
                 **(report or {}),
                 "modules": {path: entry["report"] for path, entry in modules.items()},
+                "dense": {name: entry["report"] for name, entry in dense.items()},
             },
         }
         write_sealed(self._data / MANIFEST, manifest)
@@ -293,12 +302,16 @@ class ContainerWriter:
         self.discard()
 
 
-def _with_modules(config: Mapping[str, Any], modules: Mapping[str, Any]) -> dict[str, Any]:
+def _with_modules(
+    config: Mapping[str, Any], modules: Mapping[str, Any], dense: Mapping[str, Any]
+) -> dict[str, Any]:
     quantization = {
         "quant_method": "qmoe",
         "format_version": FORMAT_VERSION,
         "modules": {path: entry["geometry"] for path, entry in modules.items()},
     }
+    if dense:
+        quantization["dense"] = {name: entry["geometry"] for name, entry in dense.items()}
     out = {**config, "quantization_config": quantization}
     out.pop("transformers_weights", None)
     return out

@@ -6,7 +6,7 @@ One block is decoded at a time. Knows nothing about calibration or solvers.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from qmoe.container import carried_files
+from qmoe.container import CARRIED_BLOCK, carried_files
+from qmoe.dense_stream import STREAM
 from qmoe.durable import canonical_json, sync_directory, write_file, writing
 from qmoe.errors import OutputError
 from qmoe.families.layouts import KINDS
@@ -34,7 +35,7 @@ def export(
 ) -> Path:
     """Writes a dense checkpoint.
 
-    Weights of experts are the decoded ones rounded to `dtype`; in float32 they are exact. Other
+    Encoded weights are the decoded ones rounded to `dtype`; in float32 they are exact. Other
     tensors keep their stored precision if it is not higher than `dtype`, or if transformers keeps
     them in float32.
 
@@ -83,17 +84,16 @@ def _write(
     width = max(5, len(str(len(blocks))))
     weight_map: dict[str, str] = {}
     total = 0
-    for i, files in enumerate(blocks.values()):
+    for i, (block, files) in enumerate(blocks.items()):
         names = [name for name, (file, _, _) in container.tensors.items() if file in files]
-        dense = _decoded(container, model, names, dtype, plan)
+        names += [name for name, (file, _, _) in container.carried.items() if file in files]
         file = f"model-{i + 1:0{width}d}-of-{len(blocks):0{width}d}.safetensors"
         spill = Spill(work / "spill")
         try:
-            for name, tensor in sorted(revert_weight_conversion(model, dense).items()):
+            for name, tensor in _published(container, model, block, names, dtype, plan):
                 spill.add(name, tensor)
                 weight_map[name] = file
                 total += tensor.nbytes
-            del dense
             spill.write_shard(work / file, spill.shards(1 << 62)[0])
         finally:
             spill.close()
@@ -109,6 +109,23 @@ def _write(
         write_file(work / name, data)
 
 
+def _published(
+    container: Container,
+    model: nn.Module,
+    block: str,
+    names: list[str],
+    dtype: torch.dtype,
+    kept: set[str],
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of one block under the names that the family is published with; carried ones as they
+    came."""
+    if block == CARRIED_BLOCK:
+        yield from ((name, container.read(name)) for name in sorted(names))
+        return
+    dense = _decoded(container, model, names, dtype, kept)
+    yield from sorted(revert_weight_conversion(model, dense).items())
+
+
 def _decoded(
     container: Container,
     model: nn.Module,
@@ -116,12 +133,16 @@ def _decoded(
     dtype: torch.dtype,
     kept: set[str],
 ) -> dict[str, Tensor]:
-    """{module parameter name: tensor} of one block, experts decoded into their module's own
-    layout."""
+    """{module parameter name: tensor} of one block, dense matrices decoded, experts decoded into
+    their module's own layout."""
     out: dict[str, Tensor] = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
-        if path not in container.modules or leaf not in ("stream", "offsets"):
+        if path in container.dense:  # one of its two tensors stands for both
+            if leaf == STREAM:
+                weight = container.dense_matrix(path).decode()
+                out[path] = _narrowed(weight, dtype, path in kept)
+        elif path not in container.modules or leaf not in ("stream", "offsets"):
             out[name] = _narrowed(container.read(name), dtype, name in kept)
         elif leaf == "stream":
             out |= _experts(container, model.get_submodule(path), path, dtype)

@@ -11,7 +11,6 @@ It knows nothing about quantization, calibration text or the output.
 """
 
 import copy
-import re
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,10 +32,13 @@ from transformers.utils import logging
 
 from qmoe.checkpoint import Checkpoint
 from qmoe.errors import NonFiniteError, SourceError, UnsupportedModelError
+from qmoe.families.aliases import ALIASES
 from qmoe.families.base import ExpertsLayout
 from qmoe.families.layouts import KINDS, find_experts
+from qmoe.fit import EXPERT_NUMBER, check_complete, check_experts, tied_names
+from qmoe.models.auto import auto_class
 
-_EXPERT_NUMBER = re.compile(r"experts?[._](\d+)\.")
+_NOT_SETTINGS = ("model_type", "auto_map")
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Host:
         self._map_names()
         self.block_lists = _block_lists(self.model)
         self.experts = find_experts(self.model)
-        self._check_complete()
+        self._check()
 
     def _map_names(self) -> None:
         renamings = [t for t in self._mapping if isinstance(t, WeightRenaming)]
@@ -130,27 +132,12 @@ class Host:
             else:
                 self.unused.append(name)
 
-    def _check_complete(self) -> None:
-        tied = {k for pair in _tied(self.model) for k in pair}
-        missing = [
-            n for n, p in self.model.named_parameters() if n not in self.sources and n not in tied
-        ]
-        # a converter with several targets (a fused qkv on disk) names only the first of them
-        several = {
-            t
-            for c in self._converter.values()
-            if len(c.target_patterns) > 1
-            for t in c.target_patterns
-        }
-        missing = [
-            n for n in missing if not any(re.search(t.replace("*", r"\d+"), n) for t in several)
-        ]
-        if missing:
-            raise SourceError(
-                f"{self.checkpoint.directory}: no tensor on disk for {missing[0]} "
-                f"({len(missing)} parameters of {type(self.model).__name__} are missing); "
-                "the checkpoint is incomplete or does not match config.json"
-            )
+    def _check(self) -> None:
+        where = str(self.checkpoint.directory)
+        several = {p for p, c in self._converter.items() if len(c.target_patterns) > 1}
+        targets = {t for p in several for t in self._converter[p].target_patterns}
+        check_complete(where, self.model, self.sources, targets)
+        check_experts(where, self.experts, self.sources, several)
 
     def blocks(self) -> Iterator[BlockRef]:
         """All blocks in the order in which the model's forward calls their lists."""
@@ -211,17 +198,29 @@ class Host:
         """A block without the parameters in `skip` (its experts' matrices)."""
         self.load(lambda t: t.startswith(f"{block.name}.") and t not in skip)
 
-    def free_head(self) -> None:
-        """Puts the output embeddings back on the meta device unless the input shares them: no block
-        needs them.
+    def head_name(self) -> str | None:
+        """The output embeddings' weight if it is a parameter of its own, not shared with the
+        input's.
         """
         head, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if head is not None and head.weight is not inputs.weight:
-            head.to("meta")
+        if head is None or head.weight is inputs.weight:
+            return None
+        name = next(n for n, m in self.model.named_modules() if m is head) + ".weight"
+        return None if name in {n for n, _ in tied_names(self.model)} else name
+
+    def free_head(self) -> None:
+        """Puts the output embeddings back on the meta device: no block needs them."""
+        if self.head_name() is not None:
+            self.model.get_output_embeddings().to("meta")
 
     def free(self, block: BlockRef) -> None:
-        """Puts a block's weights back on the meta device."""
+        """Puts a block's weights back on the meta device; tables that no file holds stay."""
+        stored = block.module.state_dict().keys()
+        tables = [(n, b) for n, b in block.module.named_buffers() if n not in stored]
         block.module.to("meta")
+        for name, buffer in tables:
+            owner, _, leaf = name.rpartition(".")
+            block.module.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
 
     def read_expert(
         self, layout: ExpertsLayout, module: nn.Module, expert: int
@@ -245,7 +244,7 @@ class Host:
         position = 0
         for name in kind.encoded(module):
             target = f"{layout.path}.{name}"
-            number = _EXPERT_NUMBER.search(target)
+            number = EXPERT_NUMBER.search(target)
             if number:  # a module per expert: its siblings stay where they are
                 position = expert
                 if int(number.group(1)) == expert:
@@ -254,6 +253,13 @@ class Host:
                 rows = module.get_parameter(name).shape[0] // layout.experts
                 stand_in.put(name, self._rows(target, expert, rows))
         read = kind.read(stand_in, position)
+        for p in layout.projections:
+            if tuple(read[p.name].shape) != (p.rows, p.cols):
+                raise SourceError(
+                    f"{self.checkpoint.directory}: expert {expert} of {layout.path} has a {p.name} "
+                    f"matrix of shape {tuple(read[p.name].shape)}, config.json asks for "
+                    f"{(p.rows, p.cols)}; the checkpoint does not match its config"
+                )
         return {k: w.contiguous() for k, w in read.items()}
 
     def _whole(self, target: str) -> Tensor:
@@ -268,7 +274,7 @@ class Host:
         converter: Any = None
         collected: dict[str, list[Tensor]] = {}
         for disk, pattern in sorted(self.sources[target].items()):
-            number = _EXPERT_NUMBER.search(disk)
+            number = EXPERT_NUMBER.search(disk)
             if number and int(number.group(1)) != expert:
                 continue
             at = ... if number else slice(expert * rows, (expert + 1) * rows)
@@ -285,7 +291,8 @@ class Host:
             return next(iter(collected.values()))[0]
         for pattern, tensors in collected.items():
             converter.collected_tensors[pattern] = tensors
-        made = converter.convert(target, model=self.model, config=self.config, hf_quantizer=None)
+        part = _PartOf(self.model, rows)
+        made = converter.convert(target, model=part, config=self.config, hf_quantizer=None)
         result: Any = next(iter(made.values()))
         found: Tensor = result[0] if isinstance(result, list) else result
         return found
@@ -297,7 +304,7 @@ class Host:
         names = []
         for name in KINDS[layout.kind].encoded(module):
             for disk in self.sources.get(f"{layout.path}.{name}", ()):
-                number = _EXPERT_NUMBER.search(disk)
+                number = EXPERT_NUMBER.search(disk)
                 if number and int(number.group(1)) in experts:
                     names.append(disk)
         self.checkpoint.prefetch(names)
@@ -329,7 +336,7 @@ class Host:
 
         Tied copies are left out: the model ties them again when it is loaded.
         """
-        tied = {name for name, _ in _tied(self.model)}
+        tied = {name for name, _ in tied_names(self.model)}
         for name, tensor in self.model.state_dict().items():
             if want(name) and not tensor.is_meta and name not in tied:
                 yield name, tensor.cpu().to(self._stored_dtype(name, tensor))
@@ -351,6 +358,23 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+class _PartOf:
+    """A model whose parameters have as many rows as one expert: some converters compare what they
+    get with the shape of the parameter, and transpose if it differs.
+    """
+
+    def __init__(self, model: Any, rows: int) -> None:
+        self._model, self._rows = model, rows
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The parameter's shape for one expert, without values."""
+        whole = self._model.get_parameter(name)
+        return torch.empty(self._rows, *whole.shape[1:], device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 class _StandIn:
@@ -394,6 +418,7 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     if (
         "auto_map" in checkpoint.config
         and kind not in transformers.CONFIG_MAPPING
+        and kind not in ALIASES
         and not trust_remote_code
     ):
         raise UnsupportedModelError(
@@ -401,9 +426,13 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             "read it, then pass --trust-remote-code to run it"
         )
     try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.directory, trust_remote_code=trust_remote_code
-        )
+        if kind in ALIASES:
+            given = {k: v for k, v in checkpoint.config.items() if k not in _NOT_SETTINGS}
+            config = AutoConfig.for_model(ALIASES[kind], **given)
+        else:
+            config = AutoConfig.from_pretrained(
+                checkpoint.directory, trust_remote_code=trust_remote_code
+            )
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
             f"{checkpoint.directory}: model type {kind!r} is not known to "
@@ -418,11 +447,7 @@ def _model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -
     names = config.architectures or []
     cls = getattr(transformers, names[0], None) if names else None
     if cls is None:
-        auto = (
-            transformers.AutoModelForSeq2SeqLM
-            if config.is_encoder_decoder
-            else transformers.AutoModelForCausalLM
-        )
+        auto = auto_class(config)
         if type(config) in auto._model_mapping:
             cls = auto._model_mapping[type(config)]
         elif trust_remote_code and "auto_map" in checkpoint.config:
@@ -455,10 +480,6 @@ def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
             "this layout is not supported"
         )
     return found
-
-
-def _tied(model: nn.Module) -> list[tuple[str, str]]:
-    return list((getattr(model, "all_tied_weights_keys", None) or {}).items())
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""How much the loss feels an error of each layer's experts: weights of the layers in the allocation.
+"""How much the loss feels an error of each layer's experts: weights for the allocation of bits.
 
 The importance of a layer is the mean over tokens of the squared gradient of the loss at its
 experts' output, the labels drawn from the model itself (the trace of the Fisher information with
@@ -21,7 +21,8 @@ _ROOM = 2.5  # float32 weights, and activations of a batch with its gradients, p
 
 def fits(host: Host, memory: int) -> bool:
     """Whether the model in float32, with a batch's activations, stays within `memory` bytes."""
-    return _ROOM * 4 * sum(p.numel() for p in host.model.parameters()) <= memory
+    weights: int = sum(p.numel() for p in host.model.parameters())
+    return _ROOM * 4 * weights <= memory
 
 
 def layer_importance(host: Host, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
@@ -76,7 +77,7 @@ def _add(
         for handle in handles:
             handle.remove()
     drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-    F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
     for path, probe in probes.items():
         if probe.grad is not None:
             squares[path] += float(probe.grad.double().square().sum())

@@ -107,17 +107,16 @@ def make_plan(
     streams = 2 if method.drift > 0 else 1
     rows = sum(tokens)
 
-    floor = int(
-        _resident()
-        + _CODE
-        + _SLACK
-        * (
-            1.5 * outside  # the stored copies of the largest tensors come on top while written
-            + 1.5 * max(blocks)
-            + max(_group(layout) for layout in layouts)
-            + max(tokens) * 4 * _FORWARD * _widest(sizes, encoded, host)
-        )
+    head = host.head_name()
+    at_start = 1.25 * outside  # the stored form of one tensor comes on top while it is written
+    on_the_way = (
+        outside
+        - sizes.get(head or "", 0)
+        + 1.5 * max(blocks)  # float32 beside the source's bytes while it is loaded
+        + max(_group(layout) for layout in layouts)
+        + max(tokens) * 4 * _FORWARD * _widest(sizes, encoded, host)
     )
+    floor = int(_resident() + _CODE + _SLACK * max(at_start, on_the_way))
     widths = [(la.projections[0].cols, la.projections[-1].rows) for la in layouts]
     slots = _slots(host.config, layouts)
     activations = streams * rows * max(4 * (2 * i + slots * o) + 8 * slots for i, o in widths)
@@ -200,7 +199,7 @@ def _seconds(
     """Time on this machine's CPU: the arithmetic at the measured speed of a matrix product, coding
     at a fixed one.
     """
-    dense = sum(p.numel() for p in host.model.parameters()) - weights
+    dense = float(sum(p.numel() for p in host.model.parameters()) - weights)
     flops = 2.0 * 2 * streams * rows * dense  # two forwards: up to the experts, and through
     for layout in layouts:
         share = rows * slots
@@ -220,7 +219,7 @@ def _matmul_speed() -> float:
     for _ in range(3):
         a @ a
     seconds: float = time.perf_counter() - start
-    return 6 * 768.0**3 / seconds
+    return 6.0 * 768 * 768 * 768 / seconds
 
 
 def _resident() -> int:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from qmoe.calib.tokens import prepare
@@ -18,6 +17,7 @@ from qmoe.evaluate import Score, evaluate, split_batches
 from qmoe.families.layouts import repair
 from qmoe.load import load
 from qmoe.manifest import MANIFEST
+from qmoe.models.auto import auto_class
 
 
 def score_checkpoint(
@@ -71,12 +71,7 @@ def load_any(model: str, dtype: str, device: torch.device) -> Any:
     checkpoint = open_checkpoint(model)  # one clear sentence for whatever is wrong with it
     directory = checkpoint.directory if checkpoint.quantization is None else model
     config = AutoConfig.from_pretrained(directory)
-    auto = (
-        transformers.AutoModelForSeq2SeqLM
-        if config.is_encoder_decoder
-        else transformers.AutoModelForCausalLM
-    )
-    loaded = auto.from_pretrained(model, dtype=getattr(torch, dtype))
+    loaded = auto_class(config).from_pretrained(model, dtype=getattr(torch, dtype))
     repair(loaded)
     return loaded.to(device).eval()
 

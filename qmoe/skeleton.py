@@ -15,6 +15,7 @@ from qmoe.errors import CorruptError
 from qmoe.experts import Caches, EncodedExperts
 from qmoe.families.base import ExpertsLayout
 from qmoe.families.layouts import kind_of, layout_of
+from qmoe.models.auto import auto_class
 from qmoe.reader import Container
 
 # What transformers raises on a config that it cannot build a model from.
@@ -51,13 +52,6 @@ def build(container: Container) -> Any:
     except _BAD_CONFIG as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise CorruptError(f"{path} describes no model: {reason}") from e
-
-
-def auto_class(config: Any) -> Any:
-    """The Auto class that loads a model of this configuration."""
-    if config.is_encoder_decoder:
-        return transformers.AutoModelForSeq2SeqLM
-    return transformers.AutoModelForCausalLM
 
 
 def check(container: Container) -> None:
@@ -117,6 +111,10 @@ def compare(model: Any, container: Container) -> None:
     """
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     stored = {name: entry.shape for name, (_, _, entry) in container.tensors.items()}
+    for name, geometry in container.dense.items():
+        for tensor in geometry.tensors:
+            del stored[tensor]
+        stored[name] = (geometry.rows, geometry.cols)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     if missing := sorted(wanted.keys() - stored.keys() - tied):
         raise CorruptError(f"{container.directory} lacks {len(missing)} tensors: {missing[:3]}")

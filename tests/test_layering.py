@@ -28,6 +28,8 @@ LAYERS = {
     "qmoe.block": 2,
     "qmoe.container": 2,
     "qmoe.families": 2,
+    "qmoe.models": 2,
+    "qmoe.fit": 3,
     "qmoe.host": 3,
     "qmoe.experts": 3,
     "qmoe.calib": 3,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -245,18 +246,19 @@ def _small_disk(folder: Path, size: int):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def _write_without_end(file: BinaryIO) -> None:
+    while True:
+        file.write(bytes(4096))
+
+
 def test_full_disk(job, expected, tmp_path):
     disk = tmp_path / "disk"
     with _small_disk(disk, 40 << 20):
         out, filler = disk / "out", disk / "filler"
 
         def fill() -> None:
-            with filler.open("wb", buffering=0) as f:
-                try:
-                    while True:
-                        f.write(bytes(4096))
-                except OSError as error:
-                    assert error.errno == errno.ENOSPC
+            with filler.open("wb", buffering=0) as f, pytest.raises(OSError, match="No space"):
+                _write_without_end(f)
 
         with (
             _when(_record(out, 0), fill),
@@ -293,7 +295,7 @@ def test_read_error_in_a_shard(job, expected, tmp_path, monkeypatch):
 
     with (
         _when(_record(out, 0), lambda: monkeypatch.setattr(os, "preadv", failing)),
-        pytest.raises(SourceError, match="read error in .*Input/output error"),
+        pytest.raises(SourceError, match=r"read error in .*Input/output error"),
     ):
         compress_checkpoint(str(job[0]), out, job[1])
     monkeypatch.setattr(os, "preadv", read)

@@ -117,9 +117,10 @@ def _target(problem: Problem, settings: Settings, factor: Tensor) -> Tensor:
     if problem.cross is None:
         raise ValueError("drift correction needs Problem.cross")
     difference = settings.drift * (problem.cross.double() - problem.hessian.double())
-    u = factor.float()
-    correction = torch.bmm(torch.bmm(torch.bmm(problem.weight, difference.float()), u.mT), u)
-    return problem.weight + correction
+    w, d, u = problem.weight, difference.float(), factor.float()
+    if w.shape[1] < w.shape[2]:  # the cheaper order of the same products
+        return w + w @ d @ u.mT @ u
+    return torch.baddbmm(w, w, d @ u.mT @ u)
 
 
 def _row_fit(target: Tensor, hessian: Tensor, codes: Tensor, col: Tensor) -> Tensor:

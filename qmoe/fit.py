@@ -1,0 +1,92 @@
+"""Does a checkpoint fit the model that its config.json describes? Names only; nothing is read.
+
+Knows nothing about how weights are converted or loaded.
+"""
+
+import re
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from qmoe.errors import SourceError
+from qmoe.families.base import ExpertsLayout
+from qmoe.families.layouts import KINDS
+
+EXPERT_NUMBER = re.compile(r"experts?[._](\d+)\.")
+# module parameter -> {disk name: pattern of the converter that reads it, or None}
+Sources = Mapping[str, Mapping[str, str | None]]
+
+
+def tied_names(model: nn.Module) -> list[tuple[Any, Any]]:
+    """(copy, original) of every tied parameter."""
+    return list((getattr(model, "all_tied_weights_keys", None) or {}).items())
+
+
+def check_complete(where: str, model: nn.Module, sources: Sources, several: Iterable[str]) -> None:
+    """Every parameter of the model is on disk.
+
+    Args:
+        where: the checkpoint, for messages.
+        model: on any device.
+        sources: where the parameters come from.
+        several: target patterns of converters that fill several parameters (a fused qkv on disk);
+            `sources` names only the first of them.
+
+    Raises:
+        SourceError: with the first parameter that is missing.
+    """
+    tied = {k for pair in tied_names(model) for k in pair}
+    patterns = [re.compile(t.replace("*", r"\d+")) for t in several]
+    missing = [
+        n
+        for n, _ in model.named_parameters()
+        if n not in sources and n not in tied and not any(p.search(n) for p in patterns)
+    ]
+    if missing:
+        raise SourceError(
+            f"{where}: no tensor on disk for {missing[0]} ({len(missing)} parameters of "
+            f"{type(model).__name__} are missing); the checkpoint is incomplete or does not match "
+            "config.json"
+        )
+
+
+def check_experts(
+    where: str,
+    experts: Iterable[tuple[ExpertsLayout, Any]],
+    sources: Sources,
+    several: Container[str | None],
+) -> None:
+    """One layout on disk for every experts module, and as many experts as config.json says.
+
+    Args:
+        where: the checkpoint, for messages.
+        experts: the experts modules.
+        sources: where their parameters come from.
+        several: source patterns of converters that fill several parameters, whose experts' numbers
+            run on from one module to the next.
+
+    Raises:
+        SourceError: with the parameter and what is on disk.
+    """
+    for layout, module in experts:
+        for name in KINDS[layout.kind].encoded(module):
+            target = f"{layout.path}.{name}"
+            disks = sources.get(target, {})
+            if len(disks) > 1 and None in disks.values():
+                raise SourceError(
+                    f"{where}: {target} is on disk in two layouts, as {min(disks)} and as "
+                    f"{max(disks)}; remove one of them"
+                )
+            numbers: dict[str, set[int]] = {}
+            for disk, pattern in disks.items():
+                found = EXPERT_NUMBER.search(disk)
+                if found and pattern is not None and pattern not in several:
+                    numbers.setdefault(pattern, set()).add(int(found.group(1)))
+            for seen in numbers.values():
+                if seen != set(range(layout.experts)):
+                    raise SourceError(
+                        f"{where}: {len(seen)} tensors (numbers {min(seen)} to {max(seen)}) for "
+                        f"the {layout.experts} experts of {target}; the checkpoint does not match "
+                        "config.json"
+                    )

@@ -1,0 +1,23 @@
+"""Prints the source tree with the first line of every module's docstring, for the README."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    for folder in ("qmoe", "kernels", "calib"):
+        print(f"{folder}/")
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            relative = path.relative_to(ROOT / folder)
+            if folder == "qmoe" and relative.parts[0] in ("kernels", "calib"):
+                continue
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            first = text.split("\n\n")[0].replace("\n", " ")
+            first = first.split(": ")[0] if len(first) > 88 else first
+            print(f"  {relative.as_posix():26s} {first[:88].rstrip('.')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""What a user gets for input that cannot work: one sentence on stderr, exit code 2, no output."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from qmoe.cli import main
+
+
+@pytest.fixture
+def source(tmp_path, tiny):
+    """A sound Qwen3-MoE checkpoint with a tokenizer, free to be damaged."""
+    made = tiny.save("qwen3_moe", tmp_path / "source")
+    tiny.save_tokenizer(made)
+    return made
+
+
+@pytest.fixture
+def refused(tmp_path, tiny):
+    """``refused(directory, *options, words=400)``: the sentence that `qmoe compress` ends with."""
+
+    def run(directory, *options, words=400, out=None):
+        text = tiny.save_text(tmp_path / "text.txt", words)
+        out = out or tmp_path / "out"
+        before = sorted(p.name for p in out.iterdir()) if out.is_dir() else None
+        line = ["compress", str(directory), str(out), "--calib", str(text), "--method", "rtn"]
+        done = CliRunner().invoke(main, [*line, "--calib-tokens", "128", "--ctx", "32", *options])
+        assert done.exit_code == 2, (done.output, done.exception)
+        said = [s for s in done.stderr.splitlines() if s.startswith("qmoe: ")]
+        assert len(said) == 1, done.stderr
+        assert "Traceback" not in done.output
+        after = sorted(p.name for p in out.iterdir()) if out.is_dir() else None
+        assert before == after
+        return said[0]
+
+    return run
+
+
+def _config(directory, **changes):
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    if "num_experts" in changes:  # a configuration knows the number under two names
+        config.pop("num_local_experts", None)
+    file.write_text(json.dumps(config | changes))
+
+
+def _tensors(directory, change):
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
+
+
+def test_unknown_model_type(source, refused):
+    _config(source, model_type="nonesuch")
+    assert "model type 'nonesuch' is not known to transformers" in refused(source)
+
+
+def test_remote_code_is_not_run_unasked(source, refused):
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    _config(source, model_type="own_moe", auto_map=code)
+    (source / "own.py").write_text("raise SystemExit('this must not run')\n")
+    assert "brings its own code; read it, then pass --trust-remote-code" in refused(source)
+
+
+def test_a_model_without_experts(tmp_path, tiny, refused):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("llama", **tiny.BASE)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    assert "has no mixture-of-experts module" in refused(tmp_path / "dense")
+
+
+def test_a_model_that_writes_no_text(tmp_path, refused):
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(
+        "vit", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path / "vit")
+    assert "is not a language model" in refused(tmp_path / "vit")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts": 6}, "4 tensors (numbers 0 to 3) for the 6 experts of"),
+        ({"num_experts": 2}, "4 tensors (numbers 0 to 3) for the 2 experts of"),
+        ({"moe_intermediate_size": 48}, "does not match its config"),
+        ({"vocab_size": 256}, "config.json asks for"),
+        ({"num_hidden_layers": 4}, "no tensor on disk for model.layers.3."),
+        ({"hidden_size": 128}, "config.json asks for"),
+    ],
+)
+def test_tensors_that_do_not_match_the_config(source, refused, changes, words):
+    _config(source, **changes)
+    assert words in refused(source)
+
+
+def test_a_missing_tensor(source, refused):
+    _tensors(source, lambda t: t.pop("model.norm.weight"))
+    assert "no tensor on disk for model.norm.weight" in refused(source)
+
+
+def test_a_missing_expert(source, refused):
+    _tensors(source, lambda t: t.pop(EXPERT))
+    assert "3 tensors (numbers 0 to 3) for the 4 experts of" in refused(source)
+
+
+def test_one_expert_of_another_shape(source, refused):
+    _tensors(source, lambda t: t.update({EXPERT: torch.zeros(64, 16)}))
+    message = refused(source)
+    assert "(64, 16)" in message
+    assert "expert 2 of model.layers.1.mlp.experts has a down matrix" in message
+
+
+def test_a_mixture_of_layouts(source, refused):
+    fused = {"model.layers.1.mlp.experts.down_proj": torch.zeros(4, 64, 32)}
+    _tensors(source, lambda t: t.update(fused))
+    assert "is on disk in two layouts" in refused(source)
+
+
+@pytest.mark.parametrize("name", [EXPERT, "model.embed_tokens.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(source, refused, name, value):
+    _tensors(source, lambda t: t[name].view(-1)[3:4].fill_(value))
+    assert "1 of 2048 values are NaN or Inf" in refused(source) or name != EXPERT
+    shutil.rmtree(source.parent / "out.partial", ignore_errors=True)
+    assert "NaN or Inf" in refused(source)
+
+
+def test_a_text_shorter_than_one_window(source, refused):
+    assert "window" in refused(source, words=8)
+
+
+def test_no_such_text(source, refused, tmp_path):
+    message = refused(source, "--calib", str(tmp_path / "no.txt"))
+    assert "no.txt" in message
+
+
+def test_an_output_that_exists(source, refused, tmp_path):
+    out = tmp_path / "there"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    assert "already exists; choose another output directory" in refused(source, out=out)
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_a_missing_shard(source, refused, tiny):
+    tiny.to_shards(source, 3)
+    (source / "model-00002-of-00003.safetensors").unlink()
+    assert "the index names model-00002-of-00003.safetensors, which is missing" in refused(source)
+
+
+def test_a_truncated_shard(source, refused, tiny):
+    tiny.to_shards(source, 3)
+    file = source / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "model-00002-of-00003.safetensors" in refused(source)
+
+
+def test_no_tokenizer(source, refused):
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer can be read" in refused(source)
+
+
+def test_no_such_directory_and_no_config(refused, tmp_path):
+    assert "does not exist" in refused(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refused(tmp_path / "empty")
+
+
+def test_import_of_something_else(tmp_path, source):
+    for project in ("openmoe", "fairseq", "megablocks"):
+        done = CliRunner().invoke(main, ["import", project, str(source), str(tmp_path / "out")])
+        assert done.exit_code == 2, done.output
+        assert done.stderr.startswith("qmoe: ")
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_import_on_the_command_line(tmp_path, tiny):
+    """A Megatron checkpoint, imported with --json; then its own output is refused as a target."""
+    from argparse import Namespace
+
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g) * 0.1
+
+    layer = {
+        "input_layernorm.weight": draw(32),
+        "input_layernorm.bias": draw(32),
+        "post_attention_layernorm.weight": draw(32),
+        "post_attention_layernorm.bias": draw(32),
+        "self_attention.query_key_value.weight": draw(96, 32),
+        "self_attention.query_key_value.bias": draw(96),
+        "self_attention.dense.weight": draw(32, 32),
+        "self_attention.dense.bias": draw(32),
+        "mlp.router.layer.weight": draw(4, 32),
+        "mlp.experts.bias": draw(32),
+        "mlp.experts.mlp.w1": draw(96, 32),
+        "mlp.experts.mlp.w2": draw(96, 32),
+    }
+    encoder = {f"layers.0.{k}": v for k, v in layer.items()}
+    encoder |= {"final_layernorm.weight": draw(32), "final_layernorm.bias": draw(32)}
+    embedding = {
+        "word_embeddings": {"weight": draw(50, 32)},
+        "position_embeddings": {"weight": draw(40, 32)},
+    }
+    settings = {
+        "num_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 24,
+        "moe_num_experts": 4,
+        "moe_top_k": 2,
+        "moe_normalize_expert_weights": None,
+    }
+    model = {"language_model": {"embedding": embedding, "encoder": encoder}}
+    rank = tmp_path / "src" / "iter_0000001" / "mp_rank_00"
+    rank.mkdir(parents=True)
+    torch.save({"args": Namespace(**settings), "model": model}, rank / "model_optim_rng.pt")
+    (tmp_path / "src" / "latest_checkpointed_iteration.txt").write_text("1\n")
+    line = ["import", "megablocks", str(tmp_path / "src"), str(tmp_path / "dst")]
+    done = CliRunner().invoke(main, [*line, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["tensors"]["used"] == len(layer) + 4
+    assert found["parameters"] == sum(v.numel() for v in layer.values()) + 64 + 90 * 32
+    again = CliRunner().invoke(main, line)
+    assert again.exit_code == 2
+    assert "exists; remove it or choose another directory" in again.stderr
+    shutil.rmtree(tmp_path / "dst")
+    plain = CliRunner().invoke(main, line)
+    assert plain.exit_code == 0
+    assert "next: qmoe compress" in plain.stdout

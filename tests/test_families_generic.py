@@ -1,0 +1,77 @@
+"""Every type of transformers whose experts use the fused interface, through the whole path.
+
+docs/families.md is written by the same code (scripts/families).
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from qmoe.errors import UnsupportedModelError
+from qmoe.host import Host
+
+
+def _generic():
+    """tests/generic.py by path, since tests are no package."""
+    name = "qmoe_tests_generic"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("generic.py"))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+generic = _generic()
+# one of every shape: no gate, transposed, own gate function, text inside a multimodal model,
+# experts between linear-attention blocks, layers that differ in width
+FAST = ("nemotron_h", "aria", "deepseek_v4", "gemma4_text", "qwen3_5_moe", "lfm2_moe", "jamba")
+PASSING = [kind for kind in generic.discover() if kind not in generic.REASONS]
+
+
+def _row(kind, tmp_path, tiny):
+    row = generic.attempt(kind, tmp_path, tiny)
+    if row["reason"]:
+        pytest.skip(row["reason"])
+    assert tuple(row["passed"]) == generic.STEPS
+    assert row["experts"]
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_fused_type(kind, tmp_path, tiny):
+    _row(kind, tmp_path, tiny)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [k for k in PASSING if k not in FAST])
+def test_every_fused_type(kind, tmp_path, tiny):
+    _row(kind, tmp_path, tiny)
+
+
+def test_discovery_finds_the_interface():
+    """What is listed is what transformers has; nothing that is excused has gone."""
+    assert len(PASSING) > 60
+    assert set(FAST) <= set(PASSING)
+    assert set(generic.REASONS) <= set(generic.discover())
+    assert set(generic.CHANGES) <= set(generic.discover())
+
+
+def test_the_table_is_complete():
+    """docs/families.md has a row for every type, and nothing failed in it."""
+    text = (Path(__file__).parents[1] / "docs" / "families.md").read_text("utf-8")
+    for kind in generic.discover():
+        assert f"| `{kind}` |" in text, f"run scripts/families: {kind} is not in docs/families.md"
+
+
+def test_a_type_that_generates_no_text_is_refused(tmp_path):
+    from transformers import AutoConfig, AutoModelForTokenClassification
+
+    from qmoe.checkpoint import open_checkpoint
+
+    config = generic.config_of("openai_privacy_filter")
+    assert isinstance(config, type(AutoConfig.for_model("openai_privacy_filter")))
+    AutoModelForTokenClassification.from_config(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(UnsupportedModelError, match="is not a language model"):
+        Host(open_checkpoint(tmp_path / "m"))

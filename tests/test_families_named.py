@@ -1,0 +1,191 @@
+"""The named families in the layouts in which they are published, through the whole path: compress,
+load, compare with the exported model, generate, save, load again; and every tensor accounted for.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import qmoe
+from qmoe.calib.tokens import inputs_only, prepare
+from qmoe.checkpoint import open_checkpoint
+from qmoe.compress import Settings, compress_checkpoint
+from qmoe.errors import CorruptError, OutputError
+from qmoe.evaluate import evaluate, split_batches
+from qmoe.export import export
+from qmoe.families.layouts import repair
+from qmoe.inspect import inspect
+from qmoe.manifest import MANIFEST, read_sealed
+from qmoe.score import load_any, score_checkpoint
+from qmoe.verify import verify
+
+
+@pytest.fixture(scope="module")
+def generic():
+    """tests/generic.py by path, since tests are no package."""
+    name = "qmoe_tests_generic"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("generic.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _add(directory, tensors):
+    """Puts more tensors into a one-file checkpoint."""
+    from safetensors.torch import save_file
+
+    file = directory / "model.safetensors"
+    save_file({**load_file(file), **tensors}, file, {"format": "pt"})
+
+
+def _more(directory, old, new, extra):
+    """A multi-token-prediction layer: a copy of a layer under the next number, and projections."""
+    layer = {k: v for k, v in load_file(directory / "model.safetensors").items() if old in k}
+    g = torch.Generator().manual_seed(7)
+    made = {n: torch.randn(*s, generator=g).bfloat16() for n, s in extra.items()}
+    added = {k.replace(old, new): v.clone() for k, v in layer.items()} | made
+    _add(directory, added)
+    return added
+
+
+def _mtp_deepseek(tiny, d):
+    wide = {f"model.layers.3.{n}.weight": (64,) for n in ("enorm", "hnorm", "shared_head.norm")}
+    wide |= {"model.layers.3.eh_proj.weight": (64, 128)}
+    return _more(d, "model.layers.2.", "model.layers.3.", wide)
+
+
+def _mtp_qwen(tiny, d):
+    return _more(d, "model.layers.3.", "mtp.layers.0.", {"mtp.fc.weight": (64, 128)})
+
+
+def _kimi(tiny, d):
+    """Kimi-K2: its own model type and code, DeepSeek-V3's layers, int4 experts."""
+    tiny.to_int4(d)
+    config = json.loads((d / "config.json").read_text())
+    config["model_type"] = "kimi_k2"
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
+    (d / "config.json").write_text(json.dumps(config))
+    return {}
+
+
+ALL_SPARSE = {"num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 4}
+BFLOAT16 = torch.bfloat16
+# family, settings, dtype, what is done to the source (returns tensors that no module takes)
+CASES = {
+    "DeepSeek-V3 with MTP": ("deepseek_v3", {}, BFLOAT16, _mtp_deepseek),
+    "GLM-4.5 with MTP": ("glm4_moe", {}, BFLOAT16, _mtp_deepseek),
+    "Qwen3-Next with MTP": ("qwen3_next", {}, BFLOAT16, _mtp_qwen),
+    "DeepSeek-V3 fp8": ("deepseek_v3", {}, BFLOAT16, lambda t, d: t.to_fp8(d, (32, 48)) and {}),
+    "Kimi-K2 int4": ("deepseek_v3", {"n_group": 1}, BFLOAT16, _kimi),
+    "gpt-oss MXFP4": ("gpt_oss", {}, BFLOAT16, lambda t, d: t.to_mxfp4(d) and {}),
+    "Switch, every layer sparse": ("switch_transformers", ALL_SPARSE, torch.float32, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_published_layout(tmp_path, tiny, generic, case):
+    family, changes, dtype, rewrite = CASES[case]
+    model = tiny.make(family, dtype, **changes)
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    carried = rewrite(tiny, source) if rewrite is not None else {}
+    assert all(generic.prove(source, tmp_path, tiny, type(model)).values())
+    counts = inspect(tmp_path / "q")["tensors"]
+    assert sum(counts.values()) == len(open_checkpoint(source).names())
+    assert counts["carried"] == len(carried)
+    assert counts["coded"] > 0
+    assert counts["kept"] > 0
+    for folder in ("dense", "again"):
+        stored = {k: v for f in (tmp_path / folder).glob("*.safetensors") for k, v in _any(f)}
+        for name, tensor in carried.items():
+            assert torch.equal(stored[name], tensor), (folder, name)
+
+
+def _any(file):
+    return load_file(file).items()
+
+
+@pytest.mark.slow
+def test_every_named_family(tmp_path, tiny, generic, family):
+    model = tiny.make(family)
+    model.save_pretrained(tmp_path / "source")
+    assert all(generic.prove(tmp_path / "source", tmp_path, tiny, type(model)).values())
+    counts = inspect(tmp_path / "q")["tensors"]
+    assert counts["carried"] == 0
+    assert sum(counts.values()) == len(open_checkpoint(tmp_path / "source").names())
+
+
+def _compressed(source, tmp_path, tiny, **options):
+    tiny.save_tokenizer(source)
+    text = tiny.save_text(tmp_path / "text.txt", 400)
+    settings = Settings(method="rtn", calib=str(text), calib_tokens=256, ctx=32, **options)
+    return compress_checkpoint(str(source), tmp_path / "q", settings), text
+
+
+def test_carried_tensors_are_verified_and_do_not_disturb(tmp_path, tiny):
+    source = tiny.save("deepseek_v3", tmp_path / "source")
+    added = _mtp_deepseek(tiny, source)
+    report, _ = _compressed(source, tmp_path, tiny)
+    out = tmp_path / "q"
+    assert report.as_dict()["tensors"]["carried"] == len(added)
+    found = inspect(out)
+    assert found["carried_weights"] == sum(v.numel() for v in added.values())
+    assert verify(out).tensors == len(read_sealed(out / MANIFEST)["tensors"])
+    listed = json.loads((out / "qmoe.safetensors.index.json").read_text())["weight_map"]
+    assert not listed.keys() & added.keys()
+    files = read_sealed(out / MANIFEST)["blocks"]["carried tensors"]
+    data = bytearray((out / files[0]).read_bytes())
+    data[-5] ^= 1
+    model = qmoe.load(out)
+    (out / files[0]).write_bytes(data)
+    with pytest.raises(CorruptError, match="is corrupt: sha256"):
+        verify(out)
+    (out / files[0]).unlink()
+    with pytest.raises(CorruptError, match="cannot be read"):
+        model.save_pretrained(tmp_path / "again")
+    out.rename(tmp_path / "gone")
+    with pytest.raises(OutputError, match="no module takes"):
+        model.save_pretrained(tmp_path / "again")
+
+
+@torch.no_grad()
+def test_nllb_calibration_and_evaluation_use_the_equation(tmp_path, tiny):
+    """Experts that transformers' own forward never calls get the tokens that the router sends
+    them, and the score is that of the corrected model."""
+    source = tiny.save("nllb-moe", tmp_path / "source")
+    _, text = _compressed(source, tmp_path, tiny)
+    model = tiny.make("nllb-moe")
+    repair(model)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    batch = prepare(tokenizer, model.config, str(text), 256, 32, 0)
+    seen = []
+    path = "model.encoder.layers.1.ffn"
+    model.get_submodule(f"{path}.router").register_forward_hook(
+        lambda m, args, out: seen.append((out[1] > 0).reshape(-1, 4))
+    )
+    for part in split_batches(batch):
+        model(**inputs_only(part), use_cache=False)
+    learned = ~torch.isin(
+        batch["input_ids"].flatten(), torch.tensor(sorted(set(tokenizer.all_special_ids)))
+    )
+    tokens = read_sealed(tmp_path / "q" / MANIFEST)["report"]["modules"][f"{path}.experts"]
+    assert tokens["tokens"] == torch.cat(seen)[learned].sum(0).tolist()
+    assert min(tokens["tokens"]) > 0
+    expected = evaluate(
+        model, split_batches(prepare(tokenizer, model.config, str(text), 2**40, 32, 0))
+    )
+    got = score_checkpoint(str(source), str(text), ctx=32, device="cpu")
+    assert got.nll == pytest.approx(expected.nll, abs=1e-6)
+    export(tmp_path / "q", tmp_path / "dense", "float32")
+    dense = load_any(str(tmp_path / "dense"), "float32", torch.device("cpu"))
+    ids = torch.randint(16, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
+    compressed = qmoe.load(tmp_path / "q", dtype=torch.float32)(**inputs).logits
+    torch.testing.assert_close(compressed, dense(**inputs).logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,134 @@
+"""Several processes give the bytes of one, and a dead one ends the run in a sentence."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from qmoe.calib.store import ActivationStore
+from qmoe.compress import Settings, compress_checkpoint
+from qmoe.parallel import World
+
+EXPERTS = 40  # more than one group of experts per layer
+
+
+@pytest.fixture(scope="module")
+def job(tiny, tmp_path_factory) -> tuple[Path, Settings]:
+    """A random Mixtral whose layers have several groups of experts, and three batches of text."""
+    folder = tmp_path_factory.mktemp("job")
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 24}
+    source = tiny.save("mixtral", folder / "source", num_local_experts=EXPERTS, **shape)
+    tiny.save_tokenizer(source)
+    text = tiny.save_text(folder / "text.txt", 9000)
+    return source, Settings(method="rd", bits=2.0, calib=str(text), calib_tokens=8500, ctx=128)
+
+
+def _bytes(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def expected(job, tmp_path_factory) -> dict[str, bytes]:
+    """The files that one process writes."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    compress_checkpoint(str(job[0]), out, job[1])
+    return _bytes(out)
+
+
+def _arguments(job, out: Path) -> list[str]:
+    source, s = job
+    options = ["--calib", s.calib, "--calib-tokens", str(s.calib_tokens), "--ctx", str(s.ctx)]
+    return ["-m", "qmoe", "compress", str(source), str(out), "--bits", str(s.bits), *options]
+
+
+def _torchrun(job, out: Path, processes: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, *_arguments(job, out)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("plan: read") == 1
+    assert done.stdout.count("stored bits per weight") == 1
+
+
+def test_two_processes_write_the_same_bytes(job, expected, tmp_path):
+    _torchrun(job, tmp_path / "out", 2)
+    assert _bytes(tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [3, 4])
+def test_more_processes_write_the_same_bytes(job, expected, tmp_path, processes):
+    _torchrun(job, tmp_path / "out", processes)
+    assert _bytes(tmp_path / "out") == expected
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_a_dead_process_ends_the_run_and_one_process_finishes_it(job, expected, tmp_path):
+    out, port = tmp_path / "out", _free_port()
+    processes = []
+    for rank in range(2):
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {k: str(v) for k, v in place.items()}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *_arguments(job, out)],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    first, second = processes
+    try:
+        record = out.with_name("out.partial") / "journal" / "model.layers.0.json"
+        limit = time.monotonic() + 300
+        while not record.exists() and time.monotonic() < limit:
+            assert all(p.poll() is None for p in processes)
+            time.sleep(0.002)
+        second.send_signal(signal.SIGKILL)
+        _, errors = first.communicate(timeout=300)
+    finally:
+        for p in processes:
+            p.kill()
+            p.wait()
+    assert first.returncode == 2, errors
+    last = errors.strip().splitlines()[-1]
+    assert re.match(r"qmoe: process 0 of 2 lost contact with the others at: ", last)
+    assert "continues at the first unfinished block" in last
+    assert "Traceback" not in errors
+    heard: list[str] = []
+    compress_checkpoint(str(job[0]), out, job[1], say=heard.append)
+    assert heard[1] == "1 of 2 blocks are finished; continuing at block model.layers.1"
+    assert _bytes(out) == expected
+
+
+def test_alone_costs_nothing(tmp_path):
+    world = World()
+    assert world.first
+    assert list(world.mine(5)) == [0, 1, 2, 3, 4]
+    assert world.collect("x", "test") == ["x"]
+    assert world.share(lambda: 7, "test") == 7
+    world.meet("test")
+    with ActivationStore(1 << 20, tmp_path) as store:
+        t = store.shared(world, (4, 4), torch.float32)
+        assert store.used == t.nbytes
+    assert not torch.distributed.is_initialized()
+
+
+def test_work_is_divided():
+    for size in (1, 2, 3, 7):
+        shares = [World(rank, size).mine(5) for rank in range(size)]
+        assert sorted(i for share in shares for i in share) == [0, 1, 2, 3, 4]
