@@ -94,6 +94,13 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     "--delta", type=float, default=None, help="The raw global step of rd, instead of --bits."
 )
 @click.option(
+    "--dense-bits",
+    type=click.Choice(["16", "8", "4", "3"]),
+    default="16",
+    show_default=True,
+    help="Stored bits per weight of attention, shared experts, embeddings and head; 16: untouched.",
+)
+@click.option(
     "--calib",
     "calib",
     type=str,
@@ -128,6 +135,7 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
 
     if options["method"] == "rd" and options["bits"] is None and options["delta"] is None:
         options["bits"] = 0.8
+    options["dense_bits"] = int(options["dense_bits"])
     with World.of_environment() as world:
         report = compress_checkpoint(
             source,

@@ -33,6 +33,7 @@ from qmoe.calib.tokens import inputs_only, prepare
 from qmoe.carried import account, write_carried
 from qmoe.checkpoint import open_checkpoint
 from qmoe.container import ContainerWriter
+from qmoe.dense import HEAD, DenseCoder
 from qmoe.devices import pick_device
 from qmoe.durable import canonical_json
 from qmoe.errors import InterruptedRunError, QmoeError, SourceError
@@ -60,6 +61,7 @@ class Settings:
         method: "rd", "qmoe", "rtn" or "gptq2" .. "gptq4".
         bits: stored bits per expert weight to hit, or None.
         delta: global step of rd, or None.
+        dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
         calib: calibration text.
         calib_tokens: at most this many tokens of it.
         ctx: tokens of a window, None for the model's own length, at most 2048.
@@ -78,6 +80,7 @@ class Settings:
     calib_tokens: int = 131072
     bits: float | None = None
     delta: float | None = None
+    dense_bits: int = 16
     ctx: int | None = None
     seed: int = 0
     knobs: Mapping[str, float] = field(default_factory=dict)
@@ -190,14 +193,20 @@ def compress_checkpoint(
                     settings.bits, [Curve(*c) for c in curves], settings.solver_knobs()
                 )
                 run.rate_after([finished[b.name] for b in blocks[:done]])
+            if settings.dense_bits < 16:
+                run.dense = DenseCoder(host, settings.dense_bits, batches, tokenizer, device)
             if writer and "rest" not in finished:
                 with writer.block("rest") as rest:
-                    outside = [f"{name}." for name, _ in host.block_lists]
-                    for name, tensor in host.dense(lambda n: not n.startswith(tuple(outside))):
+                    coded = run.dense.outside(rest) if run.dense else set()
+                    inside = tuple(f"{name}." for name, _ in host.block_lists)
+                    outside = host.dense(lambda n: not n.startswith(inside) and n not in coded)
+                    for name, tensor in outside:
                         rest.add_tensor(name, tensor)
                     rest.note["importance"] = importance
                     if run.rate is not None:
                         rest.note["curves"] = [c.as_list() for c in run.rate.curves]
+            elif run.dense:
+                run.dense.outside(None)
             carried = write_carried(writer, host, finished) if writer else []
         except KeyboardInterrupt:
             raise _interrupted(writer, blocks[done:]) from None
@@ -218,9 +227,13 @@ def compress_checkpoint(
                 except KeyboardInterrupt:
                     raise _interrupted(writer, blocks[i:]) from None
                 bar.update()
+        last = [HEAD] if run.dense and run.dense.has_head else []
         if writer:
+            if run.dense and last and HEAD not in finished:
+                with writer.block(HEAD) as head:
+                    run.dense.head(run.whole_walk(), head)
             writer.finish(
-                ["rest", *carried, *(b.name for b in blocks)],
+                ["rest", *carried, *(b.name for b in blocks), *last],
                 config=_plain(host.config),
                 settings={**settings.recorded(), "method": method.name, "ctx": ctx},
                 versions=_versions(),

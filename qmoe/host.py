@@ -291,7 +291,8 @@ class Host:
             return next(iter(collected.values()))[0]
         for pattern, tensors in collected.items():
             converter.collected_tensors[pattern] = tensors
-        made = converter.convert(target, model=self.model, config=self.config, hf_quantizer=None)
+        part = _PartOf(self.model, rows)
+        made = converter.convert(target, model=part, config=self.config, hf_quantizer=None)
         result: Any = next(iter(made.values()))
         found: Tensor = result[0] if isinstance(result, list) else result
         return found
@@ -357,6 +358,23 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+class _PartOf:
+    """A model whose parameters have as many rows as one expert: some converters compare what they
+    get with the shape of the parameter, and transpose if it differs.
+    """
+
+    def __init__(self, model: Any, rows: int) -> None:
+        self._model, self._rows = model, rows
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The parameter's shape for one expert, without values."""
+        whole = self._model.get_parameter(name)
+        return torch.empty(self._rows, *whole.shape[1:], device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 class _StandIn:

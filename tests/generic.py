@@ -193,6 +193,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mistral4": {"head_dim": 32},
     "muse_spark": {"out_hidden_size": 64, "projector_hidden_size": 64},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 110, "audio_start_token_id": 109},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "zaya": {"num_experts_per_tok": 1},
