@@ -28,7 +28,7 @@ _SLACK = 1.05  # of the allocator
 _HESSIANS = 8  # float64 matrices [cols, cols] per expert that are alive while a group is solved
 _WEIGHTS = 5  # float32 copies of the widest projection of a group that are alive then
 _FORWARD = 12  # float32 rows [tokens, widest dense matrix] alive in one forward
-_SPEED = 4e6  # expert weights per second and core that are coded; solver and Hessians come on top
+_SPEED = 15e6  # expert weights per second and core that are coded; solver and Hessians come on top
 _DISK = 200e6  # bytes per second, a slow disk
 _GUESS = {"rd": 1.0, "qmoe": 1.0, "rtn": 1.6, "gptq2": 2.2, "gptq3": 3.2, "gptq4": 4.2}
 
@@ -205,7 +205,7 @@ def _seconds(
         share = rows * slots
         for p in layout.projections:
             flops += 2.0 * share * streams * (p.cols**2 + 2 * p.rows * p.cols)
-            flops += layout.experts * p.cols**2 * (4 * p.cols + 4 * p.rows)  # factors and feedback
+            flops += layout.experts * p.cols**2 * (5.0 * p.cols + 8 * p.rows)  # see docs/scale.md
     cores = torch.get_num_threads()
     coding = weights / (_SPEED * cores)
     return float(flops / _matmul_speed() + coding + host.checkpoint.source_bytes / _DISK)
