@@ -278,7 +278,8 @@ def _programs(tables: Tables, m: Layout, segments: int) -> _Programs:
         for s in range(segments):
             here, after = by_row[:, p, s], by_row[:, p, s + 1]
             steps, bits = after[:, 2] - here[:, 2], after[:, 0] - here[:, 0]
-            order = np.lexsort((np.arange(m.rows), -row_class.astype(np.int64), -steps))
+            # equal steps save waiting, equal bits save padding: pairs of steps, then bits
+            order = np.lexsort((-bits, -(steps // 2)))
             for t in range(tiles):
                 rows, i = order[t * LANES : (t + 1) * LANES], (p * segments + s) * tiles + t
                 length = max(

@@ -246,12 +246,15 @@ def report(result: dict[str, Any]) -> str:
     targets = list(result["targets"])
     lines.append(f"{'kernel':26}" + "".join(f"{t:>20}" for t in targets))
     for name in result["targets"][targets[0]]:
-        cells = [result["targets"][t][name] for t in targets]
-        text = (
-            f"{c['registers']} / {c['spills']} / {c['instructions'] or '-'} ({c['alu'] or '-'})"
-            for c in cells
-        )
-        lines.append(f"{name:26}" + "".join(f"{t:>20}" for t in text))
+        line = f"{name:26}"
+        for target in targets:
+            c = result["targets"][target].get(name)
+            if c is None:
+                line += f"{'-':>20}"
+                continue
+            loop = f"{c['instructions']} ({c['alu']})" if c["instructions"] else "-"
+            line += f"{c['registers']:>4} / {c['spills']} / {loop:>9}"
+        lines.append(line)
     lines.append("")
     lines.append(
         f"H200 model, class mix of {result['stored_bits']:.3f} stored bits per weight "

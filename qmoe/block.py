@@ -4,7 +4,7 @@ Knows nothing about the checkpoint around it, calibration or solvers.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qmoe import codec
+from qmoe.dense_stream import DenseGeometry, DenseStream
 from qmoe.durable import writing
 from qmoe.families.base import ExpertsLayout
 from qmoe.manifest import write_sealed
@@ -164,6 +165,7 @@ class BlockWriter:
         self._stem = record_path(journal, name).stem
         self._spill = Spill(journal / f"{self._stem}.spill")
         self._modules: dict[str, Any] = {}
+        self._dense: dict[str, Any] = {}
         self._experts: dict[str, tuple[ExpertsLayout, ExpertsWriter]] = {}
         self.note: dict[
             str, Any
@@ -177,6 +179,50 @@ class BlockWriter:
             OutputError: the disk refuses.
         """
         self._spill.add(name, tensor)
+
+    def add_dense(
+        self, geometry: DenseGeometry, bands: Iterable[Sequence[QuantizedMatrix]], **report: Any
+    ) -> dict[str, Any]:
+        """Encodes and stores a dense matrix, a band at a time.
+
+        Args:
+            geometry: of the matrix.
+            bands: for every band its planes.
+            report: further JSON values for its entry of the report.
+
+        Returns:
+            The entry of the report in the manifest.
+
+        Raises:
+            ValueError: the name is taken, or bands or planes are not those of the geometry.
+            OutputError: the disk refuses.
+        """
+        stream, offsets = geometry.tensors
+        at = torch.empty(geometry.offsets_shape, dtype=torch.int64)
+        size = 0
+        for i, (rows, planes) in enumerate(zip(geometry.bands, bands, strict=True)):
+            for j, matrix in enumerate(planes):
+                found = tuple(matrix.codes.shape)
+                if found != (len(rows), geometry.cols) or len(planes) != geometry.planes:
+                    raise ValueError(f"{geometry.name}: {len(planes)} planes {found}, {geometry}")
+                encoded = codec.encode_group([matrix])
+                blobs = (encoded.tables, encoded.matrices[0])
+                begin = [self._spill.append(stream, blob) for blob in blobs]
+                ends = [b + blob.numel() for b, blob in zip(begin, blobs, strict=True)]
+                at[i, j] = torch.tensor([begin[0], ends[0], begin[1], ends[1]])
+                size = ends[1]
+        self._spill.add(offsets, at)
+        entry = {"weights": geometry.weights, "bytes": size + at.nbytes, **report}
+        self._dense[geometry.name] = {"geometry": geometry.as_json(), "report": entry}
+        return entry
+
+    def add_dense_encoded(self, streams: DenseStream, report: dict[str, Any]) -> None:
+        """Stores a dense matrix that is encoded already, with its entry of the report."""
+        stream, offsets = streams.geometry.tensors
+        self._spill.add(stream, streams.stream)
+        self._spill.add(offsets, streams.offsets)
+        entry = {"geometry": streams.geometry.as_json(), "report": report}
+        self._dense[streams.geometry.name] = entry
 
     def experts(self, layout: ExpertsLayout) -> ExpertsWriter:
         """Begins an experts module; call `finish_experts` when all its groups are in."""
@@ -240,6 +286,7 @@ class BlockWriter:
             "files": files,
             "tensors": tensors,
             "modules": self._modules,
+            "dense": self._dense,
             "note": self.note,
         }
         write_sealed(record_path(self._journal, self.name), record)

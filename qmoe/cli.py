@@ -94,6 +94,13 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     "--delta", type=float, default=None, help="The raw global step of rd, instead of --bits."
 )
 @click.option(
+    "--dense-bits",
+    type=click.Choice(["16", "8", "4", "3"]),
+    default="16",
+    show_default=True,
+    help="Stored bits per weight of attention, shared experts, embeddings and head; 16: untouched.",
+)
+@click.option(
     "--calib",
     "calib",
     type=str,
@@ -128,6 +135,7 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
 
     if options["method"] == "rd" and options["bits"] is None and options["delta"] is None:
         options["bits"] = 0.8
+    options["dense_bits"] = int(options["dense_bits"])
     with World.of_environment() as world:
         report = compress_checkpoint(
             source,
@@ -164,6 +172,54 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 
     score = score_checkpoint(model, progress=sys.stderr.isatty(), **options)
     _show(score.as_dict(), as_json, score_text(score))
+
+
+@main.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--bits",
+    default="0.4,0.6,0.8,1,1.5,2,3",
+    show_default=True,
+    help="Targets of rd, stored bits per expert weight.",
+)
+@click.option(
+    "--methods",
+    default="rtn,qmoe,gptq2,gptq3,gptq4",
+    show_default=True,
+    help="Others to measure beside rd; '' for none.",
+)
+@click.option("--calib", required=True, help="Calibration text, see compress.")
+@click.option("--text", required=True, help="Evaluation text, see eval.")
+@click.option("--calib-tokens", type=click.IntRange(1), default=131072, show_default=True)
+@click.option(
+    "--ctx",
+    type=click.IntRange(2),
+    default=1024,
+    show_default=True,
+    help="Window length of calibration and evaluation.",
+)
+@click.option(
+    "--tokens", type=click.IntRange(2), default=None, help="Evaluate at most this many tokens."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_device
+@click.option("--keep", is_flag=True, help="Keep the compressed checkpoints in OUT.")
+@_json
+def sweep(source: str, out: Path, bits: str, methods: str, as_json: bool, **options: Any) -> None:
+    """Size against quality: a table and a picture of SOURCE compressed at several rates.
+
+    Everything goes to OUT: points.jsonl, sweep.md, sweep.png. The same command resumes.
+    """
+    from qmoe.sweep import parse_bits, parse_methods, run
+
+    targets, others = parse_bits(bits), parse_methods(methods)
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    found = run(source, out, targets, others, progress=sys.stderr.isatty(), say=say, **options)
+    _show(found.as_dict(), as_json, found.text())
 
 
 @main.command()
@@ -236,6 +292,18 @@ def import_(project: str, src: Path, dst: Path, as_json: bool) -> None:
 @main.group()
 def bench() -> None:
     """The numbers of docs/results.md, reproducible."""
+
+
+@bench.command(name="kernels")
+@click.option("--static", is_flag=True, help="Compile for five targets and count; needs no GPU.")
+@_json
+def bench_kernels(static: bool, as_json: bool) -> None:
+    """Registers, spills and instructions per weight of every kernel, with a model of the H200."""
+    if not static:
+        raise QmoeError("timings need a GPU: run scripts/bench_gpu there; here pass --static")
+    from qmoe.kernels.static import run
+
+    run(as_json)
 
 
 @bench.command(name="codec")

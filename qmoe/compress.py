@@ -15,9 +15,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from qmoe.calib.tokens import inputs_only, prepare
 from qmoe.carried import account, write_carried
 from qmoe.checkpoint import open_checkpoint
 from qmoe.container import ContainerWriter
+from qmoe.dense import HEAD, DenseCoder
 from qmoe.devices import pick_device
 from qmoe.durable import canonical_json
 from qmoe.errors import InterruptedRunError, QmoeError, SourceError
@@ -60,10 +61,13 @@ class Settings:
         method: "rd", "qmoe", "rtn" or "gptq2" .. "gptq4".
         bits: stored bits per expert weight to hit, or None.
         delta: global step of rd, or None.
+        dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
         calib: calibration text.
         calib_tokens: at most this many tokens of it.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
+        knobs: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`, and
+            `gradient`, 0 for layers that count alike.
         memory: bytes that a process may use; what activations find no room for goes to mapped
             files.
         device: where solvers and forwards run.
@@ -76,12 +80,18 @@ class Settings:
     calib_tokens: int = 131072
     bits: float | None = None
     delta: float | None = None
+    dense_bits: int = 16
     ctx: int | None = None
     seed: int = 0
+    knobs: Mapping[str, float] = field(default_factory=dict)
     memory: int = 8 * 2**30
     device: str = "auto"
     trust_remote_code: bool = False
     fresh: bool = False
+
+    def solver_knobs(self) -> dict[str, float]:
+        """The knobs that the solver has."""
+        return {name: value for name, value in self.knobs.items() if name != "gradient"}
 
     def recorded(self) -> dict[str, Any]:
         """The part that decides the bytes, for the manifest and for resuming."""
@@ -130,8 +140,9 @@ def compress_checkpoint(
     batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
     plan = make_plan(host, method, batches, settings.memory, out, settings.bits)
     say(plan.text())
-    by_gradient = method.drift > 0 and fits(host, settings.memory)
-    if method.drift > 0 and not by_gradient:
+    wanted = settings.method == "rd" and bool(settings.knobs.get("gradient", True))
+    by_gradient = wanted and fits(host, settings.memory)
+    if wanted and not by_gradient:
         say("layers count alike: the gradients of the whole model do not fit in --memory")
     identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
     job = {
@@ -175,21 +186,27 @@ def compress_checkpoint(
             run = make_run(method, batches, kept, world)
             if settings.bits is not None:
                 curves = finished.get("rest", {}).get("curves") or world.share(
-                    lambda: _probe(
-                        host, blocks, batches, settings.bits or 0.0, store, make_run, progress
-                    ),
+                    lambda: _probe(host, blocks, batches, settings, store, make_run, progress),
                     "probe of the bits",
                 )
-                run.rate = Controller(settings.bits, [Curve(*c) for c in curves])
+                run.rate = Controller(
+                    settings.bits, [Curve(*c) for c in curves], settings.solver_knobs()
+                )
                 run.rate_after([finished[b.name] for b in blocks[:done]])
+            if settings.dense_bits < 16:
+                run.dense = DenseCoder(host, settings.dense_bits, batches, tokenizer, device)
             if writer and "rest" not in finished:
                 with writer.block("rest") as rest:
-                    outside = [f"{name}." for name, _ in host.block_lists]
-                    for name, tensor in host.dense(lambda n: not n.startswith(tuple(outside))):
+                    coded = run.dense.outside(rest) if run.dense else set()
+                    inside = tuple(f"{name}." for name, _ in host.block_lists)
+                    outside = host.dense(lambda n: not n.startswith(inside) and n not in coded)
+                    for name, tensor in outside:
                         rest.add_tensor(name, tensor)
                     rest.note["importance"] = importance
                     if run.rate is not None:
                         rest.note["curves"] = [c.as_list() for c in run.rate.curves]
+            elif run.dense:
+                run.dense.outside(None)
             carried = write_carried(writer, host, finished) if writer else []
         except KeyboardInterrupt:
             raise _interrupted(writer, blocks[done:]) from None
@@ -210,9 +227,13 @@ def compress_checkpoint(
                 except KeyboardInterrupt:
                     raise _interrupted(writer, blocks[i:]) from None
                 bar.update()
+        last = [HEAD] if run.dense and run.dense.has_head else []
         if writer:
+            if run.dense and last and HEAD not in finished:
+                with writer.block(HEAD) as head:
+                    run.dense.head(run.whole_walk(), head)
             writer.finish(
-                ["rest", *carried, *(b.name for b in blocks)],
+                ["rest", *carried, *(b.name for b in blocks), *last],
                 config=_plain(host.config),
                 settings={**settings.recorded(), "method": method.name, "ctx": ctx},
                 versions=_versions(),
@@ -292,7 +313,7 @@ def _probe(
     host: Host,
     blocks: Sequence[BlockRef],
     batches: Batches,
-    bits: float,
+    settings: Settings,
     store: ActivationStore,
     make_run: Callable[[Method, Batches, Sequence[Outputs], World], Run],
     progress: bool,
@@ -301,7 +322,8 @@ def _probe(
     tokens = sum(b["input_ids"].numel() for b in batches)
     some = share_of(batches, batches[0]["input_ids"].numel())
     seen = sum(b["input_ids"].numel() for b in some)
-    probe = Probe(bits, tokens / seen, [la for b in blocks for la, _ in host.experts_of(b)])
+    layouts = [la for b in blocks for la, _ in host.experts_of(b)]
+    probe = Probe(settings.bits or 0.0, tokens / seen, layouts, settings.solver_knobs())
     outputs = Resident(store)
     run = make_run(probe.method, some, [outputs], World())
     for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=not progress)):
@@ -347,12 +369,19 @@ def _method(settings: Settings) -> Method:
             raise QmoeError("--bits and --delta exclude each other; give one of them")
         if settings.bits is not None:
             check_target(settings.bits)
-        params = {} if settings.delta is None else {"delta": settings.delta}
+        params = settings.solver_knobs()
+        if settings.delta is not None:
+            params["delta"] = settings.delta
+    elif settings.knobs:
+        raise QmoeError(f"--method {settings.method} has no knobs, got {dict(settings.knobs)}")
     elif settings.bits is not None or settings.delta is not None:
         raise QmoeError(
             f"--method {settings.method} has a fixed grid; --bits and --delta belong to --method rd"
         )
-    return get_method(name, **params)
+    try:
+        return get_method(name, **params)
+    except (TypeError, ValueError) as e:
+        raise QmoeError(f"{name} does not take {params}: {e}") from e
 
 
 def peak_rss_bytes() -> int:

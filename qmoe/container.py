@@ -217,7 +217,7 @@ class ContainerWriter:
             settings: how it was compressed.
             versions: of the libraries that took part.
             source: what was compressed, e.g. {"name": ..., "bytes": ...}.
-            report: more entries for the manifest's report, beside "modules".
+            report: more entries for the manifest's report, beside "modules" and "dense".
             carry_from: directory whose tokenizer, generation and licence files are copied.
             extra_files: more small files by name.
 
@@ -235,12 +235,14 @@ class ContainerWriter:
         files: dict[str, Any] = {}
         tensors: dict[str, Any] = {}
         modules: dict[str, Any] = {}
+        dense: dict[str, Any] = {}
         for name in blocks:
             if twice := tensors.keys() & records[name]["tensors"].keys():
                 raise ValueError(f"block {name}: {sorted(twice)[:3]} are in another block, too")
             files |= records[name]["files"]
             tensors |= records[name]["tensors"]
             modules |= records[name]["modules"]
+            dense |= records[name]["dense"]
         for stale in self._data.iterdir():  # shards of blocks that are not part of the model
             if stale.name not in files:
                 stale.unlink()
@@ -249,7 +251,7 @@ class ContainerWriter:
             code = ("*.py",) if config.get("auto_map") else ()
             small = carried_files(carry_from, code)
         small |= extra_files or {}
-        small["config.json"] = canonical_json(_with_modules(config, modules))
+        small["config.json"] = canonical_json(_with_modules(config, modules, dense))
         total = sum(entry["bytes"] for entry in files.values())
         small[INDEX] = canonical_json(
             {
@@ -276,6 +278,7 @@ class ContainerWriter:
             "report": {
                 **(report or {}),
                 "modules": {path: entry["report"] for path, entry in modules.items()},
+                "dense": {name: entry["report"] for name, entry in dense.items()},
             },
         }
         write_sealed(self._data / MANIFEST, manifest)
@@ -299,12 +302,16 @@ class ContainerWriter:
         self.discard()
 
 
-def _with_modules(config: Mapping[str, Any], modules: Mapping[str, Any]) -> dict[str, Any]:
+def _with_modules(
+    config: Mapping[str, Any], modules: Mapping[str, Any], dense: Mapping[str, Any]
+) -> dict[str, Any]:
     quantization = {
         "quant_method": "qmoe",
         "format_version": FORMAT_VERSION,
         "modules": {path: entry["geometry"] for path, entry in modules.items()},
     }
+    if dense:
+        quantization["dense"] = {name: entry["geometry"] for name, entry in dense.items()}
     out = {**config, "quantization_config": quantization}
     out.pop("transformers_weights", None)
     return out

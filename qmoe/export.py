@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from qmoe.container import CARRIED_BLOCK, carried_files
+from qmoe.dense_stream import STREAM
 from qmoe.durable import canonical_json, sync_directory, write_file, writing
 from qmoe.errors import OutputError
 from qmoe.families.layouts import KINDS
@@ -34,7 +35,7 @@ def export(
 ) -> Path:
     """Writes a dense checkpoint.
 
-    Weights of experts are the decoded ones rounded to `dtype`; in float32 they are exact. Other
+    Encoded weights are the decoded ones rounded to `dtype`; in float32 they are exact. Other
     tensors keep their stored precision if it is not higher than `dtype`, or if transformers keeps
     them in float32.
 
@@ -132,12 +133,16 @@ def _decoded(
     dtype: torch.dtype,
     kept: set[str],
 ) -> dict[str, Tensor]:
-    """{module parameter name: tensor} of one block, experts decoded into their module's own
-    layout."""
+    """{module parameter name: tensor} of one block, dense matrices decoded, experts decoded into
+    their module's own layout."""
     out: dict[str, Tensor] = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
-        if path not in container.modules or leaf not in ("stream", "offsets"):
+        if path in container.dense:  # one of its two tensors stands for both
+            if leaf == STREAM:
+                weight = container.dense_matrix(path).decode()
+                out[path] = _narrowed(weight, dtype, path in kept)
+        elif path not in container.modules or leaf not in ("stream", "offsets"):
             out[name] = _narrowed(container.read(name), dtype, name in kept)
         elif leaf == "stream":
             out |= _experts(container, model.get_submodule(path), path, dtype)

@@ -198,13 +198,20 @@ class Host:
         """A block without the parameters in `skip` (its experts' matrices)."""
         self.load(lambda t: t.startswith(f"{block.name}.") and t not in skip)
 
-    def free_head(self) -> None:
-        """Puts the output embeddings back on the meta device unless the input shares them: no block
-        needs them.
+    def head_name(self) -> str | None:
+        """The output embeddings' weight if it is a parameter of its own, not shared with the
+        input's.
         """
         head, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if head is not None and head.weight is not inputs.weight:
-            head.to("meta")
+        if head is None or head.weight is inputs.weight:
+            return None
+        name = next(n for n, m in self.model.named_modules() if m is head) + ".weight"
+        return None if name in {n for n, _ in tied_names(self.model)} else name
+
+    def free_head(self) -> None:
+        """Puts the output embeddings back on the meta device: no block needs them."""
+        if self.head_name() is not None:
+            self.model.get_output_embeddings().to("meta")
 
     def free(self, block: BlockRef) -> None:
         """Puts a block's weights back on the meta device; tables that no file holds stay."""

@@ -63,8 +63,11 @@ def inspect(directory: str | os.PathLike[str], layers: bool = False) -> dict[str
     expert_weights = sum(layout.weights for layout in modules)
     encoded = [f"{m.path}.{leaf}" for m in modules for leaf in ("stream", "offsets")]
     expert_bytes = sum(_stored(container, name) for name in encoded)
-    dense = [container.tensors[name][2] for name in container.dense_names()]
-    dense_weights = sum(prod(entry.shape) for entry in dense)
+    plain = [container.tensors[name][2] for name in container.dense_names()]
+    coded = container.dense.values()
+    coded_weights = sum(g.weights for g in coded)
+    coded_bytes = sum(_stored(container, name) for g in coded for name in g.tensors)
+    dense_weights = coded_weights + sum(prod(entry.shape) for entry in plain)
     carried_weights = sum(prod(entry.shape) for _, _, entry in container.carried.values())
     files = container.manifest["files"]
     weight_files = [n for n in files if n.endswith(".safetensors") or n == INDEX]
@@ -82,6 +85,8 @@ def inspect(directory: str | os.PathLike[str], layers: bool = False) -> dict[str
         "expert_weights": expert_weights,
         "expert_bytes": expert_bytes,
         "dense_weights": dense_weights,
+        "coded_dense_weights": coded_weights,
+        "coded_dense_bits_per_weight": 8 * coded_bytes / coded_weights if coded_weights else None,
         "carried_weights": carried_weights,
         "tensors": container.manifest["report"].get("tensors"),
         "stored_bytes": sum(e["bytes"] for e in files.values())

@@ -26,7 +26,7 @@ from qmoe.quantize import Method, Problem, Solution
 from qmoe.types import QuantizedMatrix
 
 ROWS = 4096  # rows of activations at once; fixed, since it decides the rounding of sums
-_GROUP_CELLS = 2**25  # Hessian cells of a group: 256 MiB in float64, of which eight are alive
+_GROUP_CELLS = 2**24  # Hessian cells of a group: 128 MiB in float64, of which eight are alive
 _GROUP_EXPERTS = 32
 _STRIPE = 512  # rows of the layer's Hessian that are computed as one piece of work
 

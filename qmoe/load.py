@@ -25,6 +25,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qmoe.container import INDEX
+from qmoe.dense_load import Decode, converters
 from qmoe.errors import CorruptError, QmoeError
 from qmoe.experts import Caches, EncodedExperts
 from qmoe.models import register as register_models
@@ -48,6 +49,7 @@ class QmoeConfig(QuantizationConfigMixin):
     Attributes:
         format_version: of the container.
         modules: geometry of every experts module by path, see `qmoe.container.geometry`.
+        dense: geometry of every encoded dense matrix by parameter name.
         cache_bytes: bound of decoded matrices kept in memory; None leaves it to the environment
             variable QMOE_CACHE_BYTES, else 0.
     """
@@ -57,20 +59,23 @@ class QmoeConfig(QuantizationConfigMixin):
         format_version: int | None = None,
         modules: dict[str, Any] | None = None,
         cache_bytes: int | None = None,
+        dense: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = "qmoe"
         self.format_version = format_version
         self.modules = modules or {}
         self.cache_bytes = cache_bytes
+        self.dense = dense or {}
 
     def to_dict(self) -> dict[str, Any]:
         """The stored form; a setting of the reader is not part of it."""
-        return {
+        stored = {
             "quant_method": "qmoe",
             "format_version": self.format_version,
             "modules": self.modules,
         }
+        return {**stored, "dense": self.dense} if self.dense else stored
 
 
 @register_quantizer("qmoe")
@@ -82,6 +87,7 @@ class QmoeQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QmoeConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.container: Container | None = None
+        self.failures: list[CorruptError] = []
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Not about attention: the hook that runs after the config is read and before weight files
@@ -118,10 +124,21 @@ class QmoeQuantizer(HfQuantizer):
         return int(text)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """None: tensors are stored under the names of the modules, to be taken literally."""
-        return []
+        """None of the family's: tensors are stored under the names of the modules, to be taken
+        literally. Encoded dense matrices are decoded."""
+        return [] if self.container is None else converters(self.container, self.failures)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """Bytes stay bytes; what is decoded from them learns its dtype here."""
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, Decode):
+                operation.dtype = dtype
+                return None
+        return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self.failures:
+            raise self.failures[0]
         # transformers marks the config as quantized; some families (jamba) then expect quantized
         # Linears, which there are none of.
         for module in model.modules():

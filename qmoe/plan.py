@@ -28,7 +28,7 @@ _SLACK = 1.05  # of the allocator
 _HESSIANS = 8  # float64 matrices [cols, cols] per expert that are alive while a group is solved
 _WEIGHTS = 5  # float32 copies of the widest projection of a group that are alive then
 _FORWARD = 12  # float32 rows [tokens, widest dense matrix] alive in one forward
-_SPEED = 4e6  # expert weights per second and core that are coded; solver and Hessians come on top
+_SPEED = 15e6  # expert weights per second and core that are coded; solver and Hessians come on top
 _DISK = 200e6  # bytes per second, a slow disk
 _GUESS = {"rd": 1.0, "qmoe": 1.0, "rtn": 1.6, "gptq2": 2.2, "gptq3": 3.2, "gptq4": 4.2}
 
@@ -107,17 +107,16 @@ def make_plan(
     streams = 2 if method.drift > 0 else 1
     rows = sum(tokens)
 
-    floor = int(
-        _resident()
-        + _CODE
-        + _SLACK
-        * (
-            1.5 * outside  # the stored copies of the largest tensors come on top while written
-            + 1.5 * max(blocks)
-            + max(_group(layout) for layout in layouts)
-            + max(tokens) * 4 * _FORWARD * _widest(sizes, encoded, host)
-        )
+    head = host.head_name()
+    at_start = 1.25 * outside  # the stored form of one tensor comes on top while it is written
+    on_the_way = (
+        outside
+        - sizes.get(head or "", 0)
+        + 1.5 * max(blocks)  # float32 beside the source's bytes while it is loaded
+        + max(_group(layout) for layout in layouts)
+        + max(tokens) * 4 * _FORWARD * _widest(sizes, encoded, host)
     )
+    floor = int(_resident() + _CODE + _SLACK * max(at_start, on_the_way))
     widths = [(la.projections[0].cols, la.projections[-1].rows) for la in layouts]
     slots = _slots(host.config, layouts)
     activations = streams * rows * max(4 * (2 * i + slots * o) + 8 * slots for i, o in widths)
@@ -200,13 +199,13 @@ def _seconds(
     """Time on this machine's CPU: the arithmetic at the measured speed of a matrix product, coding
     at a fixed one.
     """
-    dense = sum(p.numel() for p in host.model.parameters()) - weights
+    dense = float(sum(p.numel() for p in host.model.parameters()) - weights)
     flops = 2.0 * 2 * streams * rows * dense  # two forwards: up to the experts, and through
     for layout in layouts:
         share = rows * slots
         for p in layout.projections:
             flops += 2.0 * share * streams * (p.cols**2 + 2 * p.rows * p.cols)
-            flops += layout.experts * p.cols**2 * (4 * p.cols + 4 * p.rows)  # factors and feedback
+            flops += layout.experts * p.cols**2 * (5.0 * p.cols + 8 * p.rows)  # see docs/scale.md
     cores = torch.get_num_threads()
     coding = weights / (_SPEED * cores)
     return float(flops / _matmul_speed() + coding + host.checkpoint.source_bytes / _DISK)

@@ -10,7 +10,7 @@ another.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -70,11 +70,13 @@ class Controller:
     Attributes:
         target: stored bits per expert weight.
         curves: of all modules, in the order of the run.
+        knobs: of rd, beside the step.
         spent: {module: (bits that it took, bits predicted at its step)} of the finished ones.
     """
 
     target: float
     curves: Sequence[Curve]
+    knobs: Mapping[str, float] = field(default_factory=dict)
     spent: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def delta(self) -> float:
@@ -102,6 +104,10 @@ class Controller:
             else:
                 high = middle
         return math.sqrt(low * high)
+
+    def method(self, delta: float) -> Method:
+        """rd with a step."""
+        return get_method("rd", delta=delta, **self.knobs)
 
     def record(self, path: str, took: float, delta: float) -> None:
         """A module is finished: `took` stored bits at the step `delta`."""
@@ -135,11 +141,16 @@ class Probe:
     """
 
     def __init__(
-        self, target: float, tokens_ratio: float, layouts: Sequence[ExpertsLayout]
+        self,
+        target: float,
+        tokens_ratio: float,
+        layouts: Sequence[ExpertsLayout],
+        knobs: Mapping[str, float],
     ) -> None:
         """Args: target in bits per weight; tokens of the run / tokens of the probe; the modules
-        that will be walked through, in order.
+        that will be walked through, in order; knobs of rd.
         """
+        self._knobs = {**knobs, "drift": 0.0}
         self._target, self._scale = target, tokens_ratio**-0.5
         self._centre: float | None = None
         self._bits: dict[float, float] = {}
@@ -147,7 +158,8 @@ class Probe:
         self._samples = [n for layout in layouts for n in _samples(layout)]
         self._calls = 0
         self.curves: list[Curve] = []
-        self.method = Method("probe", weighted=True, drift=0.0, solve=self._solve)
+        weighted = get_method("rd", **self._knobs).weighted
+        self.method = Method("probe", weighted=weighted, drift=0.0, solve=self._solve)
 
     def _solve(self, problem: Problem) -> Solution:
         unchanged = cast(list[QuantizedMatrix], [_Unchanged(w) for w in problem.weight])
@@ -175,7 +187,7 @@ class Probe:
 
     def _cost(self, part: Problem, delta: float, group: int) -> float:
         """Stored bits per weight of a sample that stands for a group of `group` experts."""
-        method = get_method("rd", delta=delta * self._scale, drift=0.0)
+        method = get_method("rd", delta=delta * self._scale, **self._knobs)
         encoded = encode_group(method.solve(part).matrices)
         header = 8.0 * encoded.tables.numel()
         blobs = encoded.stored_bits - header

@@ -7,13 +7,14 @@ Knows nothing about models, transformers or devices.
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from qmoe.container import CARRIED_BLOCK, INDEX
+from qmoe.dense_stream import OFFSETS, STREAM, DenseGeometry, DenseStream, parse_dense
 from qmoe.errors import CorruptError
 from qmoe.families.base import ExpertsLayout, Projection
 from qmoe.families.layouts import KINDS
@@ -76,6 +77,7 @@ class Container:
         modules: geometry of the experts modules, by path in the transformers model.
         tensors: every stored tensor: (file name, offset of the file's data part, entry).
         carried: likewise the tensors that belong to no module, under their names in the source.
+        dense: geometry of the dense matrices that are stored encoded, by parameter name.
     """
 
     directory: Path
@@ -84,6 +86,7 @@ class Container:
     modules: dict[str, ExpertsLayout]
     tensors: dict[str, tuple[str, int, Entry]]
     carried: dict[str, tuple[str, int, Entry]]
+    dense: dict[str, DenseGeometry] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -110,7 +113,9 @@ class Container:
         if check:
             check_files(where, manifest, progress)
         config = _json_object(where / "config.json")
-        modules = parse_quantization(config.get("quantization_config"))
+        quantization = config.get("quantization_config")
+        modules = parse_quantization(quantization)
+        dense = parse_dense((quantization or {}).get("dense"))
         tensors: dict[str, tuple[str, int, Entry]] = {}
         carried: dict[str, tuple[str, int, Entry]] = {}
         apart = _carried_files(where, manifest)
@@ -121,9 +126,10 @@ class Container:
                     if other := tensors.get(name) or carried.get(name):
                         raise CorruptError(f"{where}: tensor {name} is in {other[0]} and {file}")
                     (carried if file in apart else tensors)[name] = (file, start, entry)
-        self = cls(where, manifest, config, modules, tensors, carried)
+        self = cls(where, manifest, config, modules, tensors, carried, dense)
         self._check_index()
         self._check_modules()
+        self._check_dense()
         return self
 
     def _check_index(self) -> None:
@@ -161,6 +167,22 @@ class Container:
             if leaf in ("stream", "offsets") and path not in self.modules:
                 raise CorruptError(f"{name} is stored, but config.json does not list {path}")
 
+    def _check_dense(self) -> None:
+        for name, geometry in self.dense.items():
+            stream, offsets = (self.tensors.get(t) for t in geometry.tensors)
+            if stream is None or offsets is None or name in self.tensors:
+                raise CorruptError(f"config.json lists {name}, which is not stored encoded once")
+            s, o, want = stream[2], offsets[2], geometry.offsets_shape
+            if s.dtype != "U8" or len(s.shape) != 1 or o.dtype != "I64" or o.shape != want:
+                raise CorruptError(
+                    f"{name}: stream {s.dtype} {s.shape}, offsets {o.dtype} {o.shape}; "
+                    f"config.json asks for U8 [n] and I64 {want}"
+                )
+        for tensor in self.tensors:
+            name, _, leaf = tensor.rpartition(".")
+            if leaf in (STREAM, OFFSETS) and name not in self.dense:
+                raise CorruptError(f"{tensor} is stored, but config.json does not list {name}")
+
     def read(self, name: str) -> Tensor:
         """One stored tensor, in memory of its own.
 
@@ -182,9 +204,20 @@ class Container:
         layout = self.modules[path]
         return ExpertStream(layout, self.read(f"{path}.stream"), self.read(f"{path}.offsets"))
 
+    def dense_matrix(self, name: str) -> DenseStream:
+        """The encoded form of one dense matrix.
+
+        Raises:
+            CorruptError: its offsets are not valid.
+        """
+        geometry = self.dense[name]
+        stream, offsets = geometry.tensors
+        return DenseStream(geometry, self.read(stream), self.read(offsets))
+
     def dense_names(self) -> list[str]:
-        """Names of the stored tensors that are not part of an encoded experts module."""
+        """Names of the stored tensors that are not part of anything encoded."""
         encoded = {f"{path}.{leaf}" for path in self.modules for leaf in ("stream", "offsets")}
+        encoded.update(tensor for geometry in self.dense.values() for tensor in geometry.tensors)
         return [name for name in self.tensors if name not in encoded]
 
 

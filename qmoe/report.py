@@ -85,6 +85,16 @@ class CompressReport:
         return "\n".join(lines)
 
 
+def _dense_line(found: dict[str, Any]) -> list[str]:
+    """What `--dense-bits` came to; nothing if it was not used."""
+    if not found["coded_dense_weights"]:
+        return []
+    return [
+        f"dense        {found['coded_dense_bits_per_weight']:.3f} stored bits per weight "
+        f"for {found['coded_dense_weights'] / 1e6:.1f} M of the others"
+    ]
+
+
 def inspect_text(found: dict[str, Any]) -> str:
     """The result of `qmoe inspect` for people; with "layers" in it, a row for each projection."""
     ratio = (found["source_bytes"] or 0) / found["stored_bytes"]
@@ -94,6 +104,7 @@ def inspect_text(found: dict[str, Any]) -> str:
         f"and {found['dense_weights'] / 1e6:.1f} M others",
         f"experts      {found['bits_per_weight']:.3f} stored bits per weight "
         f"(ideal {found['ideal_bits_per_weight']:.3f}, {100 * found['zeros']:.1f} % zeros)",
+        *_dense_line(found),
         f"whole model  {found['model_bits_per_weight']:.3f} bits per weight",
         f"on disk      {found['stored_bytes'] / 2**20:.2f} MiB, {ratio:.1f} times smaller "
         "than the source",

@@ -5,7 +5,7 @@ Knows nothing about how runs begin, end or are resumed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from qmoe.calib.state import Outputs
 from qmoe.calib.store import ActivationStore
 from qmoe.calib.tokens import learnable
 from qmoe.calib.walk import Walk
+from qmoe.dense import DenseCoder
 from qmoe.families.base import ExpertsLayout
 from qmoe.host import BlockRef, Host
 from qmoe.layer import Stream, groups, quantize_layer
 from qmoe.parallel import World
-from qmoe.quantize import Method, get_method
+from qmoe.quantize import Method
 from qmoe.rate import Controller, module_bits
 from qmoe.types import QuantizedMatrix
 
@@ -33,6 +34,7 @@ class Run:
 
     Attributes:
         rate: picks the step of each layer where a number of bits is aimed at.
+        dense: codes the matrices beside the experts; None leaves them as they are.
         importance: of the layers, by module path; 1 where nothing is known.
     """
 
@@ -68,6 +70,7 @@ class Run:
         mine = world.mine(len(batches))
         self.walks = [Walk(host, batches, kept, mine) for kept in outputs]
         self.rate: Controller | None = None
+        self.dense: DenseCoder | None = None
         self.importance: dict[str, float] = {}
 
     def go_on(self, done: Sequence[BlockRef]) -> None:
@@ -105,6 +108,9 @@ class Run:
         encoded_names = host.encoded_names(block)
         host.load_block(block, encoded_names)
         inside = f"{block.name}."
+        if self.dense is not None:
+            coded = self.dense.block(block, self.whole_walk(), encoded_names, target)
+            encoded_names = encoded_names | coded
         if target is not None:
             dense = host.dense(lambda n: n.startswith(inside) and n not in encoded_names)
             for name, tensor in dense:
@@ -114,7 +120,7 @@ class Run:
             streams = []
             width = layout.projections[-1].rows
             for walk, plugs in zip(self.walks, done, strict=True):
-                with _plugged(walk, plugs):
+                with self._weights(walk), _plugged(walk, plugs):
                     parked = park(walk, block, layout.path, module, width, self.store, self.world)
                 plugs.append((module, parked))
                 streams.append(Stream(parked, self._keep(block, parked)))
@@ -123,11 +129,28 @@ class Run:
         for following in ahead:
             host.prefetch_block(following)
         for walk, plugs in zip(self.walks, done, strict=True):
-            with _plugged(walk, plugs):
+            with self._weights(walk), _plugged(walk, plugs):
                 walk.run(block)
             for _, parked in plugs:
                 parked.release(self.store)
+        if self.dense is not None:
+            self.dense.leave()
         host.free(block)
+
+    def whole_walk(self) -> Walk:
+        """The quantized stream over all batches, whichever process this is."""
+        walk = self.walks[0]
+        if self.world.size == 1:
+            return walk
+        whole = Walk(self.host, self.batches, walk.outputs)
+        whole.finished = walk.finished
+        return whole
+
+    def _weights(self, walk: Walk) -> AbstractContextManager[None]:
+        """Shows a stream the dense weights that are its own: decoded ones for the quantized."""
+        if self.dense is None or walk is not self.walks[0]:
+            return nullcontext()
+        return self.dense.shown()
 
     def _quantize(
         self,
@@ -139,7 +162,9 @@ class Run:
         original = streams[1] if len(streams) > 1 else None
         writer = target.experts(layout) if target is not None else None
         delta = self.rate.delta() if self.rate is not None else None
-        method = self.method if delta is None else get_method("rd", delta=delta)
+        method = self.method
+        if self.rate is not None and delta is not None:
+            method = self.rate.method(delta)
 
         def sink(projection: str, experts: range, matrices: list[QuantizedMatrix]) -> None:
             if self.pieces is not None:

@@ -10,11 +10,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.integrations.accelerate import load_offloaded_parameter
 
+from qmoe.block import BlockWriter
 from qmoe.container import CARRIED_BLOCK, MAX_SHARD_BYTES, ContainerWriter, carried_files
-from qmoe.errors import OutputError
+from qmoe.dense_stream import OFFSETS, STREAM
+from qmoe.errors import CorruptError, OutputError
 from qmoe.reader import Container
 from qmoe.stream import ExpertStream
 
@@ -39,6 +42,10 @@ def save_pretrained(
     """Writes the model, its config and its generation config; bound to every loaded model as
     ``model.save_pretrained``.
 
+    Dense matrices that were stored encoded are so again: their bytes are copied from where the
+    model was loaded, if it still has the values that they decode to; one that was changed, also in
+    its dtype, is stored as it is.
+
     As in transformers, the tokenizer is saved by its own method. Files of these names in the
     directory are replaced.
 
@@ -51,8 +58,8 @@ def save_pretrained(
         max_shard_size: bytes, or text such as "4GB".
 
     Raises:
-        OutputError: the directory cannot be written or is the model's source, or an unsupported
-            argument is given.
+        OutputError: the directory cannot be written or is the model's source, an unsupported
+            argument is given, or encoded dense matrices cannot be read again.
     """
     if not is_main_process:
         return
@@ -66,6 +73,7 @@ def save_pretrained(
             f"{save_directory} is what the model was loaded from; save it somewhere else"
         )
     manifest = model.qmoe_manifest
+    container = _source(source, manifest)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     small: dict[str, bytes] = {}
@@ -83,14 +91,16 @@ def save_pretrained(
                 if block == CARRIED_BLOCK:
                     _save_carried(writer, names, source)
                 else:
-                    _save_block(writer, block, sorted(names), model)
+                    _save_block(writer, block, sorted(names), model, container)
             writer.finish(
                 list(manifest["blocks"]),
                 config=plain_config(model.config),
                 settings=manifest["settings"],
                 versions=manifest["versions"],
                 source=manifest["source"],
-                report={k: v for k, v in manifest["report"].items() if k != "modules"},
+                report={
+                    k: v for k, v in manifest["report"].items() if k not in ("modules", "dense")
+                },
                 extra_files=small,
             )
         except BaseException:
@@ -98,7 +108,31 @@ def save_pretrained(
             raise
 
 
-def _save_block(writer: ContainerWriter, name: str, tensors: list[str], model: Any) -> None:
+def _source(directory: Path, manifest: dict[str, Any]) -> Container | None:
+    """The checkpoint behind a model with encoded dense matrices, proved to be the same still."""
+    if not manifest["report"].get("dense"):
+        return None
+    try:
+        container = Container.open(directory)
+    except CorruptError as e:
+        raise OutputError(
+            f"the model's encoded dense weights are copied from {directory}, which is not there "
+            f"or not sound any more: {e}"
+        ) from e
+    if container.manifest["tensors"] != manifest["tensors"]:
+        raise OutputError(
+            f"{directory} was replaced after the model was loaded from it; load it again"
+        )
+    return container
+
+
+def _save_block(
+    writer: ContainerWriter,
+    name: str,
+    tensors: list[str],
+    model: Any,
+    container: Container | None,
+) -> None:
     report = model.qmoe_manifest["report"]["modules"]
     with writer.block(name) as block:
         for tensor in tensors:
@@ -109,8 +143,22 @@ def _save_block(writer: ContainerWriter, name: str, tensors: list[str], model: A
                     layout, fetch(model, tensor), fetch(model, f"{path}.offsets")
                 )
                 block.add_encoded(streams, report[path])
-            elif path not in report or leaf != "offsets":  # offsets go with their stream
-                block.add_tensor(tensor, fetch(model, tensor))
+            elif container is not None and path in container.dense and leaf == STREAM:
+                _save_dense(block, path, fetch(model, path), container)
+            elif leaf not in ("offsets", OFFSETS) or path not in {*report, *_dense(container)}:
+                block.add_tensor(tensor, fetch(model, tensor))  # offsets go with their stream
+
+
+def _dense(container: Container | None) -> list[str]:
+    return [] if container is None else list(container.dense)
+
+
+def _save_dense(block: BlockWriter, name: str, weight: Tensor, container: Container) -> None:
+    coded = container.dense_matrix(name)
+    if torch.equal(coded.decode(weight.dtype), weight):
+        block.add_dense_encoded(coded, container.manifest["report"]["dense"][name])
+    else:
+        block.add_tensor(name, weight)
 
 
 def _save_carried(writer: ContainerWriter, names: list[str], source: Path) -> None:

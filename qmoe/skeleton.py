@@ -111,6 +111,10 @@ def compare(model: Any, container: Container) -> None:
     """
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     stored = {name: entry.shape for name, (_, _, entry) in container.tensors.items()}
+    for name, geometry in container.dense.items():
+        for tensor in geometry.tensors:
+            del stored[tensor]
+        stored[name] = (geometry.rows, geometry.cols)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     if missing := sorted(wanted.keys() - stored.keys() - tied):
         raise CorruptError(f"{container.directory} lacks {len(missing)} tensors: {missing[:3]}")

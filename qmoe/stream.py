@@ -15,6 +15,18 @@ from qmoe.errors import CorruptError
 from qmoe.families.base import ExpertsLayout
 
 
+def bad_range(offsets: Tensor, n: int) -> tuple[tuple[int, int], str] | None:
+    """The first invalid byte range of `offsets` [a, b, 4] into a stream of n bytes: its index and
+    what it says; None if all are valid.
+    """
+    begin, end = offsets[..., 0::2], offsets[..., 1::2]
+    bad = (begin < 0) | (end <= begin) | (end > n) | (begin % 4 != 0) | (end % 4 != 0)
+    if not bad.any():
+        return None
+    i, j, part = bad.nonzero()[0].tolist()
+    return (i, j), f"bytes {int(begin[i, j, part])} to {int(end[i, j, part])} of a stream of {n}"
+
+
 @dataclass(frozen=True)
 class ExpertStream:
     """Streams of the matrices of one experts module.
@@ -42,13 +54,10 @@ class ExpertStream:
         if self.offsets.dtype != torch.int64 or tuple(self.offsets.shape) != want:
             found = f"{self.offsets.dtype} {tuple(self.offsets.shape)}"
             raise CorruptError(f"{path}.offsets is {found}, expected {want}")
-        begin, end = self.offsets[..., 0::2], self.offsets[..., 1::2]
-        bad = (begin < 0) | (end <= begin) | (end > n) | (begin % 4 != 0) | (end % 4 != 0)
-        if bad.any():
-            e, j, part = bad.nonzero()[0].tolist()
-            span = f"bytes {int(begin[e, j, part])} to {int(end[e, j, part])}"
-            name = self.layout.projections[j].name
-            raise CorruptError(f"{path} expert {e} {name}: {span} of a stream of {n}")
+        bad = bad_range(self.offsets, n)
+        if bad is not None:
+            (e, j), span = bad
+            raise CorruptError(f"{path} expert {e} {self.layout.projections[j].name}: {span}")
 
     def tables_at(self, expert: int, projection: int) -> tuple[int, int]:
         """Byte range of the tables that a matrix uses; equal ranges are the same tables."""

@@ -66,6 +66,14 @@ def verify(
         matrices += check_stream(streams)
         if progress is not None:
             progress(streams.stream.nbytes + streams.offsets.nbytes)
+    for parameter, geometry in container.dense.items():
+        coded = container.dense_matrix(parameter)
+        for name, tensor in zip(geometry.tensors, (coded.stream, coded.offsets), strict=True):
+            _compare(container, name, tensor, listed[name]["sha256"])
+            if progress is not None:
+                progress(tensor.nbytes)
+        coded.decode()
+        matrices += len(geometry.bands) * geometry.planes
     files = container.manifest["files"]
     stored = sum(entry["bytes"] for entry in files.values())
     return Verified(len(files), stored, len(listed), matrices)

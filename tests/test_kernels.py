@@ -11,7 +11,7 @@ import torch
 
 from qmoe.codec import decode_codes, encode_group, parse_matrix, parse_tables
 from qmoe.errors import CorruptError
-from qmoe.kernels import bench, ops, plan, project, sass, static
+from qmoe.kernels import bench, ops, plan, project, sass, shared, static
 from qmoe.kernels.layout import NO_ROW, Projection, pack_projection
 from qmoe.kernels.sample import sample_matrix
 from qmoe.kernels.trace import trace
@@ -248,12 +248,25 @@ def test_scripts_without_a_gpu(capsys):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize(
-    "name", ["matvec 1", "matvec 8", "matvec 1 in 2 segments", "decode", "grouped dot", "gate"]
+    "name",
+    [
+        "matvec 1",
+        "matvec 8",
+        "matvec 1 shared",
+        "matvec 1 in 2 segments",
+        "decode",
+        "grouped dot",
+        "gate",
+    ],
 )
 def test_no_spills_on_sm90(name):
+    if "shared" in name and not shared.SUPPORTED:
+        pytest.skip("this Triton has no gather from shared memory")
     kernel, types, constants, options = static.kernels(90)[name]
     c = sass.compile_for(kernel, types, constants, 90, **options)
     assert c.spills == 0
+    if name.startswith("matvec"):
+        assert ("LDS" in c.loop) == ("shared" in name)  # where the tables are
     assert 0 < c.registers <= 168
 
 

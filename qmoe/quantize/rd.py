@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qmoe.quantize.feedback import Grid, feed_back
+from qmoe.quantize.feedback import Grid, feed_back, round_to_grid
 from qmoe.quantize.linalg import damped, inverse_factor, shrunk
 from qmoe.quantize.types import Method, Problem, Solution
 from qmoe.types import QuantizedMatrix, grid_index, grid_scale
@@ -38,6 +38,8 @@ class Settings:
         shrinkage: share of the layer's Hessian, normalised to the expert's, added to the expert's.
         col_step, row_step: coarseness of the scale grids; 64 is an octave.
         fit_rows: least-squares row scales at the end; without them all row scales are 1.
+        waterfill: steps follow U_jj; without it all columns of a matrix share the geometric mean.
+        feedback: errors of a column are pushed onto the columns behind it.
     """
 
     delta: float
@@ -47,6 +49,8 @@ class Settings:
     col_step: int = 16
     row_step: int = 4
     fit_rows: bool = False
+    waterfill: bool = True
+    feedback: bool = True
 
     def __post_init__(self) -> None:
         low = min(self.damping, self.shrinkage)
@@ -72,10 +76,14 @@ def solve(problem: Problem, settings: Settings) -> Solution:
 
     delta = settings.delta / problem.importance**0.5
     # a heavy column at a high rate must not leave int8
-    step = torch.maximum(delta * factor.diagonal(dim1=-2, dim2=-1), target.abs().amax(1) / LARGEST)
+    fine = factor.diagonal(dim1=-2, dim2=-1)
+    if not settings.waterfill:
+        fine = fine.log().mean(1, keepdim=True).exp().expand_as(fine)
+    step = torch.maximum(delta * fine, target.abs().amax(1) / LARGEST)
     col_index = grid_index(step, settings.col_step)
     col = grid_scale(col_index)
-    codes = feed_back(target, factor, Grid.symmetric(col, torch.ones_like(target[:, :, 0])))
+    grid = Grid.symmetric(col, torch.ones_like(target[:, :, 0]))
+    codes = feed_back(target, factor, grid) if settings.feedback else round_to_grid(target, grid)
     row_index = torch.zeros(target.shape[:2], dtype=torch.int16, device=target.device)
     if settings.fit_rows:
         row_index = grid_index(_row_fit(target, evidence, codes, col), settings.row_step)
@@ -123,8 +131,14 @@ def _row_fit(target: Tensor, hessian: Tensor, codes: Tensor, col: Tensor) -> Ten
     return torch.where(fit.isfinite(), fit, 1.0).clamp(0.5, 2.0)
 
 
-def method(delta: float = 8.0, **knobs: float) -> Method:
-    """The `rd` method; keyword arguments are fields of `Settings`."""
+def method(delta: float = 8.0, weighted: float = True, **knobs: float) -> Method:
+    """The `rd` method.
+
+    Args:
+        delta: see `Settings`.
+        weighted: Hessians are weighted by the squared routing weight.
+        knobs: other fields of `Settings`.
+    """
     settings = Settings(delta, **knobs)  # type: ignore[arg-type]
     run = partial(solve, settings=settings)
-    return Method(f"rd(delta={delta:g})", weighted=True, drift=settings.drift, solve=run)
+    return Method(f"rd(delta={delta:g})", weighted=bool(weighted), drift=settings.drift, solve=run)
