@@ -169,9 +169,8 @@ def point_name(settings: Settings) -> str:
         parts.append(f"{settings.bits:.6g}")
     if settings.delta is not None:
         parts.append(f"delta={settings.delta:.6g}")
-    recorded = settings.recorded()
-    if recorded.get("dense_bits", 16) != 16:
-        parts.append(f"dense={recorded['dense_bits']}")
+    if settings.dense_bits < 16:
+        parts.append(f"dense={settings.dense_bits}")
     parts += [f"{k}={v:g}" for k, v in sorted(settings.knobs.items())]
     return "-".join(parts)
 
