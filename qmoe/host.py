@@ -320,7 +320,8 @@ class Host:
     def experts_of(self, block: BlockRef) -> list[tuple[ExpertsLayout, nn.Module]]:
         """The experts modules of a block in the order in which its forward calls them."""
         inside = f"{block.name}."
-        return [(layout, m) for layout, m in self.experts if layout.path.startswith(inside)]
+        found = [(layout, m) for layout, m in self.experts if layout.path.startswith(inside)]
+        return sorted(found, key=lambda pair: KINDS[pair[0].kind].turn(pair[0].path))
 
     def encoded_names(self, block: BlockRef) -> set[str]:
         """Names of the parameters that the encoded experts of a block replace."""

@@ -1,6 +1,7 @@
 """Prints the source tree with the first line of every module's docstring, for the README."""
 
 import ast
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,9 +15,8 @@ def main() -> None:
             if folder == "qmoe" and relative.parts[0] in ("kernels", "calib"):
                 continue
             text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            first = text.split("\n\n")[0].replace("\n", " ")
-            first = first.split(": ")[0] if len(first) > 88 else first
-            print(f"  {relative.as_posix():26s} {first[:88].rstrip('.')}")
+            first = text.split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")
+            print(f"  {relative.as_posix():26s} {textwrap.shorten(first, 92, placeholder=' …')}")
 
 
 if __name__ == "__main__":

@@ -399,7 +399,9 @@ def to_gptq(directory: Path, group: int = 32, pattern: str = r"experts\.\d+\..*w
 def save_tokenizer(directory: Path) -> None:
     """A tokenizer of 50 words, "w0" … "w33" and special ones; fits every model here."""
     special = ["<pad>", "<s>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(12))]
-    vocabulary = {w: i for i, w in enumerate([*special, *(f"w{i}" for i in range(34))])}
+    # The letters are for types whose tokenizer class is fixed: it splits words into bytes.
+    words = [*special, *(f"w{i}" for i in range(34)), "w", *"0123456789", "\u0120"]
+    vocabulary = {w: i for i, w in enumerate(words)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(

@@ -113,6 +113,8 @@ class Kind:
         route: (module, *arguments of its forward) -> Routed.
         repair: the module's own forward is wrong in the supported transformers releases and must
             be replaced.
+        turn: (module path) -> when a block calls it, where a block has several and does not call
+            them in the order of their definition.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Kind:
     ffn: Callable[[Any, Linear, dict[str, Tensor], Tensor, Record | None], Tensor]
     route: Callable[..., Routed]
     repair: bool = False
+    turn: Callable[[str], int] = lambda path: 0
 
 
 @dataclass(frozen=True)

@@ -149,4 +149,5 @@ LINEAR = Kind(
     biases=no_biases,
     ffn=_linear_ffn,
     route=_linear_route,
+    turn=lambda path: 0 if "self_attention" in path else 1,  # defined the other way round
 )
