@@ -1,8 +1,10 @@
 """Frozen values that flow between the layers. They know nothing about files or models.
 
-Scales live on a logarithmic grid so that they cost few bits and decode to the same float32
-everywhere: ``scale = 2 ** (k / SCALE_STEPS)`` with an integer ``k``; `grid_scale` is the one
-definition.
+Scales live on a grid like that of a float with six bits of mantissa: index k means
+``(1 + (k mod 64) / 64) * 2 ** (k div 64)``; `grid_scale` is the one definition. Indices cost few
+bits, every implementation gets the same float32, and a small integer times a scale is exact in
+bfloat16 (any |q| <= 36 on the quarter octaves that the rd method uses), so that a checkpoint
+exported in bfloat16 is the same model.
 """
 
 from dataclasses import dataclass
@@ -10,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SCALE_STEPS = 64
+SCALE_STEPS = 64  # per octave
 SCALE_MIN, SCALE_MAX = -2048, 2047  # 2^-32 .. just under 2^32
-
-_MANTISSA = torch.exp2(torch.arange(SCALE_STEPS, dtype=torch.float64) / SCALE_STEPS).float()
 
 
 def grid_scale(k: Tensor) -> Tensor:
@@ -23,31 +23,30 @@ def grid_scale(k: Tensor) -> Tensor:
         k: integer tensor of any shape, values in [SCALE_MIN, SCALE_MAX].
 
     Returns:
-        float32 tensor of the same shape: 2 ** (k / 64), the mantissa rounded once from float64, so
-        that every implementation (torch, numpy, numba, Triton) yields the same bits.
+        float32 tensor of the same shape, exact: (1 + (k mod 64) / 64) * 2 ** (k div 64).
     """
     k = k.long()
     octave = torch.div(k, SCALE_STEPS, rounding_mode="floor")
-    return torch.ldexp(_MANTISSA.to(k.device)[k - octave * SCALE_STEPS], octave)
+    return torch.ldexp(1.0 + (k - octave * SCALE_STEPS).float() / SCALE_STEPS, octave)
 
 
 def grid_index(scale: Tensor, step: int = 1) -> Tensor:
-    """Nearest grid index of positive scales, in multiples of `step`; zeros map to SCALE_MIN rounded
-    up to the step.
+    """Nearest grid index of positive scales, in multiples of `step`; zeros get the smallest.
 
     Args:
         scale: float tensor, finite, >= 0.
-        step: coarseness; 64 is one octave. Coarser indices cost fewer stored bits.
+        step: coarseness, a divisor of 64 (64 is one octave) or a multiple of it. Coarser indices
+            cost fewer stored bits.
 
     Returns:
         int16 tensor of the same shape, clamped to the representable range.
     """
     tiny = 2.0 ** (SCALE_MIN / SCALE_STEPS)
-    k = torch.round(torch.log2(scale.double().clamp_min(tiny)) * (SCALE_STEPS / step)) * step
-    low, high = (
-        -(-SCALE_MIN // step) * step if SCALE_MIN % step else SCALE_MIN,
-        SCALE_MAX // step * step,
-    )
+    mantissa, octave = torch.frexp(scale.double().clamp_min(tiny))  # mantissa in [0.5, 1)
+    exact = (octave.double() - 1 + 2 * mantissa - 1) * SCALE_STEPS
+    k = torch.round(exact / step) * step
+    low = -(SCALE_MIN // -step) * step  # multiples of the step inside the range
+    high = SCALE_MAX // step * step
     return k.clamp(low, high).to(torch.int16)
 
 
