@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from qmoe.save import plain_config
 from qmoe.types import QuantizedMatrix, grid_index, grid_scale
 
 torch.set_num_threads(1)  # several workers share the cores
+# a background shell starts its children with interrupts ignored; the tests send them
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _tiny() -> ModuleType:
