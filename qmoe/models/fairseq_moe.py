@@ -121,6 +121,9 @@ class FairseqMoeModel(SparseInit, XGLMModel):
 class FairseqMoeForCausalLM(SparseInit, XGLMForCausalLM):
     """The model with its language model head."""
 
+    # transformers caches a guess from the source, which a parent's answer may hide
+    _can_set_experts_implementation_cached_value = True
+
     config_class = FairseqMoeConfig
     _no_split_modules = ("FairseqMoeDecoderLayer",)
 

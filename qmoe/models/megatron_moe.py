@@ -100,6 +100,9 @@ class MegatronMoeModel(SparseInit, GPT2Model):
 class MegatronMoeForCausalLM(SparseInit, GPT2LMHeadModel):
     """The model with its language model head."""
 
+    # transformers caches a guess from the source, which a parent's answer may hide
+    _can_set_experts_implementation_cached_value = True
+
     config_class = MegatronMoeConfig
     _no_split_modules = ("MegatronMoeBlock",)
 

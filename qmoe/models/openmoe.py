@@ -144,6 +144,9 @@ class OpenMoeModel(SparseInit, LlamaModel):
 class OpenMoeForCausalLM(SparseInit, LlamaForCausalLM):
     """OpenMoE with its language model head, which is not tied to the embeddings."""
 
+    # transformers caches a guess from the source, which a parent's answer may hide
+    _can_set_experts_implementation_cached_value = True
+
     config_class = OpenMoeConfig
     _no_split_modules = ("OpenMoeDecoderLayer",)
 
