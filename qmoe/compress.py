@@ -43,7 +43,7 @@ from qmoe.importance import fits, layer_importance
 from qmoe.parallel import World
 from qmoe.plan import make_plan
 from qmoe.quantize import Method, get_method
-from qmoe.rate import Controller, Curve, Probe, check_target, share_of
+from qmoe.rate import WALKS, Controller, Curve, Probe, check_target, share_of
 from qmoe.report import CompressReport
 from qmoe.run import Run
 from qmoe.save import plain_config
@@ -323,13 +323,22 @@ def _probe(
     some = share_of(batches, batches[0]["input_ids"].numel())
     seen = sum(b["input_ids"].numel() for b in some)
     layouts = [la for b in blocks for la, _ in host.experts_of(b)]
-    probe = Probe(settings.bits or 0.0, tokens / seen, layouts, settings.solver_knobs())
-    outputs = Resident(store)
-    run = make_run(probe.method, some, [outputs], World())
-    for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=not progress)):
-        run.block(block, None, blocks[i + 1 : i + 2], probe.finish)
-    outputs.drop()
-    return [c.as_list() for c in probe.curves]
+    knobs, target = settings.solver_knobs(), settings.bits or 0.0
+    curves: list[Curve] = []
+    delta: float | None = None
+    for _ in range(WALKS):
+        probe = Probe(target, tokens / seen, layouts, knobs, delta)
+        outputs = Resident(store)
+        run = make_run(probe.method, some, [outputs], World())
+        for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=not progress)):
+            run.block(block, None, blocks[i + 1 : i + 2], probe.finish)
+        outputs.drop()
+        pairs = zip(curves or probe.curves, probe.curves, strict=True)
+        curves = [known.merged(found) for known, found in pairs]
+        delta = Controller(target, curves).delta()
+        if curves[0].deltas[0] <= delta <= curves[0].deltas[-1]:
+            break  # between measured points: nothing was guessed
+    return [c.as_list() for c in curves]
 
 
 def _plain(config: Any) -> dict[str, Any]:

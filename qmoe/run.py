@@ -19,14 +19,17 @@ from qmoe.calib.state import Outputs
 from qmoe.calib.store import ActivationStore
 from qmoe.calib.tokens import learnable
 from qmoe.calib.walk import Walk
+from qmoe.codec import encode_group
 from qmoe.dense import DenseCoder
 from qmoe.families.base import ExpertsLayout
 from qmoe.host import BlockRef, Host
-from qmoe.layer import Stream, groups, quantize_layer
+from qmoe.layer import Coverage, Sink, Stream, groups, quantize_layer
 from qmoe.parallel import World
 from qmoe.quantize import Method
-from qmoe.rate import Controller, module_bits
+from qmoe.rate import Controller, module_bits, offsets_bits
 from qmoe.types import QuantizedMatrix
+
+_REHEARSALS = 4
 
 
 class Run:
@@ -161,10 +164,6 @@ class Run:
     ) -> None:
         original = streams[1] if len(streams) > 1 else None
         writer = target.experts(layout) if target is not None else None
-        delta = self.rate.delta() if self.rate is not None else None
-        method = self.method
-        if self.rate is not None and delta is not None:
-            method = self.rate.method(delta)
 
         def sink(projection: str, experts: range, matrices: list[QuantizedMatrix]) -> None:
             if self.pieces is not None:
@@ -175,26 +174,33 @@ class Run:
                     piece.save(self._piece(projection, experts))
             self.store.trim()
 
-        with tqdm(
-            total=layout.experts,
-            desc=layout.path,
-            unit="expert",
-            leave=False,
-            disable=not self.progress,
-        ) as bar:
-            coverage = quantize_layer(
-                self.host,
-                layout,
-                module,
-                method,
-                streams[0],
-                original,
-                self.device,
-                sink,
-                lambda experts: bar.update(experts * self.world.size),
-                self.world,
-                self.importance.get(layout.path, 1.0),
-            )
+        def solve(method: Method, sink: Sink, what: str = layout.path) -> Coverage:
+            with tqdm(
+                total=layout.experts,
+                desc=what,
+                unit="expert",
+                leave=False,
+                disable=not self.progress,
+            ) as bar:
+                return quantize_layer(
+                    self.host,
+                    layout,
+                    module,
+                    method,
+                    streams[0],
+                    original,
+                    self.device,
+                    sink,
+                    lambda experts: bar.update(experts * self.world.size),
+                    self.world,
+                    self.importance.get(layout.path, 1.0),
+                )
+
+        delta = self._step(layout, solve)
+        method = self.method
+        if self.rate is not None and delta is not None:
+            method = self.rate.method(delta)
+        coverage = solve(method, sink)
         if self.pieces is None:
             return
         if target is not None and writer is not None:
@@ -207,6 +213,32 @@ class Run:
             self.rate.record(layout.path, took, delta)
             if target is not None:
                 target.note[layout.path] = {"delta": delta, "bits": took}
+
+    def _step(self, layout: ExpertsLayout, solve: Callable[..., Coverage]) -> float | None:
+        """The step that keeps the run on its target in bits, None without one.
+
+        No later layer makes good what the last one takes too much: it is rehearsed until it fits.
+        """
+        if self.rate is None:
+            return None
+        delta = self.rate.delta()
+        tries: dict[float, float] = {}
+        while self.rate.ends_with(layout.path) and len(tries) < _REHEARSALS:
+            taken = [offsets_bits(layout)]
+
+            def count(projection: str, experts: range, matrices: list[QuantizedMatrix]) -> None:
+                taken.append(encode_group(matrices).stored_bits)  # noqa: B023 (called at once)
+                self.store.trim()
+
+            solve(self.rate.method(delta), count, f"{layout.path}, rehearsal")
+            # Sums of whole numbers: the same whichever process had which group.
+            shares = self.world.collect(sum(taken[1:]), f"bits of {layout.path}")
+            tries[delta] = taken[0] + sum(shares)
+            better = self.rate.after(layout.path, tries)
+            if better is None:
+                break
+            delta = better
+        return delta
 
     def _gather(self, layout: ExpertsLayout, writer: ExpertsWriter) -> None:
         """Stores all processes' groups, in the order in which one process would have."""
