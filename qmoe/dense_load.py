@@ -18,7 +18,7 @@ from qmoe.reader import Container
 
 
 class Decode(ConversionOps):
-    """(stream, offsets) -> the decoded parameter.
+    """(stream, offsets) -> the decoded parameter. One way only: saving writes the encoded form.
 
     Attributes:
         dtype: of the parameter; set by the quantizer, which is asked for it before every load.
@@ -53,11 +53,6 @@ class Decode(ConversionOps):
             self.failures.append(e)
             weight = torch.zeros(geometry.rows, geometry.cols, dtype=self.dtype)
         return {full_layer_name: weight.to(stream.device)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """None: saving writes the encoded form, see `qmoe.save`."""
-        raise NotImplementedError
 
 
 def converters(container: Container, failures: list[CorruptError]) -> list[WeightConverter]:

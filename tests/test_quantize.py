@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qmoe.errors import NonFiniteError
 from qmoe.quantize import METHODS, Problem, Solution, get_method
+from qmoe.quantize.linalg import damped, inverse_factor, times_upper, times_upper_t
 from qmoe.types import SCALE_MIN, grid_scale
 
 TOKENS = (600, 300, 0, 1, 5)  # hot, usual, empty, one token, starved
@@ -347,3 +348,28 @@ def test_methods_are_validated():
             get_method("rd", **bad)
     assert get_method("rd", delta=2.0, drift=0.25).drift == 0.25
     assert not get_method("qmoe").weighted
+
+
+@pytest.mark.parametrize("cols", [1, 129, 1300])
+def test_factor_and_triangular_products(cols):
+    g = torch.Generator().manual_seed(cols)
+    x = torch.randn(2, 2 * cols + 1, cols, generator=g, dtype=torch.float64)
+    h = damped(x.mT @ x, 0.01)
+    kept = h.clone()
+    u, notes = inverse_factor(h)
+    assert torch.equal(h, kept)
+    assert notes == ["", ""]
+    assert not u.tril(-1).any()
+    assert torch.allclose(u @ h @ u.mT, torch.eye(cols, dtype=h.dtype).expand_as(h), atol=1e-10)
+    a = torch.randn(2, 3, cols, generator=g, dtype=torch.float64)
+    assert torch.allclose(times_upper(a, u), a @ u, atol=1e-12)
+    assert torch.allclose(times_upper_t(a, u), a @ u.mT, atol=1e-12)
+
+
+def test_one_singular_hessian_does_not_disturb_the_others():
+    h = torch.eye(300, dtype=torch.float64).repeat(3, 1, 1)
+    h[1, :, 7] = h[1, 7, :] = 5.0  # indefinite
+    u, notes = inverse_factor(h)
+    assert [bool(n) for n in notes] == [False, True, False]
+    assert torch.isfinite(u).all()
+    assert torch.equal(u[0], h[0])

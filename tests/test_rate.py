@@ -29,7 +29,7 @@ def uneven(tiny, tmp_path_factory):
     path = source / "model.safetensors"
     tensors = load_file(path)
     for name, tensor in tensors.items():
-        if ".experts." in name and name.endswith(".w2.weight"):  # w2 alone: the gate keeps its range
+        if ".experts." in name and name.endswith(".w2.weight"):  # not w1: the gate keeps its range
             parts = name.split(".")
             tensor *= 4.0 ** (int(parts[2]) - 1) * (1 + int(parts[5]) / 4)
     save_file(tensors, path, metadata={"format": "pt"})

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_LEAF = 128  # columns that LAPACK factors at once
+_DENSE = 512  # columns up to which triangular matrices are multiplied as dense ones
 ESCALATIONS = 8  # each multiplies the damping by ten: from 1e-2 of the mean diagonal to 1e6 of it
 
 
@@ -48,8 +50,7 @@ def shrunk(hessian: Tensor, layer_hessian: Tensor | None, tau: float) -> Tensor:
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, list[str]]:
     """Upper U with ``U^T U = H^-1``; GPTQ's column errors weigh 1 / U_jj^2.
 
-    H = R R^T with R upper (Cholesky from the last column backwards), U = R^-1: a factorisation and
-    one triangular inverse, a third of the work of inverting H first.
+    H = R R^T with R upper (Cholesky from the last column backwards), U = R^-1; H is never inverted.
 
     Args:
         hessian: float64 [E, cols, cols], symmetric, finite, damped by the caller.
@@ -58,16 +59,17 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, list[str]]:
         U, float64 [E, cols, cols]; notes, one per expert: "" or by how much the diagonal had to be
         raised.
     """
-    h = hessian.flip(-1, -2)
-    lower, info = torch.linalg.cholesky_ex(h)
-    notes = [""] * len(h)
+    upper = torch.zeros_like(hessian)
+    info = _factor(hessian.clone(), upper)
+    notes = [""] * len(hessian)
     extra = 1e-2
     for _ in range(ESCALATIONS):
         failed = info.nonzero().flatten()
         if len(failed) == 0:
             break
-        raised = damped(h[failed], extra)
-        lower[failed], info[failed] = torch.linalg.cholesky_ex(raised)
+        again = torch.zeros_like(hessian[failed])
+        info[failed] = _factor(damped(hessian[failed], extra), again)
+        upper[failed] = again
         for e in failed.tolist():
             notes[e] = f"singular Hessian: diagonal raised by {extra:g} of its mean"
         extra *= 10
@@ -75,22 +77,56 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, list[str]]:
         if info.any():
             e = int(info.nonzero()[0])
             raise ValueError(f"Hessian of expert {e} is not positive definite, its diagonal raised")
-    return _inverse_of_lower(lower).flip(-1, -2).contiguous(), notes
+    return upper, notes
 
 
-def _inverse_of_lower(lower: Tensor) -> Tensor:
-    """Inverse of lower triangular [E, n, n] by halves: a third of the products of a full solve.
+def _factor(h: Tensor, upper: Tensor) -> Tensor:
+    """Writes U of h into `upper` (zero below the diagonal) and overwrites h; by halves, so that all
+    but the smallest pieces are matrix products.
 
-    inv [[A, 0], [B, C]] = [[inv A, 0], [-inv C B inv A, inv C]]
+    H = [[A, B], [B^T, C]], U = [[U1, -U1 S U2], [0, U2]] with U2 of C, S = B U2^T, U1 of A - S S^T.
+
+    Returns:
+        int32 [E], other than 0 where h is not positive definite.
     """
-    n = lower.shape[-1]
-    if n <= 64:
-        eye = torch.eye(n, dtype=lower.dtype, device=lower.device).expand_as(lower)
-        inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-        return inverse
+    n = h.shape[-1]
+    if n <= _LEAF:
+        lower, info = torch.linalg.cholesky_ex(h.flip(-1, -2))
+        eye = torch.eye(n, dtype=h.dtype, device=h.device).expand_as(h)
+        inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+        upper.copy_(inverse.flip(-1, -2))
+        return info
     m = n // 2
-    first, last = _inverse_of_lower(lower[:, :m, :m]), _inverse_of_lower(lower[:, m:, m:])
-    inverse = torch.zeros_like(lower)
-    inverse[:, :m, :m], inverse[:, m:, m:] = first, last
-    inverse[:, m:, :m] = -(last @ lower[:, m:, :m] @ first)
-    return inverse
+    first, last = upper[:, :m, :m], upper[:, m:, m:]
+    info = _factor(h[:, m:, m:], last)
+    s = times_upper_t(h[:, :m, m:], last)
+    info = info | _factor(h[:, :m, :m].baddbmm_(s, s.mT, alpha=-1), first)
+    upper[:, :m, m:] = times_upper_t(times_upper(s, last).mT, first).mT.neg()
+    return info
+
+
+def times_upper(a: Tensor, upper: Tensor) -> Tensor:
+    """``a @ upper`` without most of the products with the zeros below its diagonal.
+
+    Args:
+        a: float [E, rows, cols].
+        upper: float [E, cols, cols].
+    """
+    n = upper.shape[-1]
+    if n <= _DENSE:
+        return a @ upper
+    m = n // 2
+    left = times_upper(a[:, :, :m], upper[:, :m, :m])
+    right = times_upper(a[:, :, m:], upper[:, m:, m:])
+    return torch.cat([left, right.baddbmm_(a[:, :, :m], upper[:, :m, m:])], -1)
+
+
+def times_upper_t(a: Tensor, upper: Tensor) -> Tensor:
+    """``a @ upper^T`` without most of the products with zeros; see `times_upper`."""
+    n = upper.shape[-1]
+    if n <= _DENSE:
+        return a @ upper.mT
+    m = n // 2
+    left = times_upper_t(a[:, :, :m], upper[:, :m, :m])
+    right = times_upper_t(a[:, :, m:], upper[:, m:, m:])
+    return torch.cat([left.baddbmm_(a[:, :, m:], upper[:, :m, m:].mT), right], -1)

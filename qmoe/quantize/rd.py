@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qmoe.quantize.feedback import Grid, feed_back, round_to_grid
-from qmoe.quantize.linalg import damped, inverse_factor, shrunk
+from qmoe.quantize.linalg import damped, inverse_factor, shrunk, times_upper, times_upper_t
 from qmoe.quantize.types import Method, Problem, Solution
 from qmoe.types import QuantizedMatrix, grid_index, grid_scale
 
@@ -119,8 +119,8 @@ def _target(problem: Problem, settings: Settings, factor: Tensor) -> Tensor:
     difference = settings.drift * (problem.cross.double() - problem.hessian.double())
     w, d, u = problem.weight, difference.float(), factor.float()
     if w.shape[1] < w.shape[2]:  # the cheaper order of the same products
-        return w + w @ d @ u.mT @ u
-    return torch.baddbmm(w, w, d @ u.mT @ u)
+        return w + times_upper(times_upper_t(w @ d, u), u)
+    return torch.baddbmm(w, w, times_upper(times_upper_t(d, u), u))
 
 
 def _row_fit(target: Tensor, hessian: Tensor, codes: Tensor, col: Tensor) -> Tensor:
