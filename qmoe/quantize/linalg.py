@@ -100,9 +100,9 @@ def _factor(h: Tensor, upper: Tensor) -> Tensor:
     first, last = upper[:, :m, :m], upper[:, m:, m:]
     info = _factor(h[:, m:, m:], last)
     s = times_upper_t(h[:, :m, m:], last)
-    info = info | _factor(h[:, :m, :m].baddbmm_(s, s.mT, alpha=-1), first)
+    singular: Tensor = info | _factor(h[:, :m, :m].baddbmm_(s, s.mT, alpha=-1), first)
     upper[:, :m, m:] = times_upper_t(times_upper(s, last).mT, first).mT.neg()
-    return info
+    return singular
 
 
 def times_upper(a: Tensor, upper: Tensor) -> Tensor:
