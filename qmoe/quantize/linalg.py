@@ -90,19 +90,20 @@ def _factor(h: Tensor, upper: Tensor) -> Tensor:
         int32 [E], other than 0 where h is not positive definite.
     """
     n = h.shape[-1]
+    singular: Tensor
     if n <= _LEAF:
-        lower, info = torch.linalg.cholesky_ex(h.flip(-1, -2))
+        lower, singular = torch.linalg.cholesky_ex(h.flip(-1, -2))
         eye = torch.eye(n, dtype=h.dtype, device=h.device).expand_as(h)
         inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
         upper.copy_(inverse.flip(-1, -2))
-        return info
+        return singular
     m = n // 2
     first, last = upper[:, :m, :m], upper[:, m:, m:]
-    info = _factor(h[:, m:, m:], last)
+    singular = _factor(h[:, m:, m:], last)
     s = times_upper_t(h[:, :m, m:], last)
-    info = info | _factor(h[:, :m, :m].baddbmm_(s, s.mT, alpha=-1), first)
+    singular = singular | _factor(h[:, :m, :m].baddbmm_(s, s.mT, alpha=-1), first)
     upper[:, :m, m:] = times_upper_t(times_upper(s, last).mT, first).mT.neg()
-    return info
+    return singular
 
 
 def times_upper(a: Tensor, upper: Tensor) -> Tensor:
