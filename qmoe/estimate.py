@@ -23,7 +23,7 @@ START = 8.0  # seconds: libraries, compiled loops, the empty model
 _DISK = 200e6  # bytes per second, a slow disk
 _LARGEST = (1024, 1024)  # rows and cols of the matrix on which speeds are measured
 _FACTOR, _FEEDBACK = 5.0, 8.0  # operations per cols^3 and per rows * cols^2
-_LIGHT = 2.0  # a forward also has attention, norms and routing, which are slower than products
+_LIGHT = 1.3  # a forward also has norms, softmax and routing, which are slower than products
 _REHEARSED = 1.5  # times that a last module is solved before it is made
 _DENSE_STEPS = 4  # times that a sample of a dense matrix is coded before all of it is
 
@@ -36,6 +36,8 @@ class Work:
         layouts: of all experts modules.
         tokens: calibration tokens, of all batches together.
         batch: tokens of one batch.
+        context: tokens of a window.
+        blocks: of the model.
         slots: experts of a token.
         streams: 2 with drift correction.
         dense: parameters inside the blocks that are no experts'.
@@ -49,6 +51,8 @@ class Work:
     layouts: Sequence[ExpertsLayout]
     tokens: int
     batch: int
+    context: int
+    blocks: int
     slots: int
     streams: int
     dense: float
@@ -150,10 +154,12 @@ def _walk(work: Work, tokens: int, full: bool = False) -> float:
     """Operations of one stream's forwards: up to the experts and through; `full` is the whole model
     once, its experts and what lies outside the blocks included.
     """
+    width = work.layouts[0].projections[0].cols
+    once = 2.0 * work.dense + 4.0 * work.context * width * work.blocks
     if full:
         experts = sum(la.weights / la.experts * work.slots for la in work.layouts)
-        return 2.0 * tokens * (work.dense + work.outside + experts) * _LIGHT
-    return 4.0 * tokens * work.dense * _LIGHT
+        return tokens * (once + 2.0 * (work.outside + experts)) * _LIGHT
+    return 2.0 * tokens * once * _LIGHT
 
 
 def _statistics(work: Work, layout: ExpertsLayout, tokens: int, streams: int) -> float:

@@ -67,8 +67,7 @@ class Plan:
 
     def text(self) -> str:
         """One line for people."""
-        long = self.seconds >= 120
-        time = f"{self.seconds / 60:.0f} min" if long else f"{self.seconds:.0f} s"
+        time = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
         return (
             f"plan: read {_size(self.read)}, write about {_size(self.write)}, "
             f"memory {_size(self.peak)} of each process, disk {_size(self.disk)} "
@@ -156,6 +155,8 @@ def make_plan(
         layouts=layouts,
         tokens=rows,
         batch=max(tokens),
+        context=max(t.shape[-1] for b in batches for t in b.values()),
+        blocks=len(blocks),
         slots=slots,
         streams=streams,
         dense=sum(blocks) / 4,

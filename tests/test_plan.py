@@ -30,6 +30,8 @@ WORK = Work(
     layouts=[LAYOUT] * 10,
     tokens=131072,
     batch=4096,
+    context=1024,
+    blocks=10,
     slots=4,
     streams=2,
     dense=2e8,
@@ -122,13 +124,15 @@ def test_time_follows_the_work():
         return seconds(dataclasses.replace(WORK, **changes), SPEEDS) - START
 
     plain = time()
-    assert time(layouts=[LAYOUT] * 20, dense=4e8, source=2 * 10**9) == pytest.approx(2 * plain)
+    assert time(layouts=[LAYOUT] * 20, blocks=20, dense=4e8, source=2 * 10**9) == pytest.approx(
+        2 * plain
+    )
     assert time(streams=1) < plain < time(tokens=4 * WORK.tokens) < 4 * plain
     assert plain < time(gradient=True) < time(gradient=True, probed=True) < 2 * plain
     assert time(coded=[(2048, 2048)] * 40) > plain
 
     def ratio(modules: int) -> float:
-        of = {"layouts": [LAYOUT] * modules, "dense": 0.0}
+        of = {"layouts": [LAYOUT] * modules, "blocks": modules, "dense": 0.0}
         return time(**of, probed=True) / time(**of)
 
     assert ratio(2) > 1.5 > ratio(40)  # the last one of few is rehearsed
