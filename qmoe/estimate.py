@@ -1,5 +1,7 @@
-"""How long a compression will take on this machine: its arithmetic at speeds that are measured on
-one small matrix with the run's own solver and coder. docs/scale.md has the operations.
+"""How long a compression will take on this machine.
+
+Its arithmetic (docs/scale.md) at speeds that are measured on one small matrix with the run's own
+solver and coder.
 
 Knows nothing about memory or disks' room.
 """

@@ -1,6 +1,6 @@
-"""Walks a source model to learn each layer's bits as a function of the global step (`qmoe.rate`).
+"""A walk through the source that learns each layer's bits as a function of the global step.
 
-Of several processes each walks by itself and solves its share of the samples; they exchange
+What is done with them is in `qmoe.rate`. Of several processes each walks by itself and solves its share of the samples; they exchange
 numbers only.
 """
 
