@@ -1,7 +1,7 @@
 """A walk through the source that learns each layer's bits as a function of the global step.
 
-What is done with them is in `qmoe.rate`. Of several processes each walks by itself and solves its share of the samples; they exchange
-numbers only.
+What is done with them is in `qmoe.rate`. Of several processes each walks by itself and solves its
+share of the samples; they exchange numbers only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
