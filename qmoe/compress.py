@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from qmoe import __version__
-from qmoe.calib.state import Durable, Outputs, Resident, resume_point
+from qmoe.calib.state import Durable, Outputs, resume_point
 from qmoe.calib.store import ActivationStore
 from qmoe.calib.tokens import inputs_only, prepare
 from qmoe.carried import account, write_carried
@@ -42,8 +42,9 @@ from qmoe.host import BlockRef, Host
 from qmoe.importance import fits, layer_importance
 from qmoe.parallel import World
 from qmoe.plan import make_plan
+from qmoe.probe import probed
 from qmoe.quantize import Method, get_method
-from qmoe.rate import WALKS, Controller, Curve, Probe, check_target, share_of
+from qmoe.rate import Controller, Curve, check_target
 from qmoe.report import CompressReport
 from qmoe.run import Run
 from qmoe.save import plain_config
@@ -138,10 +139,14 @@ def compress_checkpoint(
         tokenizer, host.config, settings.calib, settings.calib_tokens, ctx, settings.seed
     )
     batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
-    plan = make_plan(host, method, batches, settings.memory, out, settings.bits)
-    say(plan.text())
     wanted = settings.method == "rd" and bool(settings.knobs.get("gradient", True))
     by_gradient = wanted and fits(host, settings.memory)
+    dense: DenseCoder | None = None
+    if settings.dense_bits < 16:
+        dense = DenseCoder(host, settings.dense_bits, batches, tokenizer, device)
+    goal = (settings.memory, out, settings.bits, dense, by_gradient, world.size)
+    plan = make_plan(host, method, batches, *goal)
+    say(plan.text())
     if wanted and not by_gradient:
         say("layers count alike: the gradients of the whole model do not fit in --memory")
     identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
@@ -185,16 +190,13 @@ def compress_checkpoint(
                 )
             run = make_run(method, batches, kept, world)
             if settings.bits is not None:
-                curves = finished.get("rest", {}).get("curves") or world.share(
-                    lambda: _probe(host, blocks, batches, settings, store, make_run, progress),
-                    "probe of the bits",
+                knobs = settings.solver_knobs()
+                curves = finished.get("rest", {}).get("curves") or probed(
+                    host, blocks, batches, settings.bits, knobs, store, make_run, world, progress
                 )
-                run.rate = Controller(
-                    settings.bits, [Curve(*c) for c in curves], settings.solver_knobs()
-                )
+                run.rate = Controller(settings.bits, [Curve(*c) for c in curves], knobs)
                 run.rate_after([finished[b.name] for b in blocks[:done]])
-            if settings.dense_bits < 16:
-                run.dense = DenseCoder(host, settings.dense_bits, batches, tokenizer, device)
+            run.dense = dense
             if writer and "rest" not in finished:
                 with writer.block("rest") as rest:
                     coded = run.dense.outside(rest) if run.dense else set()
@@ -307,38 +309,6 @@ def _settle(kept: Sequence[Durable], world: World) -> None:
     if world.first:
         for k in kept:
             k.settle()
-
-
-def _probe(
-    host: Host,
-    blocks: Sequence[BlockRef],
-    batches: Batches,
-    settings: Settings,
-    store: ActivationStore,
-    make_run: Callable[[Method, Batches, Sequence[Outputs], World], Run],
-    progress: bool,
-) -> list[list[Any]]:
-    """Each module's bits as a function of the global step, see `qmoe.rate`; in one process."""
-    tokens = sum(b["input_ids"].numel() for b in batches)
-    some = share_of(batches, batches[0]["input_ids"].numel())
-    seen = sum(b["input_ids"].numel() for b in some)
-    layouts = [la for b in blocks for la, _ in host.experts_of(b)]
-    knobs, target = settings.solver_knobs(), settings.bits or 0.0
-    curves: list[Curve] = []
-    delta: float | None = None
-    for _ in range(WALKS):
-        probe = Probe(target, tokens / seen, layouts, knobs, delta)
-        outputs = Resident(store)
-        run = make_run(probe.method, some, [outputs], World())
-        for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=not progress)):
-            run.block(block, None, blocks[i + 1 : i + 2], probe.finish)
-        outputs.drop()
-        pairs = zip(curves or probe.curves, probe.curves, strict=True)
-        curves = [known.merged(found) for known, found in pairs]
-        delta = Controller(target, curves).delta()
-        if curves[0].deltas[0] <= delta <= curves[0].deltas[-1]:
-            break  # between measured points: nothing was guessed
-    return [c.as_list() for c in curves]
 
 
 def _plain(config: Any) -> dict[str, Any]:

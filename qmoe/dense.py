@@ -35,7 +35,7 @@ from qmoe.types import QuantizedMatrix
 BITS = (16, 8, 4, 3)
 HEAD = "head"  # name of the unit of the container that holds an untied head
 _LEAST, _NARROWEST = 1 << 12, 16  # weights; rows or columns: below, side data would outweigh
-_BAND = 1 << 22  # weights of a band
+BAND = 1 << 22  # weights of a band
 _ENTRY = 65  # bytes that a tensor's entry in the header of its file takes beside its name
 _SAMPLE = 1 << 20  # weights on which a step is sought
 _TOLERANCE, _TRIES = 0.003, 8  # share of the bits; steps tried
@@ -67,6 +67,17 @@ class DenseCoder:
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._inside: list[tuple[Tensor, Tensor]] = []
         self._tied = {name for name, _ in tied_names(host.model)}
+
+    def names(self) -> set[str]:
+        """Parameters that will be coded; nothing has to be loaded."""
+        table = self.host.model.get_input_embeddings().weight
+        name, head = self._name(table), self._head()
+        out = {name} if name is not None and self._worth(table) else set()
+        if head is not None:
+            out.add(head[0])
+        for block in self.host.blocks():
+            out |= {n for n, _ in self._linears(block, self.host.encoded_names(block))}
+        return out
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -226,7 +237,7 @@ class DenseCoder:
             raise NonFiniteError(f"{name}: the Hessian of its inputs overflowed")
         solver = DenseSolver(weight.float().to(self.device), hessian, self.bits)
         rows, cols = weight.shape
-        bands = -(-weight.numel() // _BAND)
+        bands = -(-weight.numel() // BAND)
         geometry = DenseGeometry(name, rows, cols, -(-rows // min(bands, rows)), solver.planes)
         delta = find_step(solver, geometry, self.bits)
         decoded = torch.empty_like(weight.data)

@@ -3,20 +3,21 @@
 Peak memory of a process = what it holds already + everything outside the blocks + one block without
 its experts + one group of experts with its Hessians + one forward of a batch + the activations for
 which the rest of the budget has room. Nothing in it grows with the number of blocks or experts.
-docs/scale.md compares it with measurements.
+docs/scale.md compares it with measurements; qmoe.estimate computes the time.
 """
 
+import math
 import os
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from qmoe import estimate
+from qmoe.dense import BAND, DenseCoder
 from qmoe.errors import CapacityError
 from qmoe.families.base import ExpertsLayout
 from qmoe.host import Host
@@ -28,8 +29,9 @@ _SLACK = 1.05  # of the allocator
 _HESSIANS = 8  # float64 matrices [cols, cols] per expert that are alive while a group is solved
 _WEIGHTS = 5  # float32 copies of the widest projection of a group that are alive then
 _FORWARD = 12  # float32 rows [tokens, widest dense matrix] alive in one forward
-_SPEED = 15e6  # expert weights per second and core that are coded; solver and Hessians come on top
-_DISK = 200e6  # bytes per second, a slow disk
+_FACTORS = 4  # float64 matrices [cols, cols] beside a dense matrix's Hessian while it is solved
+_PLANES = 6  # float32 copies of a band of a dense matrix while it is coded
+Shapes = Mapping[str, torch.Size]
 _GUESS = {"rd": 1.0, "qmoe": 1.0, "rtn": 1.6, "gptq2": 2.2, "gptq3": 3.2, "gptq4": 4.2}
 
 
@@ -65,11 +67,11 @@ class Plan:
 
     def text(self) -> str:
         """One line for people."""
-        minutes = self.seconds / 60
+        time = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
         return (
             f"plan: read {_size(self.read)}, write about {_size(self.write)}, "
             f"memory {_size(self.peak)} of each process, disk {_size(self.disk)} "
-            f"({_size(self.free)} free), about {minutes:.0f} min on one process"
+            f"({_size(self.free)} free), about {time} on one process"
         )
 
 
@@ -79,9 +81,12 @@ def make_plan(
     batches: Sequence[dict[str, Tensor]],
     memory: int,
     out: Path,
-    bits: float | None,
+    bits: float | None = None,
+    dense: DenseCoder | None = None,
+    gradient: bool = False,
+    processes: int = 1,
 ) -> Plan:
-    """Computes the plan from shapes alone.
+    """Computes the plan from shapes, and the time from speeds that it measures.
 
     Args:
         host: the empty model.
@@ -90,18 +95,21 @@ def make_plan(
         memory: bytes that a process may use.
         out: where the result will be.
         bits: stored bits per expert weight that are aimed at, if any.
+        dense: codes the matrices beside the experts; None leaves them as they are.
+        gradient: layers are weighted by gradients of the whole model.
+        processes: that share the work; then all activations lie in files.
 
     Raises:
         CapacityError: `memory` is below what one group of experts needs, or the disk has less room
             than the run needs.
     """
-    sizes = {n: 4 * t.numel() for n, t in host.model.state_dict().items()}
+    shapes = {n: t.shape for n, t in host.model.state_dict().items()}
     encoded = {n for b in host.blocks() for n in host.encoded_names(b)}
-    blocks = [
-        sum(s for n, s in sizes.items() if n.startswith(f"{b.name}.") and n not in encoded)
-        for b in host.blocks()
-    ]
-    outside = sum(s for n, s in sizes.items() if n not in encoded) - sum(blocks)
+    coded = dense.names() if dense is not None else set()
+    sizes = {n: 4 * shape.numel() for n, shape in shapes.items() if n not in encoded}
+    names = [[n for n in sizes if n.startswith(f"{b.name}.")] for b in host.blocks()]
+    blocks = [sum(sizes[n] for n in block) for block in names]
+    outside = sum(sizes.values()) - sum(blocks)
     layouts = [layout for layout, _ in host.experts]
     tokens = [sum(t.numel() for k, t in b.items() if k.endswith("input_ids")) for b in batches]
     streams = 2 if method.drift > 0 else 1
@@ -109,26 +117,55 @@ def make_plan(
 
     head = host.head_name()
     at_start = 1.25 * outside  # the stored form of one tensor comes on top while it is written
+    solved = max(_group(layout) for layout in layouts)
+    if coded:
+        tables = sum(sizes[n] for n in coded if not any(n in block for block in names))
+        at_start += tables + _band(shapes, coded)  # decoded values beside the originals
+        solved = max(solved, _band(shapes, coded)) + max(
+            sum(sizes[n] + 8 * shapes[n][1] ** 2 for n in block if n in coded) for block in names
+        )
+        solved += tables
     on_the_way = (
         outside
         - sizes.get(head or "", 0)
         + 1.5 * max(blocks)  # float32 beside the source's bytes while it is loaded
-        + max(_group(layout) for layout in layouts)
-        + max(tokens) * 4 * _FORWARD * _widest(sizes, encoded, host)
+        + solved
+        + max(tokens) * 4 * _FORWARD * _widest(shapes, names)
     )
     floor = int(_resident() + _CODE + _SLACK * max(at_start, on_the_way))
     widths = [(la.projections[0].cols, la.projections[-1].rows) for la in layouts]
-    slots = _slots(host.config, layouts)
+    slots = estimate.slots(host.config, layouts)
     activations = streams * rows * max(4 * (2 * i + slots * o) + 8 * slots for i, o in widths)
     state = streams * rows * 4 * max(max(w) for w in widths)
     store = max(0, memory - floor)
 
     weights = sum(layout.weights for layout in layouts)
     per_weight = bits or _GUESS.get(method.name.split("(")[0], 4.0)
-    dense = sum(s for n, s in sizes.items() if n not in encoded) // 2
-    write = int(weights * per_weight / 8) + dense
-    largest = max(layout.weights for layout in layouts) * per_weight / 8 + max(blocks) / 2
-    disk = int(write + largest + 2 * state + max(0, activations - store))
+    rate = dense.bits if dense is not None else 0.0
+    stored = {
+        n: int(shapes[n].numel() * rate / 8) if n in coded else _stored(host, n, size)
+        for n, size in sizes.items()
+    }
+    write = int(weights * per_weight / 8) + sum(stored.values()) + _carried(host)
+    growing = max(sum(stored[n] for n in block) for block in names)
+    largest = max(layout.weights for layout in layouts) * per_weight / 8 + growing
+    in_files = activations if processes > 1 else max(0, activations - store)
+    disk = int(write + largest + 2 * state + in_files)
+    work = estimate.Work(
+        layouts=layouts,
+        tokens=rows,
+        batch=max(tokens),
+        context=max(t.shape[-1] for b in batches for t in b.values()),
+        blocks=len(blocks),
+        slots=slots,
+        streams=streams,
+        dense=sum(blocks) / 4,
+        outside=outside / 4,
+        source=host.checkpoint.source_bytes,
+        probed=bits is not None,
+        gradient=gradient,
+        coded=[(shapes[n][0], shapes[n][1]) for n in coded],
+    )
     plan = Plan(
         read=host.checkpoint.source_bytes,
         write=write,
@@ -137,22 +174,27 @@ def make_plan(
         store=store,
         disk=disk,
         free=shutil.disk_usage(_existing(out)).free,
-        seconds=_seconds(host, layouts, rows, slots, streams, weights),
+        seconds=estimate.seconds(work, estimate.Speeds.measured(method, layouts, host.device)),
     )
-    if memory < floor:
+    _refuse(plan, memory, out, max(blocks), outside, max(map(_group, layouts)))
+    return plan
+
+
+def _refuse(plan: Plan, memory: int, out: Path, block: int, outside: int, group: int) -> None:
+    """Raises CapacityError if the run cannot fit."""
+    if memory < plan.floor:
         raise CapacityError(
             f"--memory {_size(memory)} is too little for this model: one block without experts "
-            f"({_size(max(blocks))}), everything outside the blocks ({_size(outside)}) and one "
-            f"group of experts with its Hessians ({_size(max(map(_group, layouts)))}) need "
-            f"{_size(floor)}; pass --memory {floor / 2**30 + 0.1:.1f}GiB or more"
+            f"({_size(block)}), everything outside the blocks ({_size(outside)}) and one "
+            f"group of experts with its Hessians ({_size(group)}) need "
+            f"{_size(plan.floor)}; pass --memory {plan.floor / 2**30 + 0.1:.1f}GiB or more"
         )
-    if plan.free < disk:
+    if plan.free < plan.disk:
         raise CapacityError(
-            f"{_existing(out)} has {_size(plan.free)} free, this run needs {_size(disk)} "
-            f"({_size(write)} for the result, the rest while it runs); free some, choose another "
-            "output directory or pass fewer --calib-tokens"
+            f"{_existing(out)} has {_size(plan.free)} free, this run needs {_size(plan.disk)} "
+            f"({_size(plan.write)} for the result, the rest while it runs); free some, choose "
+            "another output directory or pass fewer --calib-tokens"
         )
-    return plan
 
 
 def _group(layout: ExpertsLayout) -> int:
@@ -165,61 +207,27 @@ def _group(layout: ExpertsLayout) -> int:
     return size * (4 * (2 * every + _WEIGHTS * matrix) + 8 * _HESSIANS * cells) + 8 * 3 * first
 
 
-def _widest(sizes: dict[str, int], encoded: set[str], host: Host) -> int:
+def _band(shapes: Shapes, coded: Collection[str]) -> int:
+    """Bytes of the largest dense matrix while it is coded, beside its values and its Hessian."""
+    return max(8 * _FACTORS * shapes[n][1] ** 2 for n in coded) + 4 * _PLANES * BAND
+
+
+def _widest(shapes: Shapes, names: Sequence[Sequence[str]]) -> int:
     """Outputs of the widest dense matrix inside the blocks."""
-    inside = tuple(f"{b.name}." for b in host.blocks())
-    shapes = [
-        t.shape[0]
-        for n, t in host.model.state_dict().items()
-        if n.startswith(inside) and n not in encoded and t.ndim == 2
-    ]
-    return max(shapes, default=1)
+    inside = (shapes[n] for block in names for n in block)
+    return max((shape[0] for shape in inside if len(shape) == 2), default=1)
 
 
-def _slots(config: Any, layouts: Sequence[ExpertsLayout]) -> int:
-    """Experts of a token; where the config does not say, two."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    places = (text, getattr(text, "ffn_config", None))
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
-    for place in places:
-        for name in names:
-            if isinstance(found := getattr(place, name, None), int):
-                return found
-    return min(2, max(layout.experts for layout in layouts))
+def _stored(host: Host, name: str, size: int) -> int:
+    """Bytes of a tensor that is stored as it is in the source; `size` in float32."""
+    disks = sorted(host.sources.get(name, ()))
+    return size // 4 * host.checkpoint.dtype(disks[0]).itemsize if disks else 0
 
 
-def _seconds(
-    host: Host,
-    layouts: Sequence[ExpertsLayout],
-    rows: int,
-    slots: int,
-    streams: int,
-    weights: int,
-) -> float:
-    """Time on this machine's CPU: the arithmetic at the measured speed of a matrix product, coding
-    at a fixed one.
-    """
-    dense = float(sum(p.numel() for p in host.model.parameters()) - weights)
-    flops = 2.0 * 2 * streams * rows * dense  # two forwards: up to the experts, and through
-    for layout in layouts:
-        share = rows * slots
-        for p in layout.projections:
-            flops += 2.0 * share * streams * (p.cols**2 + 2 * p.rows * p.cols)
-            flops += layout.experts * p.cols**2 * (5.0 * p.cols + 8 * p.rows)  # see docs/scale.md
-    cores = torch.get_num_threads()
-    coding = weights / (_SPEED * cores)
-    return float(flops / _matmul_speed() + coding + host.checkpoint.source_bytes / _DISK)
-
-
-def _matmul_speed() -> float:
-    """Floating point operations per second of a float32 product, measured in some milliseconds."""
-    a = torch.ones(768, 768)
-    a @ a  # the first call starts threads
-    start = time.perf_counter()
-    for _ in range(3):
-        a @ a
-    seconds: float = time.perf_counter() - start
-    return 6.0 * 768 * 768 * 768 / seconds
+def _carried(host: Host) -> int:
+    """Bytes of the tensors that no module takes."""
+    source = host.checkpoint
+    return sum(math.prod(source.shape(n)) * source.dtype(n).itemsize for n in host.unused)
 
 
 def _resident() -> int:

@@ -22,6 +22,7 @@ from qmoe.codec import encode_group
 from qmoe.errors import QmoeError
 from qmoe.families.base import ExpertsLayout
 from qmoe.layer import groups
+from qmoe.parallel import World
 from qmoe.quantize import Method, Problem, Solution, get_method
 from qmoe.types import QuantizedMatrix
 
@@ -31,6 +32,7 @@ SAMPLE_WEIGHTS, SAMPLE_EXPERTS = 2**23, (8, 32)
 REHEARSE = 0.05  # share of the weights from which on the last module is tried before it is made
 CLOSE = 0.003  # of the target: a rehearsal that comes so near needs no other
 STEPS = (0.5, 0.75, 1.0, 1.4, 2.0)  # probed, times the step that meets the target in layer one
+BRACKET = 9  # times that the first matrices are solved to find the step that meets the target
 WALKS = 4  # of the probe at most, each around the step that the ones before it found
 SHARE, AT_LEAST = 4, 16384  # the probe sees 1 / SHARE of the calibration tokens, at least AT_LEAST
 LOW, HIGH = 0.25, 5.0  # bits per weight that a target may have
@@ -158,6 +160,11 @@ def check_target(bits: float) -> None:
         raise QmoeError(f"--bits {bits:g}: choose between {LOW:g} and {HIGH:g} bits per weight")
 
 
+def share(batches: int, tokens: int) -> int:
+    """How many of the batches the probe sees, each of so many tokens."""
+    return min(batches, max(math.ceil(batches / SHARE), math.ceil(AT_LEAST / tokens)))
+
+
 def share_of(batches: Sequence[dict[str, Tensor]], tokens: int) -> list[dict[str, Tensor]]:
     """The batches that the probe sees, evenly spaced over the calibration set.
 
@@ -165,8 +172,7 @@ def share_of(batches: Sequence[dict[str, Tensor]], tokens: int) -> list[dict[str
         batches: all of them.
         tokens: in one batch.
     """
-    count = max(math.ceil(len(batches) / SHARE), math.ceil(AT_LEAST / tokens))
-    count = min(len(batches), count)
+    count = share(len(batches), tokens)
     return [batches[i * len(batches) // count] for i in range(count)]
 
 
@@ -184,17 +190,20 @@ class Probe:
         layouts: Sequence[ExpertsLayout],
         knobs: Mapping[str, float],
         centre: float | None = None,
+        world: World | None = None,
     ) -> None:
         """Args: target in bits per weight; tokens of the run / tokens of the probe; the modules
         that will be walked through, in order; knobs of rd; the step around which bits are wanted,
-        None for the one that meets the target in the first projection.
+        None for the one that meets the target in the first projection; the processes that make
+        the same walk and divide the solving.
         """
         self._knobs = {**knobs, "drift": 0.0}
         self._target, self._scale = target, tokens_ratio**-0.5
         self._centre = centre
-        self._bits: dict[float, float] = {}
+        self._world = world or World()
+        self._costs: dict[tuple[int, int], float] = {}  # bits by call and step, this process's own
         self._weights = 0
-        self._samples = [n for layout in layouts for n in _samples(layout)]
+        self._samples = [n for layout in layouts for n in samples(layout)]
         self._calls = 0
         self.curves: list[Curve] = []
         weighted = get_method("rd", **self._knobs).weighted
@@ -216,11 +225,13 @@ class Probe:
             importance=problem.importance,
         )
         if self._centre is None:
-            self._centre = self._bracket(part, len(problem.weight))
-        for step in STEPS:
-            delta = self._centre * step
-            bits = self._cost(part, delta, len(problem.weight)) * problem.weight.numel()
-            self._bits[delta] = self._bits.get(delta, 0.0) + bits
+            self._centre = self._world.share(
+                lambda: self._bracket(part, len(problem.weight)), "step of the probe"
+            )
+        for i in range(len(STEPS)):
+            if (self._calls * len(STEPS) + i) % self._world.size == self._world.rank:
+                cost = self._cost(part, self._centre * STEPS[i], len(problem.weight))
+                self._costs[self._calls, i] = cost * problem.weight.numel()
         self._weights += problem.weight.numel()
         return solution
 
@@ -251,14 +262,23 @@ class Probe:
 
     def finish(self, layout: ExpertsLayout) -> None:
         """Closes a module: its curve is complete."""
-        deltas = tuple(sorted(self._bits))
+        if self._centre is None:
+            raise ValueError(f"{layout.path}: nothing was solved")
+        costs: dict[tuple[int, int], float] = {}
+        for found in self._world.collect(self._costs, f"probe of {layout.path}"):
+            costs |= found
+        sums = [0.0] * len(STEPS)
+        for (_, i), bits in sorted(costs.items()):  # an order that no process decides
+            sums[i] += bits
         scale = layout.weights / self._weights
-        bits = tuple(self._bits[d] * scale for d in deltas)
-        self.curves.append(Curve(layout.path, layout.weights, deltas, bits))
-        self._bits, self._weights = {}, 0
+        deltas = tuple(self._centre * step for step in STEPS)
+        self.curves.append(
+            Curve(layout.path, layout.weights, deltas, tuple(bits * scale for bits in sums))
+        )
+        self._costs, self._weights = {}, 0
 
 
-def _samples(layout: ExpertsLayout) -> list[int]:
+def samples(layout: ExpertsLayout) -> list[int]:
     """How many experts are probed in every call of the solver for a module: groups in order, each
     projection of a group in turn.
     """

@@ -1,5 +1,6 @@
 """Several processes give the bytes of one, and a dead one ends the run in a sentence."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -11,47 +12,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import Job, arguments, files, make_job, record, undisturbed
 
 from qmoe.calib.store import ActivationStore
-from qmoe.compress import Settings, compress_checkpoint
+from qmoe.compress import compress_checkpoint
 from qmoe.parallel import World
 
 EXPERTS = 40  # more than one group of experts per layer
 
 
 @pytest.fixture(scope="module")
-def job(tiny, tmp_path_factory) -> tuple[Path, Settings]:
-    """A random Mixtral whose layers have several groups of experts, and three batches of text."""
-    folder = tmp_path_factory.mktemp("job")
+def job(tiny, tmp_path_factory) -> Job:
+    """Layers with several groups of experts, and a target in bits."""
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 24}
-    source = tiny.save("mixtral", folder / "source", num_local_experts=EXPERTS, **shape)
-    tiny.save_tokenizer(source)
-    text = tiny.save_text(folder / "text.txt", 9000)
-    return source, Settings(method="rd", bits=2.0, calib=str(text), calib_tokens=8500, ctx=128)
-
-
-def _bytes(out: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in out.iterdir()}
+    folder = tmp_path_factory.mktemp("job")
+    source, settings = make_job(tiny, folder, num_local_experts=EXPERTS, **shape)
+    return source, dataclasses.replace(settings, delta=None, bits=2.0)
 
 
 @pytest.fixture(scope="module")
 def expected(job, tmp_path_factory) -> dict[str, bytes]:
     """The files that one process writes."""
-    out = tmp_path_factory.mktemp("expected") / "out"
-    compress_checkpoint(str(job[0]), out, job[1])
-    return _bytes(out)
-
-
-def _arguments(job, out: Path) -> list[str]:
-    source, s = job
-    options = ["--calib", s.calib, "--calib-tokens", str(s.calib_tokens), "--ctx", str(s.ctx)]
-    return ["-m", "qmoe", "compress", str(source), str(out), "--bits", str(s.bits), *options]
+    return undisturbed(job, tmp_path_factory.mktemp("expected") / "out")
 
 
 def _torchrun(job, out: Path, processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [*command, *_arguments(job, out)], capture_output=True, text=True, timeout=600
+        [*command, *arguments(job, out)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("plan: read") == 1
@@ -60,14 +48,14 @@ def _torchrun(job, out: Path, processes: int) -> None:
 
 def test_two_processes_write_the_same_bytes(job, expected, tmp_path):
     _torchrun(job, tmp_path / "out", 2)
-    assert _bytes(tmp_path / "out") == expected
+    assert files(tmp_path / "out") == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [3, 4])
 def test_more_processes_write_the_same_bytes(job, expected, tmp_path, processes):
     _torchrun(job, tmp_path / "out", processes)
-    assert _bytes(tmp_path / "out") == expected
+    assert files(tmp_path / "out") == expected
 
 
 def _free_port() -> int:
@@ -85,7 +73,7 @@ def test_a_dead_process_ends_the_run_and_one_process_finishes_it(job, expected, 
         environment = os.environ | {k: str(v) for k, v in place.items()}
         processes.append(
             subprocess.Popen(
-                [sys.executable, *_arguments(job, out)],
+                [sys.executable, *arguments(job, out)],
                 env=environment,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -93,9 +81,8 @@ def test_a_dead_process_ends_the_run_and_one_process_finishes_it(job, expected, 
         )
     first, second = processes
     try:
-        record = out.with_name("out.partial") / "journal" / "model.layers.0.json"
         limit = time.monotonic() + 300
-        while not record.exists() and time.monotonic() < limit:
+        while not record(out, 0).exists() and time.monotonic() < limit:
             assert all(p.poll() is None for p in processes)
             time.sleep(0.002)
         second.send_signal(signal.SIGKILL)
@@ -112,7 +99,7 @@ def test_a_dead_process_ends_the_run_and_one_process_finishes_it(job, expected, 
     heard: list[str] = []
     compress_checkpoint(str(job[0]), out, job[1], say=heard.append)
     assert heard[1] == "1 of 2 blocks are finished; continuing at block model.layers.1"
-    assert _bytes(out) == expected
+    assert files(out) == expected
 
 
 def test_alone_costs_nothing(tmp_path):

@@ -1,6 +1,8 @@
 """Runs that are interrupted at any moment, by anything, go on and give the same bytes."""
 
+import dataclasses
 import errno
+import itertools
 import multiprocessing
 import os
 import random
@@ -9,17 +11,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+from runs import Job, arguments, files, make_job, record, undisturbed, when
 
 from qmoe import compress, plan
-from qmoe.compress import Settings, compress_checkpoint
+from qmoe.compress import compress_checkpoint
 from qmoe.container import ContainerWriter
 from qmoe.errors import InterruptedRunError, OutputError, SourceError
 
@@ -27,57 +28,21 @@ BLOCKS = 4
 
 
 @pytest.fixture(scope="module")
-def job(tiny, tmp_path_factory) -> tuple[Path, Settings]:
-    """A random Mixtral of four blocks in two shards, and what to do with it."""
-    folder = tmp_path_factory.mktemp("job")
-    source = tiny.save("mixtral", folder / "source", num_hidden_layers=BLOCKS)
-    tiny.to_shards(source, 2)
-    tiny.save_tokenizer(source)
-    text = tiny.save_text(folder / "text.txt", 9000)
-    return source, Settings(method="rd", delta=8.0, calib=str(text), calib_tokens=8500, ctx=128)
-
-
-def _bytes(out: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in out.iterdir()}
+def job(tiny, tmp_path_factory) -> Job:
+    """Four blocks in two shards."""
+    return make_job(tiny, tmp_path_factory.mktemp("job"), shards=2, num_hidden_layers=BLOCKS)
 
 
 @pytest.fixture(scope="module")
 def expected(job, tmp_path_factory) -> dict[str, bytes]:
     """The files of a run that nothing disturbed."""
-    out = tmp_path_factory.mktemp("expected") / "out"
-    compress_checkpoint(str(job[0]), out, job[1])
-    return _bytes(out)
-
-
-def _record(out: Path, block: int) -> Path:
-    return out.with_name(out.name + ".partial") / "journal" / f"model.layers.{block}.json"
-
-
-@contextmanager
-def _when(path: Path, act: Callable[[], object]):
-    """Acts from another thread as soon as a file is there."""
-    over = threading.Event()
-
-    def wait() -> None:
-        while not over.is_set():
-            if path.exists():
-                act()
-                return
-            time.sleep(0.002)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return undisturbed(job, tmp_path_factory.mktemp("expected") / "out")
 
 
 def _interrupt(job, out: Path, block: int = 1) -> str:
     """Presses ctrl-C when a block is durable; returns the message."""
     with (
-        _when(_record(out, block), lambda: os.kill(os.getpid(), signal.SIGINT)),
+        when(record(out, block), lambda: os.kill(os.getpid(), signal.SIGINT)),
         pytest.raises(InterruptedRunError) as caught,
     ):
         compress_checkpoint(str(job[0]), out, job[1])
@@ -89,7 +54,7 @@ def test_goes_on_after_ctrl_c(job, expected, tmp_path):
     message = _interrupt(job, out)
     assert "interrupted; the same command continues at block model.layers." in message
     assert not out.exists()
-    before = {p.name: p.stat().st_mtime_ns for p in _record(out, 0).parent.iterdir()}
+    before = {p.name: p.stat().st_mtime_ns for p in record(out, 0).parent.iterdir()}
     heard: list[str] = []
     compress_checkpoint(str(job[0]), out, job[1], say=heard.append)
     assert heard[0].startswith("plan: read")
@@ -97,16 +62,16 @@ def test_goes_on_after_ctrl_c(job, expected, tmp_path):
     done = int(where.rsplit(".", 1)[1])
     assert heard[1] == f"{done} of {BLOCKS} blocks are finished; continuing at block {where}"
     assert {"rest.json", "model.layers.0.json", "model.layers.1.json"} <= before.keys()
-    assert _bytes(out) == expected
+    assert files(out) == expected
     assert not out.with_name("out.partial").exists()
 
 
 def test_finished_blocks_are_not_made_again(job, tmp_path):
     out = tmp_path / "out"
     _interrupt(job, out)
-    written = _record(out, 0).stat().st_mtime_ns
+    written = record(out, 0).stat().st_mtime_ns
     _interrupt(job, out, block=2)
-    assert _record(out, 0).stat().st_mtime_ns == written
+    assert record(out, 0).stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("damage", ["remove", "flip", "cut"])
@@ -124,14 +89,14 @@ def test_lost_activations_are_made_again(job, expected, tmp_path, damage):
     heard: list[str] = []
     compress_checkpoint(str(job[0]), out, job[1], say=heard.append)
     assert "are missing or damaged; going back to block model.layers.0" in heard[1]
-    assert _bytes(out) == expected
+    assert files(out) == expected
 
 
 def test_changed_settings_and_sources_are_refused(job, tiny, tmp_path):
     out = tmp_path / "out"
     _interrupt(job, out)
     source, settings = job
-    other = Settings(**{**settings.__dict__, "delta": 9.0})
+    other = dataclasses.replace(settings, delta=9.0)
     with pytest.raises(OutputError, match=r"begun with delta = 8\.0, this run has 9\.0.*--fresh"):
         compress_checkpoint(str(source), out, other)
     changed = tmp_path / "changed"
@@ -143,7 +108,7 @@ def test_changed_settings_and_sources_are_refused(job, tiny, tmp_path):
     (changed / "model.safetensors.index.json").unlink(missing_ok=True)
     with pytest.raises(OutputError, match=r"begun with source = .*fingerprint.*this run has"):
         compress_checkpoint(str(changed), out, settings)
-    fresh = Settings(**{**other.__dict__, "fresh": True})
+    fresh = dataclasses.replace(other, fresh=True)
     compress_checkpoint(str(source), out, fresh)
     assert out.is_dir()
 
@@ -157,10 +122,10 @@ def test_memory_does_not_change_the_bytes(job, expected, tmp_path, monkeypatch):
     made = []
     make = plan.make_plan
     monkeypatch.setattr(compress, "make_plan", lambda *a: made.append(make(*a)) or made[-1])
-    small = Settings(**{**settings.__dict__, "memory": 18 << 20})
+    small = dataclasses.replace(settings, memory=18 << 20)
     compress_checkpoint(str(source), tmp_path / "out", small)
     assert made[0].activations > made[0].store  # the rest lay in mapped files
-    assert _bytes(tmp_path / "out") == expected
+    assert files(tmp_path / "out") == expected
 
 
 def test_second_run_on_the_same_output_is_refused(job, tmp_path):
@@ -198,13 +163,13 @@ def _kill_chain(job, expected, folder: Path, kills: int, seed: int) -> None:
             process.join()
             died += 1
         if out.exists():
-            assert _bytes(out) == expected
+            assert files(out) == expected
             finished += 1
     out = folder / f"{seed}-{finished + 1}"
     if not out.exists():
         compress_checkpoint(str(job[0]), out, job[1])
-    assert _bytes(out) == expected
-    assert _bytes(folder / "0") == expected
+    assert files(out) == expected
+    assert files(folder / "0") == expected
 
 
 def test_kill_at_random_moments(job, expected, tmp_path):
@@ -216,27 +181,23 @@ def test_twenty_kills(job, expected, tmp_path):
     _kill_chain(job, expected, tmp_path, kills=20, seed=2)
 
 
-def _command(job, out: Path) -> list[str]:
-    source, s = job
-    options = ["--calib", s.calib, "--calib-tokens", str(s.calib_tokens), "--ctx", str(s.ctx)]
-    command = [sys.executable, "-m", "qmoe", "compress", str(source), str(out)]
-    return [*command, "--delta", str(s.delta), *options]
-
-
 def test_ctrl_c_on_the_command_line_in_another_locale(job, expected, tmp_path):
     out = tmp_path / "out"
     odd = {"LC_ALL": "C", "LANG": "", "TZ": "Asia/Kathmandu", "PYTHONUTF8": "0"}
     process = subprocess.Popen(
-        _command(job, out), env=os.environ | odd, stderr=subprocess.PIPE, text=True
+        [sys.executable, *arguments(job, out)],
+        env=os.environ | odd,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    with _when(_record(out, 0), lambda: process.send_signal(signal.SIGINT)):
+    with when(record(out, 0), lambda: process.send_signal(signal.SIGINT)):
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     last = errors.strip().splitlines()[-1]
     assert last.startswith("qmoe: interrupted; the same command continues at block model.layers.")
     assert "Traceback" not in errors
     compress_checkpoint(str(job[0]), out, job[1])
-    assert _bytes(out) == expected
+    assert files(out) == expected
 
 
 @contextmanager
@@ -269,7 +230,7 @@ def test_full_disk(job, expected, tmp_path):
                 _write_without_end(f)
 
         with (
-            _when(_record(out, 0), fill),
+            when(record(out, 0), fill),
             pytest.raises(OutputError, match=r"no space left|no room for"),
         ):
             compress_checkpoint(str(job[0]), out, job[1])
@@ -277,7 +238,7 @@ def test_full_disk(job, expected, tmp_path):
         heard: list[str] = []
         compress_checkpoint(str(job[0]), out, job[1], say=heard.append)
         assert "blocks are finished; continuing at block" in heard[1]
-        assert _bytes(out) == expected
+        assert files(out) == expected
 
 
 def test_file_size_limit(job, expected, tmp_path):
@@ -292,7 +253,7 @@ def test_file_size_limit(job, expected, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     compress_checkpoint(str(job[0]), out, job[1])
-    assert _bytes(out) == expected
+    assert files(out) == expected
 
 
 def test_read_error_in_a_shard(job, expected, tmp_path, monkeypatch):
@@ -302,13 +263,13 @@ def test_read_error_in_a_shard(job, expected, tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with (
-        _when(_record(out, 0), lambda: monkeypatch.setattr(os, "preadv", failing)),
+        when(record(out, 0), lambda: monkeypatch.setattr(os, "preadv", failing)),
         pytest.raises(SourceError, match=r"read error in .*Input/output error"),
     ):
         compress_checkpoint(str(job[0]), out, job[1])
     monkeypatch.setattr(os, "preadv", read)
     compress_checkpoint(str(job[0]), out, job[1])
-    assert _bytes(out) == expected
+    assert files(out) == expected
 
 
 def test_shard_that_is_replaced_under_the_run(job, expected, tmp_path):
@@ -325,16 +286,48 @@ def test_shard_that_is_replaced_under_the_run(job, expected, tmp_path):
         os.replace(other, shard)
 
     with (
-        _when(_record(out, 0), replace),
+        when(record(out, 0), replace),
         pytest.raises(SourceError, match="changed while it was being read"),
     ):
         compress_checkpoint(str(source), out, job[1])
     shard.write_bytes(right)
     compress_checkpoint(str(source), out, job[1])
-    assert _bytes(out) == expected
+    assert files(out) == expected
 
 
-def test_no_permission(job):
+def test_clock_that_jumps_back(job, expected, tmp_path, monkeypatch):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(job[0], source)
+    later = (4e9, 4e9)  # in the year 2096
+    for path in source.iterdir():
+        os.utime(path, later)
+    _interrupt((source, job[1]), out)
+    for path in out.with_name("out.partial").rglob("*"):
+        os.utime(path, later)
+    now = itertools.count(1e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    heard: list[str] = []
+    compress_checkpoint(str(source), out, job[1], say=heard.append)
+    assert "blocks are finished; continuing at block" in heard[1]
+    assert files(out) == expected
+
+
+@contextmanager
+def _nobody():
+    """Without root's right to read and write everything."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def open_job(job):
+    """The job in a folder that everybody may read, and that folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -343,15 +336,22 @@ def test_no_permission(job):
         for path in source.iterdir():
             path.chmod(0o644)
         text = shutil.copy(job[1].calib, folder / "text.txt")
-        closed = folder / "closed"
-        closed.mkdir(mode=0o555)
-        settings = Settings(**{**job[1].__dict__, "calib": str(text)})
-        root = os.geteuid() == 0
-        if root:
-            os.seteuid(65534)
-        try:
-            with pytest.raises(OutputError, match="no permission to write"):
-                compress_checkpoint(str(source), closed / "out", settings)
-        finally:
-            if root:
-                os.seteuid(0)
+        yield source, dataclasses.replace(job[1], calib=str(text)), folder
+
+
+def test_output_that_may_not_be_written(open_job):
+    source, settings, folder = open_job
+    closed = folder / "closed"
+    closed.mkdir(mode=0o555)
+    with _nobody(), pytest.raises(OutputError, match="no permission to write"):
+        compress_checkpoint(str(source), closed / "out", settings)
+    assert list(closed.iterdir()) == []
+
+
+def test_shard_that_may_not_be_read(open_job):
+    source, settings, folder = open_job
+    shard = sorted(source.glob("*.safetensors"))[1]
+    shard.chmod(0o000)
+    with _nobody(), pytest.raises(SourceError, match=rf"{shard.name}.*[Pp]ermission denied"):
+        compress_checkpoint(str(source), folder / "out", settings)
+    assert not (folder / "out").exists()

@@ -19,9 +19,9 @@ from qmoe.sources import fp8, int4, mxfp4
 def test_fp8_blocks(tiny, rows, cols, block):
     torch.manual_seed(0)
     w = torch.randn(rows, cols) * torch.rand(rows, 1)
-    q, s = tiny.fp8_encode(w, block)
+    q, s = tiny.encoders.fp8_encode(w, block)
     dense = fp8.dequantize(q, s, block)
-    assert torch.equal(dense, tiny.fp8_decode(q, s, block))
+    assert torch.equal(dense, tiny.encoders.fp8_decode(q, s, block))
     assert ((dense.float() - w).abs() <= w.abs() / 8 + s.max()).all()
 
 
@@ -40,7 +40,7 @@ def test_fp8_scales_per_row_or_tensor(tmp_path, shape):
 
 def test_fp8_stack(tmp_path, tiny):
     torch.manual_seed(0)
-    pairs = [tiny.fp8_encode(torch.randn(10, 7), (4, 4)) for _ in range(3)]
+    pairs = [tiny.encoders.fp8_encode(torch.randn(10, 7), (4, 4)) for _ in range(3)]
     tensors = {
         "x": torch.stack([q for q, _ in pairs]),
         "x_scale_inv": torch.stack([s for _, s in pairs]),
@@ -49,20 +49,20 @@ def test_fp8_stack(tmp_path, tiny):
         write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [4, 4]})
     )
     for e, (q, s) in enumerate(pairs):
-        assert torch.equal(ck.read("x", slice(e, e + 1))[0], tiny.fp8_decode(q, s, (4, 4)))
+        assert torch.equal(ck.read("x", slice(e, e + 1))[0], tiny.encoders.fp8_decode(q, s, (4, 4)))
 
 
 def test_mxfp4_values_are_exact(tiny):
     torch.manual_seed(0)
     w = torch.randn(3, 5, 64) * torch.exp2(torch.randint(-40, 40, (3, 5, 1)))
-    blocks, scales = tiny.mxfp4_encode(w)
+    blocks, scales = tiny.encoders.mxfp4_encode(w)
     dense = mxfp4.dequantize(blocks, scales)
-    assert torch.equal(dense, tiny.mxfp4_decode(blocks, scales))
+    assert torch.equal(dense, tiny.encoders.mxfp4_decode(blocks, scales))
     every = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16)
     tops = torch.tensor([1, 127, 252], dtype=torch.uint8)
     for t in tops:
         v = mxfp4.dequantize(every, t.expand(256))
-        assert torch.equal(v, tiny.mxfp4_decode(every, t.expand(256)))
+        assert torch.equal(v, tiny.encoders.mxfp4_decode(every, t.expand(256)))
         assert v.isfinite().all()
 
 
@@ -72,7 +72,7 @@ def test_mxfp4_values_are_exact(tiny):
 )
 def test_packed_ints(tiny, bits, rows, cols, group):
     torch.manual_seed(0)
-    parts, dense = tiny.int4_encode(torch.randn(rows, cols), group, bits)
+    parts, dense = tiny.encoders.int4_encode(torch.randn(rows, cols), group, bits)
     got = int4.dequantize_packed(parts["weight_packed"], parts["weight_scale"], cols, bits)
     assert torch.equal(got, dense)
 
@@ -83,7 +83,7 @@ def test_packed_ints(tiny, bits, rows, cols, group):
 def test_gptq_ints(tiny, bits, version, shuffled):
     torch.manual_seed(0)
     order = torch.randperm(64) // 32 if shuffled else None
-    parts, dense = tiny.gptq_encode(torch.randn(16, 64), 32, bits, version, order)
+    parts, dense = tiny.encoders.gptq_encode(torch.randn(16, 64), 32, bits, version, order)
     names = ("qweight", "qzeros", "scales", "g_idx")
     got = int4.dequantize_gptq(*(parts[n] for n in names), bits, 2 - version)
     assert torch.equal(got, dense)
@@ -202,7 +202,7 @@ def test_inconsistent_parts(tmp_path, tiny, case, change, words):
 
 
 def test_gptq_group_out_of_range(tmp_path, tiny):
-    parts, _ = tiny.gptq_encode(torch.randn(16, 64), 32)
+    parts, _ = tiny.encoders.gptq_encode(torch.randn(16, 64), 32)
     parts["g_idx"][3] = 9
     tensors = {f"a.{k}": v for k, v in parts.items()}
     d = write(tmp_path, tensors, {"quant_method": "gptq", "bits": 4, "group_size": 32})
@@ -211,7 +211,7 @@ def test_gptq_group_out_of_range(tmp_path, tiny):
 
 
 def test_hidden_parts_are_no_tensors(tmp_path, tiny):
-    parts, _ = tiny.int4_encode(torch.randn(4, 32), 32)
+    parts, _ = tiny.encoders.int4_encode(torch.randn(4, 32), 32)
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
     settings = {
         "quant_method": "compressed-tensors",

@@ -4,10 +4,12 @@ low-precision source formats.
 Tests take it from the fixture `tiny` (conftest.py), since tests are no package.
 """
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +23,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+
+def _encoders() -> ModuleType:
+    """tests/encoders.py by path, since this module itself may have been taken so."""
+    spec = importlib.util.spec_from_file_location(
+        "qmoe_tests_encoders", Path(__file__).with_name("encoders.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+encoders = _encoders()
 BASE = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -225,98 +239,6 @@ def to_shards(directory: Path, count: int, ending: str = "safetensors") -> None:
     (directory / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
 
 
-# Encoders, written from the formats' descriptions and not from our decoders. Each has a plain
-# decoder beside it.
-
-
-def fp8_grid(scale: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
-    return torch.tensor(
-        [
-            [float(scale[i // block[0], j // block[1]]) for j in range(shape[1])]
-            for i in range(shape[0])
-        ]
-    )
-
-
-def fp8_encode(w: Tensor, block: tuple[int, int], powers: bool = False) -> tuple[Tensor, Tensor]:
-    """float8 weights and float32 scales per block, the last blocks cropped; `powers` of two only,
-    as ue8m0 has them.
-    """
-    (rows, cols), (bm, bn) = w.shape, block
-    scale = torch.empty(-(-rows // bm), -(-cols // bn))
-    for i in range(scale.shape[0]):
-        for j in range(scale.shape[1]):
-            top = w[i * bm : (i + 1) * bm, j * bn : (j + 1) * bn].float().abs().max() / 448
-            top = top.clamp(min=1e-12)
-            scale[i, j] = torch.exp2(torch.ceil(torch.log2(top))) if powers else top
-    return (w.float() / fp8_grid(scale, w.shape, block)).to(torch.float8_e4m3fn), scale
-
-
-def fp8_decode(q: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    return (q.float() * fp8_grid(scale, q.shape, block)).bfloat16()
-
-
-FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
-def mxfp4_encode(w: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., n, k] -> bytes [..., n, k / 32, 16] and exponents [..., n, k / 32]."""
-    b = w.float().unflatten(-1, (-1, 32))
-    e = torch.floor(torch.log2(b.abs().amax(-1).clamp(min=2.0**-120))) - 2
-    q = ((b / torch.exp2(e)[..., None])[..., None] - FP4).abs().argmin(-1).to(torch.uint8)
-    return q[..., 0::2] + 16 * q[..., 1::2], (e + 127).to(torch.uint8)
-
-
-def mxfp4_decode(blocks: Tensor, scales: Tensor) -> Tensor:
-    v = torch.stack([FP4[(blocks % 16).long()], FP4[(blocks // 16).long()]], -1).flatten(-2)
-    return (v * torch.exp2(scales.float() - 127)[..., None]).flatten(-2).bfloat16()
-
-
-def pack_words(q: Tensor, bits: int) -> Tensor:
-    """Unsigned integers [rows, cols] -> int32 [rows, ceil(cols * bits / 32)], lowest bits first."""
-    n = 32 // bits
-    padded = torch.nn.functional.pad(q.long(), (0, -q.shape[1] % n)).unflatten(1, (-1, n))
-    word = sum(padded[..., i] << (bits * i) for i in range(n))
-    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
-
-
-def int4_encode(w: Tensor, group: int, bits: int = 4) -> tuple[dict[str, Tensor], Tensor]:
-    """compressed-tensors' pack-quantized tensors by suffix, and the dense values."""
-    g = w.float().unflatten(1, (-1, group))
-    half = 2 ** (bits - 1)
-    scale = (g.abs().amax(-1) / (half - 1)).bfloat16()
-    q = (g / scale.float()[..., None]).round().clamp(-half, half - 1)
-    dense = (q * scale.float()[..., None]).flatten(1).bfloat16()
-    packed = pack_words((q + half).flatten(1), bits)
-    shape = torch.tensor(w.shape)
-    return {"weight_packed": packed, "weight_scale": scale, "weight_shape": shape}, dense
-
-
-def gptq_encode(
-    w: Tensor, group: int, bits: int = 4, version: int = 1, order: Tensor | None = None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """GPTQ tensors by suffix, and the dense values; `order` [cols] gives every column's group."""
-    rows, cols = w.shape
-    order = torch.arange(cols) // group if order is None else order
-    count, top = int(order.max()) + 1, 2**bits - 1
-    scales, zeros = torch.empty(count, rows), torch.empty(count, rows)
-    q = torch.empty(rows, cols)
-    for k in range(count):
-        part = w[:, order == k].float()
-        low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
-        scales[k] = ((high - low) / top).half().float()
-        zeros[k] = (-low / scales[k]).round().clamp(1, top)
-        q[:, order == k] = (part / scales[k][:, None] + zeros[k][:, None]).round().clamp(0, top)
-    dense = (q - zeros[order].T) * scales[order].T
-    tensors = {
-        "qweight": pack_words(q, bits).T,
-        "qzeros": pack_words(zeros - (1 if version == 1 else 0), bits),
-        "scales": scales.half(),
-        "g_idx": order.to(torch.int32),
-    }
-    return tensors, dense.bfloat16()
-
-
 LINEARS = r"layers\.\d+\..*(_proj|_proj_with_mqa|_[ab]_proj|\.w[123])\.weight$"
 
 
@@ -338,8 +260,8 @@ def to_fp8(directory: Path, block: tuple[int, int] = (16, 16), scale: str = "f32
     """
 
     def encode(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        q, s = fp8_encode(w, block, powers=scale != "f32")
-        dense = fp8_decode(q, s, block)
+        q, s = encoders.fp8_encode(w, block, powers=scale != "f32")
+        dense = encoders.fp8_decode(q, s, block)
         if scale != "f32":
             s = (torch.log2(s) + 127).to(torch.uint8)
             s = s.view(torch.float8_e8m0fnu) if scale == "e8m0" else s
@@ -355,8 +277,8 @@ def to_mxfp4(directory: Path) -> dict:
     """Rewrite gpt_oss's fused experts as published; returns the dense tensors by name."""
 
     def encode(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        blocks, scales = mxfp4_encode(w.transpose(1, 2))
-        dense = mxfp4_decode(blocks, scales).transpose(1, 2)
+        blocks, scales = encoders.mxfp4_encode(w.transpose(1, 2))
+        dense = encoders.mxfp4_decode(blocks, scales).transpose(1, 2)
         return {name + "_blocks": blocks, name + "_scales": scales}, dense
 
     stored, dense = _convert(directory, r"\.(gate_up|down)_proj$", encode)
@@ -369,7 +291,7 @@ def to_int4(directory: Path, group: int = 32, pattern: str = r"experts\.\d+\..*w
     """Rewrite per-expert matrices as Kimi-K2 ships them; returns the dense tensors by name."""
 
     def encode(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        parts, dense = int4_encode(w, group)
+        parts, dense = encoders.int4_encode(w, group)
         return {name.removesuffix("weight") + k: v for k, v in parts.items()}, dense
 
     stored, dense = _convert(directory, pattern, encode)
@@ -388,7 +310,7 @@ def to_gptq(directory: Path, group: int = 32, pattern: str = r"experts\.\d+\..*w
     """Rewrite per-expert matrices as GPTQ int4; returns the dense tensors by name."""
 
     def encode(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        parts, dense = gptq_encode(w, group)
+        parts, dense = encoders.gptq_encode(w, group)
         return {name.removesuffix("weight") + k: v for k, v in parts.items()}, dense
 
     stored, dense = _convert(directory, pattern, encode)
