@@ -193,7 +193,15 @@ def _encode(tokenizer: Any, row: Any, chat: bool) -> list[int]:
             "the tokenizer has no chat template; calibrate on plain text instead"
         )
     messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
-    return _ids(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False))
+    jinja = _optional("jinja2", "jinja2", "a chat template")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (jinja.TemplateError, KeyError, TypeError, ValueError) as e:
+        raise CalibrationError(
+            f"the chat template does not take the messages {str(messages)[:200]} ({e}); give rows "
+            "of role and content as the model knows them"
+        ) from e
+    return _ids(tokenizer, text)
 
 
 def _separate(
@@ -300,11 +308,16 @@ def _dataset(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
     except (OSError, ValueError) as e:
-        raise CalibrationError(
-            f"dataset {source!r} cannot be loaded ({str(e).strip().splitlines()[0]})"
-        ) from e
-    for number, row in enumerate(rows, 1):
-        yield f"{source} row {number}", row
+        raise CalibrationError(f"dataset {source!r} cannot be loaded ({_first_line(e)})") from e
+    try:
+        for number, row in enumerate(rows, 1):
+            yield f"{source} row {number}", row
+    except (OSError, ValueError) as e:
+        raise CalibrationError(f"dataset {source!r} cannot be read on ({_first_line(e)})") from e
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _optional(module: str, package: str, purpose: str) -> Any:

@@ -5,18 +5,49 @@ Knows nothing about experts or solvers.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from qmoe.calib.text import span_corruption, windows
+from qmoe.errors import SourceError
 
 SPAN_WINDOW = 180  # tokens of text behind one span-corruption sample where the context allows it
 
 
+def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        SourceError: there is none, or it needs code that may not be run.
+    """
+    try:
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if not set(found.get_vocab().values()) - set(found.all_special_ids):
+            raise ValueError(
+                "it holds no vocabulary"
+            )  # made of the model's type, for want of files
+        return found
+    except (ImportError, OSError, TypeError, ValueError) as e:
+        hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
+
+
 def prepare(
-    tokenizer: Any, config: Any, source: str, tokens: int, ctx: int, seed: int
+    tokenizer: Any,
+    config: Any,
+    source: str,
+    tokens: int,
+    ctx: int,
+    seed: int,
+    *,
+    pack: bool = False,
+    chat: bool = False,
+    column: str = "text",
 ) -> dict[str, Tensor]:
     """One batch of all samples: the model's inputs and `labels` (-100 where nothing is scored).
 
@@ -28,14 +59,16 @@ def prepare(
         tokens: at most this many tokens of text.
         ctx: tokens of a window.
         seed: of the masked spans.
+        pack, chat, column: what rows of jsonl, parquet and data sets become, see `qmoe.calib.text`.
 
     Raises:
         CalibrationError: the text is shorter than one window.
     """
     if not config.is_encoder_decoder:
-        ids = windows(tokenizer, source, tokens, ctx, seed)
+        ids = windows(tokenizer, source, tokens, ctx, seed, pack=pack, chat=chat, column=column)
         return {"input_ids": ids, "labels": ids}
-    ids = windows(tokenizer, source, tokens, min(ctx, SPAN_WINDOW), seed)
+    window = min(ctx, SPAN_WINDOW)
+    ids = windows(tokenizer, source, tokens, window, seed, pack=pack, chat=chat, column=column)
     return span_corruption(ids, tokenizer, seed)
 
 

@@ -29,9 +29,12 @@ def write_carried(writer: ContainerWriter, host: Host, finished: Collection[str]
     if not host.unused:
         return []
     if CARRIED_BLOCK not in finished:
+        source = host.checkpoint
+        source.expect(host.unused)
         with writer.block(CARRIED_BLOCK) as block:
-            for name in host.unused:
-                block.add_tensor(name, host.checkpoint.read(name))
+            for name in source.in_file_order(host.unused):
+                block.add_tensor(name, source.read(name))
+                source.finished([name])
     return [CARRIED_BLOCK]
 
 

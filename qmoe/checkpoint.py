@@ -7,7 +7,7 @@ their dense names, decoded while read. Nothing is ever written to a local source
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -62,17 +62,25 @@ class Checkpoint:
             dense.
         quantization: name of the source's low-precision format ("fp8", "mxfp4", "int4", "gptq
             int4"), or None.
+        origin: where it comes from: {"name": directory name}, or for the hub {"name": model id,
+            "revision": commit}.
     """
 
     def __init__(
-        self, directory: Path, config: dict[str, Any], stored: Stored, identity: str
+        self,
+        directory: Path,
+        config: dict[str, Any],
+        stored: Stored,
+        identity: str,
+        origin: dict[str, str] | None = None,
     ) -> None:
         self.directory = directory
+        self.origin = origin or {"name": directory.absolute().name}
         self._identity = identity
         self._stored = stored
         self._virtual: dict[str, Virtual] = {}
         self._hidden: set[str] = set()
-        self._finished: set[str] = set()
+        self._expected: set[str] = set()
         self.quantization: str | None = None
         settings = quantization_settings(config)
         if settings is not None:
@@ -155,22 +163,52 @@ class Checkpoint:
         the system's page cache, while the caller goes on. A hint: nothing is returned or raised.
         """
         for name in names:
-            virtual = self._virtual.get(name)
-            for part in virtual.parts if virtual is not None else (name,):
+            for part in self._parts(name):
                 self._stored.prefetch(part)
 
-    def finished(self, names: Iterable[str]) -> None:
-        """Say that tensors will not be read again: downloaded files of which all are finished are
-        deleted from the run's `cache`.
-
-        Without a `cache` directory, and for local sources, nothing is deleted.
+    @property
+    def temporary(self) -> bool:
+        """Whether downloaded files go to a `cache` of the run, from which `expect` and `finished`
+        delete them.
         """
+        return any(isinstance(s, HubShard) and s.temporary for s in self._stored.shards)
+
+    def in_file_order(self, names: Iterable[str]) -> list[str]:
+        """Tensors sorted by the file that holds them, then by name."""
+        place = {shard: i for i, shard in enumerate(self._stored.shards)}
+        return sorted(names, key=lambda n: (place[self._stored.where[self._parts(n)[0]]], n))
+
+    def expect(self, names: Iterable[str], delete: bool = True) -> None:
+        """Say which tensors will be read from now on: downloaded files without any of them are
+        deleted from the run's `cache`. Others can still be read; their files come again.
+
+        Without a `cache` directory, and for local sources, nothing is ever deleted.
+
+        Args:
+            names: dense tensor names.
+            delete: False in all but one of several processes that share the directory.
+        """
+        self._expected = {part for name in names for part in self._parts(name)}
+        for shard in self._stored.shards:
+            if isinstance(shard, HubShard) and shard.temporary:
+                shard.forget()
+        if delete:
+            self._sweep()
+
+    def finished(self, names: Iterable[str]) -> None:
+        """Say that tensors are not expected any more, see `expect`."""
         for name in names:
-            virtual = self._virtual.get(name)
-            self._finished.update(virtual.parts if virtual is not None else (name,))
+            self._expected.difference_update(self._parts(name))
+        self._sweep()
+
+    def _sweep(self) -> None:
         for shard, held in self._stored.in_shard.items():
-            if isinstance(shard, HubShard) and held <= self._finished:
+            if isinstance(shard, HubShard) and held.isdisjoint(self._expected):
                 shard.discard()
+
+    def _parts(self, name: str) -> Sequence[str]:
+        virtual = self._virtual.get(name)
+        return virtual.parts if virtual is not None else (name,)
 
     def validate(self) -> None:
         """Check every header, the index, and that every quantized tensor is complete. Done at
@@ -208,14 +246,20 @@ def open_checkpoint(
     Args:
         source: local directory, or "owner/name" on the hub.
         revision: branch, tag or commit on the hub.
-        cache: directory for the weight files that a run downloads; see `Checkpoint.finished`. None
+        cache: directory for the weight files that a run downloads; see `Checkpoint.expect`. None
             keeps them in the hub's cache.
 
     Raises:
-        SourceError: nothing there, incomplete, damaged, or in a format that is not supported.
+        SourceError: nothing there, incomplete, damaged, or in a format that is not supported; or a
+            `cache` for a source whose files cannot be fetched and deleted one by one.
     """
     path = Path(source)
     if path.is_dir():
+        if cache is not None:
+            raise SourceError(
+                f"{path} is a local directory, of which nothing is ever deleted; --source-cache "
+                "drop is for models of the hub, leave it out"
+            )
         checkpoint = _open_local(path)
         checkpoint.validate()
         return checkpoint
@@ -260,13 +304,20 @@ def _open_hub(repository: Repository) -> Checkpoint:
 
     def shard(name: str) -> Shard:
         if name.endswith(".bin"):  # pickles have no header to ask for: the whole file comes at once
+            if repository.cache is not None:
+                raise SourceError(
+                    f"{repository.repo} holds {name}, and all files of this kind are needed to "
+                    "know its tensors; leave out --source-cache drop"
+                )
             return TorchShard(repository.fetch(name))
         return HubShard(repository, name)
 
     if single is not None:
-        return Checkpoint(repository.directory, config, Stored([shard(single)], None), text)
-    shards, where = _read_index(repository.directory / index, shard)
-    return Checkpoint(repository.directory, config, Stored(shards, where), text)
+        stored = Stored([shard(single)], None)
+    else:
+        stored = Stored(*_read_index(repository.directory / index, shard))
+    origin = {"name": repository.repo, "revision": repository.revision}
+    return Checkpoint(repository.directory, config, stored, text, origin)
 
 
 def _weight_files(files: set[str], where: str) -> tuple[str | None, str]:

@@ -109,6 +109,22 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 )
 @click.option("--calib-tokens", type=click.IntRange(1), default=131072, show_default=True)
 @click.option(
+    "--calib-column",
+    default="text",
+    show_default=True,
+    help="Column of the text in jsonl, parquet or a dataset.",
+)
+@click.option(
+    "--calib-pack",
+    is_flag=True,
+    help="Join documents by the end-of-text token; else no window straddles two.",
+)
+@click.option(
+    "--calib-chat",
+    is_flag=True,
+    help="Apply the chat template to each row's messages (or its text); packs.",
+)
+@click.option(
     "--ctx",
     type=click.IntRange(2),
     default=None,
@@ -121,6 +137,14 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     default="8GiB",
     show_default=True,
     help="Memory of a process; activations beyond it go to mapped files in OUT.partial.",
+)
+@click.option(
+    "--source-cache",
+    type=click.Choice(["keep", "drop"]),
+    default="keep",
+    show_default=True,
+    help="Downloaded files of a hub id: keep them in the hub's cache, or drop each when no block "
+    "ahead needs it, so that the disk never holds the whole source.",
 )
 @_device
 @click.option(
@@ -136,6 +160,8 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     if options["method"] == "rd" and options["bits"] is None and options["delta"] is None:
         options["bits"] = 0.8
     options["dense_bits"] = int(options["dense_bits"])
+    rows = {name: options.pop(f"calib_{name}") for name in ("column", "pack", "chat")}
+    options["calib_rows"] = {k: v for k, v in rows.items() if v not in (False, "text")}
     with World.of_environment() as world:
         report = compress_checkpoint(
             source,
@@ -246,6 +272,27 @@ def verify(out: Path, as_json: bool) -> None:
         found = run(out, advance)
     text = f"{out}: sound ({found.files} files, {found.matrices} matrices decoded)"
     _show(asdict(found), as_json, text)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make the repository private.")
+@click.option("--revision", default=None, help="Branch to push to; made if there is none.")
+@click.option("--message", default=None, help="Commit message.")
+@click.option(
+    "--eval", "score", type=click.Path(), default=None, help="Output of `qmoe eval --json`, shown."
+)
+@click.option("--base", default=None, help="Hub id of the original, if the manifest has none.")
+@click.option("--license", "license_id", default=None, help="License id of the original, shown.")
+@_json
+def push(out: Path, repo: str, as_json: bool, **options: Any) -> None:
+    """Verify OUT, then upload it to REPO (owner/name) of the hub with a model card."""
+    from qmoe.push import push as run
+
+    with _bar("verify", "B") as advance:
+        done = run(out, repo, progress=advance, **options)
+    _show(done.as_dict(), as_json, f"{done.url}: {len(done.files)} files")
 
 
 @main.command()

@@ -24,19 +24,19 @@ from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from qmoe import __version__
 from qmoe.calib.state import Durable, Outputs, resume_point
 from qmoe.calib.store import ActivationStore
-from qmoe.calib.tokens import inputs_only, prepare
+from qmoe.calib.tokens import inputs_only, load_tokenizer, prepare
 from qmoe.carried import account, write_carried
 from qmoe.checkpoint import open_checkpoint
-from qmoe.container import ContainerWriter
+from qmoe.container import ContainerWriter, downloads_of
 from qmoe.dense import HEAD, DenseCoder
 from qmoe.devices import pick_device
+from qmoe.downloads import begin_walk, leave
 from qmoe.durable import canonical_json
-from qmoe.errors import InterruptedRunError, QmoeError, SourceError
+from qmoe.errors import InterruptedRunError, QmoeError
 from qmoe.evaluate import split_batches
 from qmoe.host import BlockRef, Host
 from qmoe.importance import fits, layer_importance
@@ -65,12 +65,14 @@ class Settings:
         dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
         calib: calibration text.
         calib_tokens: at most this many tokens of it.
+        calib_rows: how its documents are read: `pack`, `chat`, `column` of qmoe.calib.text.windows.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
         knobs: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`, and
             `gradient`, 0 for layers that count alike.
         memory: bytes that a process may use; what activations find no room for goes to mapped
             files.
+        source_cache: "keep" or "drop" downloaded source files when no block needs them any more.
         device: where solvers and forwards run.
         trust_remote_code: run the source's own model code.
         fresh: discard an unfinished run on the same output.
@@ -79,6 +81,7 @@ class Settings:
     method: str
     calib: str
     calib_tokens: int = 131072
+    calib_rows: Mapping[str, Any] = field(default_factory=dict)
     bits: float | None = None
     delta: float | None = None
     dense_bits: int = 16
@@ -86,6 +89,7 @@ class Settings:
     seed: int = 0
     knobs: Mapping[str, float] = field(default_factory=dict)
     memory: int = 8 * 2**30
+    source_cache: str = "keep"
     device: str = "auto"
     trust_remote_code: bool = False
     fresh: bool = False
@@ -97,8 +101,10 @@ class Settings:
     def recorded(self) -> dict[str, Any]:
         """The part that decides the bytes, for the manifest and for resuming."""
         out = asdict(self)
-        for name in ("memory", "device", "trust_remote_code", "fresh"):
+        for name in ("memory", "source_cache", "device", "trust_remote_code", "fresh"):
             del out[name]
+        if not self.calib_rows:
+            del out["calib_rows"]
         out["calib"] = Path(self.calib).name
         return out
 
@@ -131,13 +137,13 @@ def compress_checkpoint(
         progress, say = False, lambda text: None
     device = pick_device(settings.device)
     method = _method(settings)
-    checkpoint = open_checkpoint(source)
+    cache = downloads_of(out) if settings.source_cache == "drop" else None
+    checkpoint = open_checkpoint(source, cache=cache)
     host = Host(checkpoint, trust_remote_code=settings.trust_remote_code, device=device)
-    tokenizer = _tokenizer(checkpoint.directory, settings.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.directory, settings.trust_remote_code)
     ctx = _context(host.config, settings)
-    data = prepare(
-        tokenizer, host.config, settings.calib, settings.calib_tokens, ctx, settings.seed
-    )
+    text = (settings.calib, settings.calib_tokens, ctx, settings.seed)
+    data = prepare(tokenizer, host.config, *text, **settings.calib_rows)
     batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
     wanted = settings.method == "rd" and bool(settings.knobs.get("gradient", True))
     by_gradient = wanted and fits(host, settings.memory)
@@ -179,6 +185,7 @@ def compress_checkpoint(
             return made
 
         host.load_rest()
+        world.meet("what is outside the blocks")  # nobody needs its files any more
         finished, done = world.share(
             lambda: _progress(writer, blocks, kept, len(batches), say), "what is finished"
         )
@@ -214,6 +221,7 @@ def compress_checkpoint(
             raise _interrupted(writer, blocks[done:]) from None
         host.free_head()
         run.go_on(blocks[:done])
+        begin_walk(host, blocks[done:], delete=world.first)
         with tqdm(
             total=len(blocks), desc="blocks", unit="block", initial=done, disable=not progress
         ) as bar:
@@ -223,7 +231,8 @@ def compress_checkpoint(
                         target = unit.enter_context(writer.block(block.name)) if writer else None
                         run.block(block, target, blocks[i + 1 : i + 2])
                         _settle(kept, world)
-                    if world.first:  # activations before it are not needed any more
+                    if world.first:  # neither it nor activations before it are needed any more
+                        leave(host, block)
                         for k in kept:
                             k.keep_only(list(run.last_blocks()))
                 except KeyboardInterrupt:
@@ -239,26 +248,12 @@ def compress_checkpoint(
                 config=_plain(host.config),
                 settings={**settings.recorded(), "method": method.name, "ctx": ctx},
                 versions=_versions(),
-                source={"name": Path(source).name, **identity},
+                source={**checkpoint.origin, **identity},
                 report={"tensors": account(host)},
                 carry_from=checkpoint.directory,
             )
         world.meet("end of the run")
     return CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
-
-
-def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
-    try:
-        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        if not set(found.get_vocab().values()) - set(found.all_special_ids):
-            raise ValueError(
-                "it holds no vocabulary"
-            )  # made of the model's type, for want of files
-        return found
-    except (ImportError, OSError, TypeError, ValueError) as e:
-        hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
 
 
 def _clean(writer: ContainerWriter | None) -> Path:

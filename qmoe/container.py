@@ -88,7 +88,7 @@ class ContainerWriter:
         """
         self.out = Path(os.path.abspath(out_dir))
         self._replace, self._max = replace, max_shard_bytes
-        self._root = self.out.with_name(self.out.name + ".partial")
+        self._root = _partial(self.out)
         self._data, self._journal = self._root / "data", self._root / "journal"
         self.work = self._root / "work"  # for files of the run that do not become part of `out`
         self._check_free()
@@ -97,7 +97,7 @@ class ContainerWriter:
         self._lock = self._take_lock()
         try:
             if not resume:
-                for folder in (self._data, self._journal, self.work):
+                for folder in (self._data, self._journal, self.work, downloads_of(self.out)):
                     shutil.rmtree(folder, ignore_errors=True)
             with writing(self._root):
                 self._data.mkdir(exist_ok=True)
@@ -300,6 +300,15 @@ class ContainerWriter:
                 os.rename(self._data, self.out)
             sync_directory(self.out.parent)
         self.discard()
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def downloads_of(out: str | os.PathLike[str]) -> Path:
+    """Where a run that writes `out` may put files of its source; gone when `out` is complete."""
+    return _partial(Path(os.path.abspath(out))) / "source"
 
 
 def _with_modules(

@@ -47,6 +47,10 @@ class CapacityError(QmoeError):
     """The run does not fit in the memory or disk it was given; the text has both numbers."""
 
 
+class HubError(QmoeError):
+    """The hub cannot be reached, refuses, or holds something else under the name."""
+
+
 class LostProcessError(QmoeError):
     """Another process of a run on several processes ended or does not answer."""
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qmoe.downloads import begin_walk, leave
 from qmoe.host import Host
 
 TOKENS = 16384  # calibration tokens behind the gradients
@@ -29,14 +30,18 @@ def layer_importance(host: Host, batches: Sequence[dict[str, Tensor]]) -> dict[s
     """Importance of every experts module, with a geometric mean of 1.
 
     Args:
-        host: the source; all its blocks are loaded for the time of the call.
+        host: the source, with everything outside its blocks loaded; all blocks are for the time of
+            the call.
         batches: calibration inputs; about TOKENS tokens of them are used.
 
     Returns:
         {module path: importance}.
     """
-    host.load(lambda name: True)
-    host.model.tie_weights()
+    blocks = list(host.blocks())
+    begin_walk(host, blocks)
+    for block in blocks:
+        host.load_block(block)
+        leave(host, block)
     parameters = list(host.model.parameters())
     for p in parameters:
         p.requires_grad_(False)
@@ -50,7 +55,7 @@ def layer_importance(host: Host, batches: Sequence[dict[str, Tensor]]) -> dict[s
         for rows in range(len(batch["input_ids"])):
             one = {k: v[rows : rows + 1].to(host.device) for k, v in batch.items()}
             tokens += _add(host, one, generator, squares)
-    for block in host.blocks():
+    for block in blocks:
         host.free(block)
     means = torch.tensor([squares[path] / tokens for path in squares], dtype=torch.float64)
     means = means / means.clamp_min(1e-30).log().mean().exp()

@@ -94,8 +94,11 @@ class QmoeQuantizer(HfQuantizer):
         are resolved."""
         parse_quantization(self.quantization_config.to_dict())
         self.container = _OPENED.get()
-        if self.container is None and os.path.isdir(config._name_or_path):
-            self.container = Container.open(config._name_or_path)
+        where = config._name_or_path
+        if self.container is None and where:
+            if not os.path.isdir(where):  # transformers itself would fetch config and weights only
+                where = _download(where, getattr(config, "_commit_hash", None))
+            self.container = Container.open(where)
             check(self.container)  # before a wrong config can shape a model
         config.transformers_weights = INDEX
         return config

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from qmoe.calib.state import Outputs, Resident
 from qmoe.calib.store import ActivationStore
+from qmoe.downloads import begin_walk, leave
 from qmoe.host import BlockRef, Host
 from qmoe.parallel import World
 from qmoe.quantize import Method
@@ -58,8 +59,11 @@ def probed(
         probe = Probe(target, tokens / seen, layouts, knobs, delta, world)
         outputs = Resident(store)
         run = make_run(probe.method, some, [outputs], World())
+        begin_walk(host, blocks, delete=world.first)
         for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=not progress)):
             run.block(block, None, blocks[i + 1 : i + 2], probe.finish)
+            world.meet(f"probe of {block.name}")
+            leave(host, block)
         outputs.drop()
         pairs = zip(curves or probe.curves, probe.curves, strict=True)
         curves = [known.merged(found) for known, found in pairs]

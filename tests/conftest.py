@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -22,15 +22,19 @@ torch.set_num_threads(1)  # several workers share the cores
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _tiny() -> ModuleType:
-    """tests/tiny.py by path: with importlib mode, test files cannot import each other."""
-    name = "qmoe_tests_tiny"
+def _helper(file: str) -> ModuleType:
+    """tests/<file>.py by path: with importlib mode, test files cannot import each other."""
+    name = f"qmoe_tests_{file}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "tiny.py")
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{file}.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def _tiny() -> ModuleType:
+    return _helper("tiny")
 
 
 def pytest_generate_tests(metafunc) -> None:
@@ -48,6 +52,22 @@ def pytest_generate_tests(metafunc) -> None:
 def tiny() -> ModuleType:
     """Tiny models of every family and source format: tests/tiny.py."""
     return _tiny()
+
+
+@pytest.fixture
+def serve_hub() -> Iterator[Callable[..., object]]:
+    """``serve_hub(files, repo=..., exists=...)``: a running stand-in of the hub (tests/hub.py)."""
+    running = []
+
+    def start(files: dict[str, bytes], **options: object) -> object:
+        running.append(_helper("hub").start(files, **options))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.before = lambda file: None
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture(scope="session")

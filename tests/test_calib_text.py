@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qmoe.calib.text import span_corruption, windows
+from qmoe.cli import main
 from qmoe.errors import CalibrationError
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -93,6 +95,43 @@ def test_chat_template(tmp_path, tokenizer):
     assert got.tolist() == [
         number(tokenizer, *["w0", "w5", "w1", "</s>", "w0", "w6", "w1", "</s>"])
     ]
+
+
+def test_messages_that_the_template_refuses(tmp_path, tokenizer):
+    path = jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "user"}]})
+    tokenizer.chat_template = "{{ raise_exception('no content') }}"
+    with pytest.raises(CalibrationError, match=r"does not take the messages .*no content"):
+        windows(tokenizer, path, 100, 4, chat=True)
+    tokenizer.chat_template = None
+
+
+def test_options_of_the_command_line(tmp_path, tiny):
+    source = tiny.save("mixtral", tmp_path / "source")
+    tiny.save_tokenizer(source)
+    rows = [{"body": " ".join(f"w{(7 * i + j) % 34}" for j in range(20))} for i in range(30)]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    fixed = ["compress", str(source), "--calib", str(path), "--method", "rtn", "--ctx", "32"]
+
+    def run(name, *options, code=0):
+        line = [*fixed, str(tmp_path / name), "--calib-tokens", "256", *options]
+        done = CliRunner().invoke(main, line)
+        assert done.exit_code == code, (done.output, done.exception)
+        manifest = tmp_path / name / "qmoe_manifest.json"
+        return done.stderr if code else json.loads(manifest.read_text())["settings"]
+
+    assert "line 1 has no text in 'text' (its columns: body)" in run("a", code=2)
+    column = ["--calib-column", "body"]
+    assert "none of the 30 documents" in run("a", *column, code=2)
+    assert "the tokenizer has no chat template" in run("a", *column, "--calib-chat", code=2)
+    assert run("a", *column, "--calib-pack")["calib_rows"] == {"column": "body", "pack": True}
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT}))
+    assert run("b", *column, "--calib-chat")["calib_rows"] == {"column": "body", "chat": True}
+    packed, chat = (
+        json.loads((tmp_path / n / "qmoe_manifest.json").read_text())["report"]["modules"]
+        for n in "ab"
+    )
+    assert [m["tokens"] for m in packed.values()] != [m["tokens"] for m in chat.values()]
 
 
 @pytest.mark.parametrize(

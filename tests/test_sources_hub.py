@@ -1,15 +1,8 @@
-"""Hub sources against a local stand-in of the hub's HTTP interface (the client library is the real
-one).
-"""
+"""Hub sources against a local stand-in of the hub's HTTP interface (tests/hub.py)."""
 
 import json
-import os
-import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,64 +12,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "owner/model"
 
 
-class Hub(ThreadingHTTPServer):
-    """Serves one repository's files, with ranges; `log` holds (method, file, bytes of the body)."""
-
-    def __init__(self, files):
-        self.files, self.log = files, []
-        super().__init__(("127.0.0.1", 0), Handler)
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status, body=b"", **headers):
-        self.send_response(status)
-        headers.setdefault("Content-Length", str(len(body)))
-        for k, v in headers.items():
-            self.send_header(k.replace("_", "-"), v)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        files = self.server.files
-        siblings = [{"rfilename": f, "size": len(b)} for f, b in files.items()]
-        if re.fullmatch(rf"/api/models/{REPO}(/revision/(main|{COMMIT}))?", path):
-            info = {"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, "tags": []}
-            return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
-        if path.startswith(f"/api/models/{REPO}/tree/"):
-            tree = [
-                {"type": "file", "path": f, "size": len(b), "oid": "0"} for f, b in files.items()
-            ]
-            return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
-        m = re.fullmatch(rf"/{REPO}/resolve/(main|{COMMIT})/(.+)", path)
-        if not m or m.group(2) not in files:
-            code = "EntryNotFound" if m else "RepoNotFound"
-            return self.answer(404, X_Error_Code=code)
-        body = files[m.group(2)]
-        headers = {"ETag": f'"{hash(body) & 0xFFFFFFFF:x}"', "X_Repo_Commit": COMMIT}
-        status, part = 200, body
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked:
-            first, last = int(asked[1]), int(asked[2] or len(body) - 1)
-            part, status = body[first : last + 1], 206
-            headers["Content_Range"] = f"bytes {first}-{first + len(part) - 1}/{len(body)}"
-        self.server.log.append(
-            (self.command, m.group(2), len(part) if self.command == "GET" else 0)
-        )
-        return self.answer(status, part, Accept_Ranges="bytes", **headers)
-
-
 @pytest.fixture
-def hub(tmp_path):
+def hub(tmp_path, serve_hub):
     torch.manual_seed(0)
     files = {"config.json": b'{"model_type": "toy"}', "tokenizer.json": b"{}"}
     where = {}
@@ -87,19 +24,11 @@ def hub(tmp_path):
         files[name] = (tmp_path / "x").read_bytes()
         where.update(dict.fromkeys(tensors, name))
     files["model.safetensors.index.json"] = json.dumps({"weight_map": where}).encode()
-    server = Hub(files)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    return serve_hub(files)
 
 
 def run(hub, home, script, offline=False, ok=True):
-    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home)}
-    env |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": str(int(offline))}
-    env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+    env = hub.environment(home, offline)
     head = "import json\nfrom qmoe.checkpoint import open_checkpoint\n"
     cmd = [sys.executable, "-c", head + script]
     r = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=120)
@@ -150,8 +79,9 @@ def test_finished_shards_are_deleted_from_the_cache_directory(hub, tmp_path):
     script = f"""
 from pathlib import Path
 cache = Path({str(cache)!r})
-held = lambda: sorted(p.name for p in cache.glob("*.safetensors"))
+held = lambda: sorted(p.name for p in (cache / "{COMMIT}").glob("*.safetensors"))
 ck = open_checkpoint("{REPO}", cache=cache)
+ck.expect(ck.names())
 seen = [held()]
 for n in ck.names():
     ck.read(n)

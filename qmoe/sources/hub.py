@@ -9,6 +9,7 @@ import hashlib
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -36,7 +37,10 @@ WEIGHTS = (
     "*.onnx",
     "*.ckpt*",
 )
-_FAILURES = (
+# What calls of huggingface_hub raise. The HTTP library below it has changed its name twice; the
+# base of its errors is what huggingface_hub's own derive from.
+FAILURES = (
+    cast(type[Exception], HfHubHTTPError.__bases__[0]),
     HfHubHTTPError,
     LocalEntryNotFoundError,
     EntryNotFoundError,
@@ -53,8 +57,8 @@ class Repository:
         repo: "owner/name".
         revision: branch, tag or commit; None for the default branch. Resolved once to a commit, so
             that a push to the repository in the middle of a run changes nothing.
-        cache: directory for the weight files of this run, each deleted by `HubShard.discard`; None
-            for the hub's own cache, where files stay.
+        cache: directory for the weight files of this run, in a folder named by the commit, each
+            deleted by `HubShard.discard`; None for the hub's own cache, where files stay.
 
     Raises:
         SourceError: there is no such repository or revision, or it cannot be reached and is not
@@ -62,23 +66,25 @@ class Repository:
     """
 
     def __init__(self, repo: str, revision: str | None, cache: Path | None) -> None:
-        self.repo, self.cache = repo, cache
+        self.repo = repo
         self._coming: dict[str, threading.Thread] = {}
         self._one_download = threading.Lock()
         try:  # without a connection this falls back to what is cached
             snapshot = snapshot_download(repo, revision=revision, ignore_patterns=list(WEIGHTS))
-        except _FAILURES as e:
+        except FAILURES as e:
             raise SourceError(
                 f"{repo!r} is neither a local directory nor a model that the hub gives us "
-                f"({_short(e)}); check the name, the connection and, for a gated model, `hf auth "
+                f"({short(e)}); check the name, the connection and, for a gated model, `hf auth "
                 "login`"
             ) from e
         self.directory = Path(snapshot)
         self.revision = self.directory.name  # snapshots are named by commit
+        # files of another commit may have the same names
+        self.cache = cache / self.revision if cache is not None else None
         try:
             info = HfApi().model_info(repo, revision=self.revision, files_metadata=True)
             self.sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-        except _FAILURES:  # offline: what is here must do
+        except FAILURES:  # offline: what is here must do
             self.sizes = {p.name: p.stat().st_size for p in self.directory.iterdir() if p.is_file()}
 
     def files(self) -> list[str]:
@@ -106,9 +112,9 @@ class Repository:
             return local
         try:
             return self._download(file)
-        except _FAILURES as e:
+        except FAILURES as e:
             raise SourceError(
-                f"{file} of {self.repo!r} cannot be downloaded ({_short(e)}); run again to continue"
+                f"{file} of {self.repo!r} cannot be downloaded ({short(e)}); run again to continue"
             ) from e
 
     def fetch_later(self, file: str) -> None:
@@ -118,8 +124,16 @@ class Repository:
             self._coming[file] = threading.Thread(target=self._try, args=(file,), daemon=True)
             self._coming[file].start()
 
+    def drop(self, file: str) -> None:
+        """Delete a file from this run's own cache directory."""
+        coming = self._coming.pop(file, None)
+        if coming is not None:
+            coming.join()
+        if self.cache is not None:
+            (self.cache / file).unlink(missing_ok=True)
+
     def _try(self, file: str) -> None:
-        with self._one_download, contextlib.suppress(*_FAILURES):
+        with self._one_download, contextlib.suppress(*FAILURES):
             self._download(file)
 
     def _download(self, file: str) -> Path:
@@ -155,9 +169,9 @@ class HubShard(SafetensorsShard):
                 meta = HfApi().parse_safetensors_file_metadata(
                     r.repo, self.file, revision=r.revision
                 )
-            except (*_FAILURES, NotASafetensorsRepoError, SafetensorsParsingError) as e:
+            except (*FAILURES, NotASafetensorsRepoError, SafetensorsParsingError) as e:
                 raise SourceError(
-                    f"the header of {self.name} cannot be read ({_short(e)}); run again to continue"
+                    f"the header of {self.name} cannot be read ({short(e)}); run again to continue"
                 ) from e
             header = {
                 k: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
@@ -180,13 +194,24 @@ class HubShard(SafetensorsShard):
         """The commit names the content, so nothing needs to be downloaded."""
         return hashlib.sha256(f"{self.name}@{self._repository.revision}".encode()).digest()
 
+    @property
+    def temporary(self) -> bool:
+        """Whether the file, once downloaded, lies in this run's own cache directory."""
+        return self._repository.cache is not None
+
+    def forget(self) -> None:
+        """Look at the file anew at the next read: another process may have downloaded it again."""
+        if self._entries is not None:
+            self._remote, self._entries = self._entries, None
+
     def discard(self) -> None:
         """Delete the downloaded file if it lies in this run's own cache directory."""
-        if self._repository.cache is not None:
-            self._remote, self._entries = self.entries, None
-            (self._repository.cache / self.file).unlink(missing_ok=True)
+        if self.temporary:
+            self.forget()
+            self._repository.drop(self.file)
 
 
-def _short(e: BaseException) -> str:
+def short(e: BaseException) -> str:
+    """What went wrong, in one line."""
     text = str(e).strip()
     return f"{type(e).__name__}: {text.splitlines()[0][:160]}" if text else type(e).__name__

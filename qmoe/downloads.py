@@ -1,0 +1,33 @@
+"""``--source-cache drop``: which downloaded files of a source a run still needs.
+
+A walk through the model reads its blocks in order, and everything else is read before or after it.
+So a file can go as soon as no block ahead needs it. Local sources and the hub's own cache are never
+touched: for them all this does nothing.
+"""
+
+from collections.abc import Iterable
+
+from qmoe.host import BlockRef, Host
+
+
+def begin_walk(host: Host, blocks: Iterable[BlockRef], delete: bool = True) -> None:
+    """Says which blocks will be read from now on.
+
+    Args:
+        host: the model and its open source.
+        blocks: in any order.
+        delete: False in all but one of several processes.
+    """
+    host.checkpoint.expect(_tensors(host, blocks), delete)
+
+
+def leave(host: Host, block: BlockRef) -> None:
+    """Says that no process needs a block any more in this walk."""
+    host.checkpoint.finished(_tensors(host, [block]))
+
+
+def _tensors(host: Host, blocks: Iterable[BlockRef]) -> list[str]:
+    """Names in the source."""
+    inside = tuple(f"{block.name}." for block in blocks)
+    found = (disks for target, disks in host.sources.items() if target.startswith(inside))
+    return [disk for disks in found for disk in disks]
