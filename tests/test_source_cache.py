@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import torch
@@ -106,24 +104,18 @@ def test_a_resumed_run_downloads_what_is_still_needed(job, hub, tmp_path):
     aim = {"delta": 8.0, "source_cache": "drop", "knobs": {"gradient": 0}}
     _run(job, tmp_path / "whole", **aim)
     out = tmp_path / "out"
-    record = tmp_path / "out.partial" / "journal" / f"model.layers.{BLOCKS - 3}.json"
-    over = threading.Event()
+    record = tmp_path / "out.partial" / "journal" / f"model.layers.{BLOCKS // 2 - 1}.json"
+    count = hub.before
 
-    def interrupt():
-        while not over.is_set():
-            if record.exists():
-                os.kill(os.getpid(), signal.SIGINT)
-                return
-            time.sleep(0.002)
+    def interrupt(file):  # while the run waits for a shard of its second half
+        count(file)
+        if record.exists():
+            hub.before = count
+            os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        with pytest.raises(InterruptedRunError):
-            _run(job, out, **aim)
-    finally:
-        over.set()
-        thread.join()
+    hub.before = interrupt
+    with pytest.raises(InterruptedRunError):
+        _run(job, out, **aim)
     hub.log.clear()
     hub.peak = 0
     heard = _run(job, out, **aim)
@@ -138,7 +130,7 @@ def test_a_resumed_run_downloads_what_is_still_needed(job, hub, tmp_path):
     }
     assert set(_shards(hub)) <= rest | ahead
     assert len(rest | ahead) < SHARDS
-    assert hub.peak <= PEAK
+    assert hub.peak <= PEAK + 1  # what the interrupted run had read ahead may still lie there
     assert _bytes(out) == _bytes(tmp_path / "whole")
     assert not list(tmp_path.rglob("model-*"))
 
