@@ -28,6 +28,7 @@ from qmoe.types import QuantizedMatrix
 ROWS = 4096  # rows of activations at once; fixed, since it decides the rounding of sums
 _GROUP_CELLS = 2**24  # Hessian cells of a group: 128 MiB in float64, of which eight are alive
 _GROUP_EXPERTS = 32
+_ONLY_SPECIAL = "no ordinary tokens: special ones used"
 _STRIPE = 512  # rows of the layer's Hessian that are computed as one piece of work
 
 
@@ -37,8 +38,9 @@ class Stream:
 
     Attributes:
         parked: see `qmoe.calib.experts.Parked`.
-        keep: bool [N], False for special and padding tokens: they pass through, but no statistics
-            are taken from them.
+        keep: bool [N], False for special and padding tokens: they pass through, but statistics are
+            taken from them only for experts that see nothing else (in encoder-decoder models some
+            serve sentinels alone, and losing those costs more than any rounding).
     """
 
     parked: Parked
@@ -54,7 +56,7 @@ class Coverage:
     """What calibration gave the experts of a module.
 
     Attributes:
-        tokens: learnable tokens that each expert saw.
+        tokens: that each expert learnt from.
         notes: for each expert what was done about it, "" if nothing was unusual.
     """
 
@@ -118,9 +120,9 @@ def quantize_layer(
             sink(projection.name, group, solution.matrices)
             tokens |= dict(zip(group, seen, strict=True))
             for e, note in zip(group, solution.notes, strict=True):
-                before = notes.setdefault(e, "")
-                if note and note not in before:
-                    notes[e] = f"{before}; {note}" if before else note
+                known = notes.setdefault(e, _ONLY_SPECIAL if e in work.only_special else "")
+                if note and note not in known:
+                    notes[e] = f"{known}; {note}" if known else note
         progress(len(group))
     for other_tokens, other_notes in world.collect((tokens, notes), f"experts of {layout.path}"):
         tokens |= other_tokens
@@ -151,6 +153,7 @@ class _Work:
         self.host, self.layout, self.module, self.method = host, layout, module, method
         self.quantized, self.original, self.device = quantized, original, device
         self.importance = importance
+        self.only_special: set[int] = set()  # experts that ordinary tokens never reached
         self.layer = self._layer_moment(world)
 
     def _layer_moment(self, world: World) -> tuple[Tensor, int]:
@@ -216,7 +219,10 @@ class _Work:
         for i, (e, w, d) in enumerate(zip(group, weights, decoded, strict=True)):
             token, slot = self.quantized.parked.slots(e)
             used = self.quantized.keep[token]
-            token, slot = token[used], slot[used]
+            if used.any():
+                token, slot = token[used], slot[used]
+            elif len(token):
+                self.only_special.add(e)
             tokens.append(len(token))
             for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):
                 x = self._inputs(self.quantized, e, t, s, projection, d)
