@@ -59,7 +59,8 @@ class Projection:
         columns: int16 or int32 [E, P, span + 1], column at a position, -1 where there is none
             (position 0 and virtual columns).
         scales: float32 like columns, the column's scale, 0 where there is none.
-        context_maps: int32 [groups, 128], first lookup entry of the table of each context.
+        context_maps: int32 [groups, 128], first lookup entry of the table of each context, counted
+            from the group's first, whose number is in the last place (no context reaches it).
         expert_maps: int32 [E], group of an expert.
         expert_limits: int32 [E], code limit L of an expert.
         lut: int16 or int32 [entries + 4096], see `qmoe.kernels.device`.
@@ -315,7 +316,8 @@ def _lookup(groups: Sequence[Tables], wide: bool) -> tuple[NDArray[np.generic], 
             ).ravel()
         )
         table = np.minimum(np.arange(CONTEXTS), t.table_of.size - 1)
-        maps[g] = base + (t.table_of[table].astype(np.int32) << t.limit)
+        maps[g] = t.table_of[table].astype(np.int32) << t.limit
+        maps[g, -1] = base
         base += entries[-1].size
     # a kernel may copy 16 tables of 8 bits at once, whichever group's it starts at
     entries.append(np.zeros(16 << 8, entries[0].dtype))

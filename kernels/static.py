@@ -67,6 +67,7 @@ def kernels(
             "X_BITS": 16,
             "L": 8,
             "S": 1,
+            "W": 1,
             "WIDE": False,
             "NEG": False,
             "ASM": asm,
@@ -84,11 +85,13 @@ def kernels(
                 "X_BITS": 16,
                 "L": 8,
                 "S": 1,
+                "W": 4,
                 "WIDE": False,
                 "NEG": False,
                 "ASM": asm,
+                "ROOM": shared.room(1280, batch, 16),
             }
-            out[f"matvec {batch} shared"] = shared.matvec_shared, loop, constants, warp
+            out[f"matvec {batch} shared"] = shared.matvec_shared, loop, constants, {"num_warps": 4}
     decode = {"L": 8, "S": 1, "WIDE": False, "NEG": False, "ASM": asm}
     out["decode"] = dense.decode_active, _DECODER | {"out": "*bf16", "counts": "*i32"}, decode, warp
     block = {"BLOCK": 256}

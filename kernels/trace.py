@@ -63,7 +63,7 @@ def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) 
         place = pos.clamp(max=p.classes.shape[2] - 1)
         column = p.classes[expert, piece, place].long()
         sums["classes"] += _lines(place, live) + _lines((base + column) * 4, live)
-        table = maps[base + column]
+        table = maps[-1] + maps[base + column]
         low, high = (
             words[at.clamp(max=words.numel() - 33)],
             words[(at + 32).clamp(max=words.numel() - 1)],
@@ -76,7 +76,7 @@ def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) 
             entry = lut[index]
             length = entry >> (6 + value_bits)
             window, used, pos = window >> length, used + length, pos + (entry & 63)
-            sums["banks"] += _banks((index - maps[0]) * entry_bytes, live)
+            sums["banks"] += _banks((index - maps[-1]) * entry_bytes, live)
             sums["table"] += _lines(index * entry_bytes, live)
             sums["inputs"] += _lines(pos * input_bytes, live)
         pos, left = torch.minimum(pos, limit), left - 1
