@@ -86,7 +86,7 @@ def decode_active(
     )  # position of the last real column; parked lanes are beyond it
     total = tl.zeros([32], tl.float32)
     for _ in range(steps):
-        table = latch(lut, classes, context_map, pos, entry_bytes, word_bytes, ASM, False)
+        table = latch(lut, classes, context_map, pos, entry_bytes, word_bytes, L, ASM, False)
         window = window_of(low, high, used)
         for _u in tl.static_range(32 // L):
             advance, value, length = symbol(lut, table, window, entry_bytes, L, WIDE, ASM, False)
@@ -101,6 +101,4 @@ def decode_active(
         if S > 1:
             left -= 1
             pos = tl.where(left > 0, pos, limit)
-        next_word, low, high, used = refill(
-            words, next_word, end, low, high, used, word_bytes, ASM
-        )
+        next_word, low, high, used = refill(words, next_word, end, low, high, used, word_bytes, ASM)

@@ -78,7 +78,7 @@ def symbol(
     """
     index = (window & ((1 << L) - 1)).to(tl.int32)
     if SHARED:
-        e = shared_word(tables, table | index)  # below 4096 for the compiler to see: no masking
+        e = shared_word(tables, table | index)  # below 16 << L for the compiler to see: no masking
     elif WIDE:
         e = gather(table, index, entry_bytes, tl.uint32, ASM)
     else:
@@ -127,7 +127,7 @@ def tables_of(lut, context_maps, expert_maps, e, map_stride):
 @triton.jit
 def latch(
     lut, classes, context_map, pos, entry_bytes, word_bytes,
-    ASM: tl.constexpr, SHARED: tl.constexpr,
+    L: tl.constexpr, ASM: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """The table for the column class at `pos`; context_map already points at the row's class.
 
@@ -136,6 +136,6 @@ def latch(
     column_class = gather(classes, pos, word_bytes >> 2, tl.uint8, ASM).to(tl.int32)
     first = gather(context_map, column_class, word_bytes, tl.int32, ASM)
     if SHARED:
-        return first & 0xF00
+        return first & (15 << L)  # says to the compiler what the host has checked
     else:
         return address(lut, first, entry_bytes, ASM)

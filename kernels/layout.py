@@ -5,7 +5,7 @@ The stored streams are bit-contiguous; a GPU wants the 32 lanes of a warp to rea
 words. So the streams of a matrix are sorted by length within a piece, each 32 of them become a
 *program*, and their words are interleaved: word k of lane l at first + 32 k + l. Sorting keeps the
 lanes of a program in step (equal lengths, equal classes), interleaving makes a program read its
-words nearly in order.
+words nearly in order. Before that, codes of 8 bits are rewritten to 7 (`qmoe.kernels.recode`).
 A stream may also be cut into S segments, each with a lane of its own: small layers need the
 parallelism, at 6 bytes per segment.
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from qmoe.codec import Layout, Tables
 from qmoe.errors import CorruptError
 from qmoe.kernels.packing import cut_streams, interleave
+from qmoe.kernels.recode import shorten
 
 LANES = 32
 NO_ROW = 0xFFFFFF
@@ -176,6 +177,7 @@ def pack_projection(matrices: Sequence[tuple[Tables, Layout]], segments: int = 1
                 f"experts of a projection must have one shape, "
                 f"got {(m.rows, m.cols)} and {(first.rows, first.cols)}"
             )
+    matrices = shorten(matrices)
     groups = list({id(t): t for t, _ in matrices}.values())
     span = max(m.span for _, m in matrices)
     wide = any(int(np.abs(_values(t)).max()) > 31 for t in groups)

@@ -168,7 +168,7 @@ def follow(
     acc6 = nothing
     acc7 = nothing
     for _ in range(steps):
-        table = latch(lut, classes, context_map, pos, entry_bytes, word_bytes, ASM, SHARED)
+        table = latch(lut, classes, context_map, pos, entry_bytes, word_bytes, L, ASM, SHARED)
         window = window_of(low, high, used)
         for _u in tl.static_range(32 // L):
             advance, value, length = symbol(
@@ -209,9 +209,7 @@ def follow(
         if S > 1:
             left -= 1
             pos = tl.where(left > 0, pos, limit)
-        next_word, low, high, used = refill(
-            words, next_word, end, low, high, used, word_bytes, ASM
-        )
+        next_word, low, high, used = refill(words, next_word, end, low, high, used, word_bytes, ASM)
     to = partial + ((g * slots + slot) * B) * rows + row
     scale = nothing + 1.0 / 64
     if not NEG:

@@ -8,9 +8,10 @@ tables of four cache lines each. Shared memory serves any 32 addresses in as man
 fullest of its 32 banks has words. The warps of a program share one copy of the tables and of the
 piece's inputs. The rest of the loop is the same code, and so are its results, bit for bit.
 
-Needs codes of at most 8 bits and 16-bit entries (16 tables are 8 KiB), and a Triton whose shared
-memory can gather. Triton's interpreter does not run Gluon, so this kernel is compiled in the tests
-and checked by `scripts/bench_gpu` only; `follow` is interpreted as part of the plain loop.
+Needs codes of at most 8 bits (usually there are 7, then 16 tables are 4 KiB) and 16-bit entries,
+and a Triton whose shared memory can gather. Triton's interpreter does not run Gluon, so this kernel
+is compiled in the tests and checked by `scripts/bench_gpu` only; `follow` is interpreted as part of
+the plain loop.
 """
 
 import triton
@@ -20,14 +21,14 @@ from triton.experimental.gluon import language as gl
 
 from qmoe.kernels.matvec import active_expert, follow, inputs_of, place, tables_of
 
-LIMIT = 8  # bits of the only codes that fit
+LIMIT = 8  # bits of the longest codes that fit
 SUPPORTED = hasattr(gl.shared_memory_descriptor, "gather") and hasattr(gl, "barrier")
 MAX_ROOM = 4096  # inputs; a piece of 1024 columns needs 1280
 
 
 def fits(limit: int, wide: bool) -> bool:
     """Whether this kernel runs codes of `limit` bits with 16 or 32-bit (`wide`) entries."""
-    return SUPPORTED and limit == LIMIT and not wide
+    return SUPPORTED and limit <= LIMIT and not wide
 
 
 def room(width: int, batch: int, bits: int) -> int:
@@ -47,7 +48,7 @@ def matvec_shared(
     B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
     WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """`matvec` for L = 8 and 16-bit entries; the same arguments and grid, and ROOM from `room`."""
+    """`matvec` for L <= LIMIT and 16-bit entries; the same arguments and grid, ROOM from `room`."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
     copy: gl.constexpr = gl.BlockedLayout([8], [32], [W], [0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -55,8 +56,8 @@ def matvec_shared(
     if e < 0:
         return
     start = tables_of(lut, context_maps, expert_maps, e, map_stride)
-    tables = gl.allocate_shared_memory(gl.int16, [4096], flat)
-    tables.store(gl.load(start + gl.arange(0, 4096, layout=copy)))
+    tables = gl.allocate_shared_memory(gl.int16, [16 << L], flat)
+    tables.store(gl.load(start + gl.arange(0, 16 << L, layout=copy)))
     inputs = tables
     if ROOM > 0:
         slot, slots, _tile = place(tiles, W, S)
