@@ -32,7 +32,7 @@ class Plan:
         shared: lookup tables and one token's inputs in shared memory, where the codes and this
             Triton allow it (`qmoe.kernels.shared.fits`); the plain loop otherwise. Both give the
             same bits.
-        warps: warps of a matvec program; they share what is in shared memory.
+        warps: warps of a matvec program, a power of two; they share what is in shared memory.
     """
 
     segment: int = 384

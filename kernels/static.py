@@ -14,11 +14,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from qmoe.codec import encode_group, parse_matrix, parse_tables
+from qmoe.codec import encode_group
 from qmoe.kernels import dense, grouped, groups, matvec, shared
-from qmoe.kernels.layout import Projection, pack_projection
 from qmoe.kernels.plan import PLANS
-from qmoe.kernels.sample import sample_matrix
+from qmoe.kernels.sample import packed, sample_matrix
 from qmoe.kernels.sass import Compiled, compile_for
 from qmoe.kernels.trace import LINE, Touched, mean, trace
 from qmoe.types import QuantizedMatrix
@@ -149,15 +148,6 @@ def kernels(
     )
     out["zero"] = dense.zero_active, {"out": "*bf16", "counts": "*i32"}, {"BLOCK": 2048}, {}
     return out
-
-
-def packed(matrices: Sequence[QuantizedMatrix], segments: int = 1) -> Projection:
-    """A projection from quantized matrices, by way of the codec."""
-    group = encode_group(matrices)
-    tables = parse_tables(group.tables)
-    return pack_projection(
-        [(tables, parse_matrix(tables, blob)) for blob in group.matrices], segments
-    )
 
 
 def estimate(
