@@ -14,7 +14,7 @@ row.
 import triton
 import triton.language as tl
 
-from qmoe.kernels.device import latch, refill, symbol, window_of
+from qmoe.kernels.device import latch, refill, symbol, tables_of, window_of
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def zero_active(out, counts, first, experts, size, BLOCK: tl.constexpr):
 def decode_active(
     words, records, lanes, starts, classes, context_maps, expert_maps, expert_limits, lut,
     row_scale, row_scale_neg, out, counts, first, experts, rows, stored, depth, tiles, entry_bytes,
-    map_stride,
+    word_bytes, map_stride,
     L: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One warp: 32 segments of one piece of expert first + slot, if it has tokens; grid (NP,
@@ -64,6 +64,7 @@ def decode_active(
     piece = program // tiles // S
     pieces = tl.num_programs(0) // tiles // S
     context_map = context_maps + tl.load(expert_maps + e) * map_stride + (info >> 24)
+    lut = tables_of(lut, context_maps, expert_maps, e, map_stride)
     classes += (e.to(tl.int64) * pieces + piece) * stored
     out += ((tl.program_id(1).to(tl.int64) * rows + row) * pieces + piece) * depth - 1
     low = tl.load(words + next_word)
@@ -85,7 +86,7 @@ def decode_active(
     )  # position of the last real column; parked lanes are beyond it
     total = tl.zeros([32], tl.float32)
     for _ in range(steps):
-        table = latch(lut, classes, context_map, pos, entry_bytes, ASM, False)
+        table = latch(lut, classes, context_map, pos, entry_bytes, word_bytes, L, ASM, False)
         window = window_of(low, high, used)
         for _u in tl.static_range(32 // L):
             advance, value, length = symbol(lut, table, window, entry_bytes, L, WIDE, ASM, False)
@@ -100,4 +101,4 @@ def decode_active(
         if S > 1:
             left -= 1
             pos = tl.where(left > 0, pos, limit)
-        next_word, low, high, used = refill(words, next_word, end, low, high, used)
+        next_word, low, high, used = refill(words, next_word, end, low, high, used, word_bytes, ASM)

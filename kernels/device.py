@@ -59,6 +59,14 @@ def gather(base, index, stride, TYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def shared_word(memory, index):
+    """Element `index` of an int16 array in shared memory as uint32; the hardware address is taken
+    modulo the array's size, a power of two.
+    """
+    return memory.gather(index, axis=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
 def symbol(
     tables, table, window, entry_bytes,
     L: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr, SHARED: tl.constexpr,
@@ -70,7 +78,7 @@ def symbol(
     """
     index = (window & ((1 << L) - 1)).to(tl.int32)
     if SHARED:
-        e = tables.gather(table + index, axis=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+        e = shared_word(tables, table | index)  # below 16 << L for the compiler to see: no masking
     elif WIDE:
         e = gather(table, index, entry_bytes, tl.uint32, ASM)
     else:
@@ -95,24 +103,39 @@ def window_of(low, high, used):
 
 
 @triton.jit
-def refill(words, next_word, end, low, high, used):
-    """Steps to the next word when 32 bits are used. Returns (next_word, low, high, used)."""
-    step = used & 32
-    need = step != 0
+def refill(words, next_word, end, low, high, used, word_bytes, ASM: tl.constexpr):
+    """Steps to the next word when 32 bits are used (`used` is at most 63). Returns (next_word, low,
+    high, used).
+    """
+    need = used > 31
     low = tl.where(need, high, low)
-    high = tl.load(words + next_word, mask=need & (next_word < end), other=high)
-    return next_word + step, low, high, used & 31
+    if ASM:
+        at = address(words, next_word, word_bytes, ASM).to(tl.pointer_type(tl.int32))
+    else:
+        at = words + next_word
+    high = tl.load(at, mask=need & (next_word < end), other=high)
+    return next_word + (used & 32), low, high, used & 31
 
 
 @triton.jit
-def latch(lut, classes, context_map, pos, entry_bytes, ASM: tl.constexpr, SHARED: tl.constexpr):
+def tables_of(lut, context_maps, expert_maps, e, map_stride):
+    """Pointer to the first lookup entry of expert e's group."""
+    start = tl.load(context_maps + (tl.load(expert_maps + e) + 1) * map_stride - 1)
+    return lut + tl.multiple_of(start, 256)
+
+
+@triton.jit
+def latch(
+    lut, classes, context_map, pos, entry_bytes, word_bytes,
+    L: tl.constexpr, ASM: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
     """The table for the column class at `pos`; context_map already points at the row's class.
 
-    Its address, or if SHARED its first entry counted from where `lut` (an integer then) starts.
+    Its address, or if SHARED its first entry among those of its group.
     """
-    column_class = tl.load(classes + pos).to(tl.int32)
-    first = tl.load(context_map + column_class)
+    column_class = gather(classes, pos, word_bytes >> 2, tl.uint8, ASM).to(tl.int32)
+    first = gather(context_map, column_class, word_bytes, tl.int32, ASM)
     if SHARED:
-        return first - lut
+        return first & (15 << L)  # says to the compiler what the host has checked
     else:
         return address(lut, first, entry_bytes, ASM)

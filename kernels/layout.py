@@ -5,7 +5,7 @@ The stored streams are bit-contiguous; a GPU wants the 32 lanes of a warp to rea
 words. So the streams of a matrix are sorted by length within a piece, each 32 of them become a
 *program*, and their words are interleaved: word k of lane l at first + 32 k + l. Sorting keeps the
 lanes of a program in step (equal lengths, equal classes), interleaving makes a program read its
-words nearly in order.
+words nearly in order. Before that, codes of 8 bits are rewritten to 7 (`qmoe.kernels.recode`).
 A stream may also be cut into S segments, each with a lane of its own: small layers need the
 parallelism, at 6 bytes per segment.
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from qmoe.codec import Layout, Tables
 from qmoe.errors import CorruptError
 from qmoe.kernels.packing import cut_streams, interleave
+from qmoe.kernels.recode import shorten
 
 LANES = 32
 NO_ROW = 0xFFFFFF
@@ -59,7 +60,8 @@ class Projection:
         columns: int16 or int32 [E, P, span + 1], column at a position, -1 where there is none
             (position 0 and virtual columns).
         scales: float32 like columns, the column's scale, 0 where there is none.
-        context_maps: int32 [groups, 128], first lookup entry of the table of each context.
+        context_maps: int32 [groups, 128], first lookup entry of the table of each context, counted
+            from the group's first, whose number is in the last place (no context reaches it).
         expert_maps: int32 [E], group of an expert.
         expert_limits: int32 [E], code limit L of an expert.
         lut: int16 or int32 [entries + 4096], see `qmoe.kernels.device`.
@@ -175,6 +177,7 @@ def pack_projection(matrices: Sequence[tuple[Tables, Layout]], segments: int = 1
                 f"experts of a projection must have one shape, "
                 f"got {(m.rows, m.cols)} and {(first.rows, first.cols)}"
             )
+    matrices = shorten(matrices)
     groups = list({id(t): t for t, _ in matrices}.values())
     span = max(m.span for _, m in matrices)
     wide = any(int(np.abs(_values(t)).max()) > 31 for t in groups)
@@ -315,7 +318,8 @@ def _lookup(groups: Sequence[Tables], wide: bool) -> tuple[NDArray[np.generic], 
             ).ravel()
         )
         table = np.minimum(np.arange(CONTEXTS), t.table_of.size - 1)
-        maps[g] = base + (t.table_of[table].astype(np.int32) << t.limit)
+        maps[g] = t.table_of[table].astype(np.int32) << t.limit
+        maps[g, -1] = base
         base += entries[-1].size
     # a kernel may copy 16 tables of 8 bits at once, whichever group's it starts at
     entries.append(np.zeros(16 << 8, entries[0].dtype))

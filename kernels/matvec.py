@@ -27,7 +27,15 @@ Launchers and twins are in `qmoe.kernels.project`.
 import triton
 import triton.language as tl
 
-from qmoe.kernels.device import gather, latch, refill, symbol, window_of
+from qmoe.kernels.device import (
+    gather,
+    latch,
+    refill,
+    shared_word,
+    symbol,
+    tables_of,
+    window_of,
+)
 
 
 @triton.jit
@@ -69,52 +77,86 @@ def half(word, index: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def active_expert(group_expert, expert_limits, experts, L: tl.constexpr):
+    """The expert of this program's group, -1 if there is none or its codes are not of L bits."""
+    e = tl.load(group_expert + tl.program_id(1))
+    valid = (e >= 0) & (e < experts)
+    limit = tl.load(expert_limits + tl.where(valid, e, 0))
+    return tl.where(valid & (limit == L), e, -1)
+
+
+@triton.jit
+def place(tiles, W: tl.constexpr, S: tl.constexpr):
+    """What this program works on: (slot = piece * S + segment, number of slots, first tile).
+
+    A program takes W neighbouring tiles of 32 segments, one for each of its warps.
+    """
+    per_slot = (tiles + W - 1) // W
+    program = tl.program_id(0)
+    return program // per_slot, tl.num_programs(0) // per_slot, program % per_slot * W
+
+
+@triton.jit
+def inputs_of(xs, slot, slots, width, B: tl.constexpr, S: tl.constexpr):
+    """The inputs of this program's group and piece: pointer to [width, B]."""
+    g = tl.program_id(1).to(tl.int64)
+    return xs + tl.multiple_of((g * (slots // S) + slot // S) * width * B, 8)
+
+
+@triton.jit
 def follow(
-    lane, zero, nothing, e, lut, tables,
+    lane, zero, nothing, e, lut, tables, inputs,
     words, records, lanes, starts, classes, context_maps, expert_maps,
     row_scale, row_scale_neg, xs, partial,
-    rows, stored, width, tiles, entry_bytes, x_bytes, map_stride,
-    B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr,
-    WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr, SHARED: tl.constexpr,
+    rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes, map_stride,
+    B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
+    WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr,
+    SHARED: tl.constexpr, SHARED_X: tl.constexpr,
 ):  # fmt: skip
     """The work of one program of `matvec`: expert e, already checked.
 
-    `lane`, `zero` and `nothing` are 0..31, integer and float zeros [32]: made by the caller, since
-    Gluon gives tensors a layout. `tables` holds the lookup tables if SHARED, and `lut` is then the
-    number of its first entry.
+    `lane`, `zero` and `nothing` are 0..32 * W - 1, integer and float zeros [32 * W]: made by the
+    caller, since Gluon gives tensors a layout. `tables` holds the lookup tables if SHARED, `inputs`
+    the inputs of the piece if SHARED_X (one bf16 each), in shared memory.
     """
-    program = tl.program_id(0)
+    slot, slots, tile0 = place(tiles, W, S)
+    piece = slot // S
     g = tl.program_id(1).to(tl.int64)
-    at = e.to(tl.int64) * tl.num_programs(0) + program
+    base = (e.to(tl.int64) * slots + slot) * tiles
+    tile = tile0 + lane // 32
+    here = tile < tiles  # a warp behind the last tile repeats it and stores nothing
+    at = base + tl.minimum(tile, tiles - 1)
     first = tl.load(records + at * 4)
     end = tl.load(records + at * 4 + 1)
-    steps = tl.load(records + at * 4 + 2)
-    limit = tl.load(records + at * 4 + 3)
-    info = tl.load(lanes + at * 32 + lane)
+    limit = tl.load(records + (base + tile0) * 4 + 3)  # the matrix's, equal in all its records
+    steps = tl.load(records + (base + tile0) * 4 + 2)
+    for k in tl.static_range(1, W):
+        other = base + tl.minimum(tile0 + k, tiles - 1)
+        steps = tl.maximum(steps, tl.load(records + other * 4 + 2))
+    info = tl.load(lanes + at * 32 + lane % 32)
     row = info & 0xFFFFFF
-    slot = program // tiles  # piece * S + segment
-    piece = slot // S
-    slots = tl.num_programs(0) // tiles
     context_map = context_maps + tl.load(expert_maps + e) * map_stride + (info >> 24)
+    if not SHARED:
+        lut = tables_of(lut, context_maps, expert_maps, e, map_stride)
     classes += (e.to(tl.int64) * (slots // S) + piece) * stored
     PER: tl.constexpr = 64 // X_BITS if B * X_BITS > 64 else B  # inputs per load
     LOADS: tl.constexpr = B // PER
     WORD: tl.constexpr = (
         tl.uint64 if PER * X_BITS == 64 else (tl.uint32 if PER * X_BITS == 32 else tl.uint16)
     )
-    xs += (g * (slots // S) + piece) * width * B
-    inside = row < rows
+    xs = inputs_of(xs, slot, slots, width, B, S)
+    inside = here & (row < rows)
     if NEG:
         positive = tl.load(row_scale + e.to(tl.int64) * rows + row, mask=inside, other=0.0)
         negative = tl.load(row_scale_neg + e.to(tl.int64) * rows + row, mask=inside, other=0.0)
-    next_word = first + lane
+    next_word = first + lane % 32
     low = tl.load(words + next_word)
     high = tl.load(words + next_word + 32)
     next_word += 64
     used = zero
     pos = zero
     if S > 1:
-        start = tl.load(starts + at * 32 + lane)
+        start = tl.load(starts + at * 32 + lane % 32)
         pos = start & 0xFFFF
         left = start >> 16
     acc0 = nothing
@@ -126,7 +168,7 @@ def follow(
     acc6 = nothing
     acc7 = nothing
     for _ in range(steps):
-        table = latch(lut, classes, context_map, pos, entry_bytes, ASM, SHARED)
+        table = latch(lut, classes, context_map, pos, entry_bytes, word_bytes, L, ASM, SHARED)
         window = window_of(low, high, used)
         for _u in tl.static_range(32 // L):
             advance, value, length = symbol(
@@ -138,7 +180,10 @@ def follow(
             if NEG:
                 value = value * tl.where(value < 0, negative, positive)
             for j in tl.static_range(LOADS):
-                w = gather(xs, pos * LOADS + j, x_bytes, WORD, ASM)
+                if SHARED_X:
+                    w = shared_word(inputs, pos)
+                else:
+                    w = gather(xs, pos * LOADS + j, x_bytes, WORD, ASM)
                 if j == 0:
                     acc0 += value * half(w, 0, X_BITS)
                     if PER > 1:
@@ -164,7 +209,7 @@ def follow(
         if S > 1:
             left -= 1
             pos = tl.where(left > 0, pos, limit)
-        next_word, low, high, used = refill(words, next_word, end, low, high, used)
+        next_word, low, high, used = refill(words, next_word, end, low, high, used, word_bytes, ASM)
     to = partial + ((g * slots + slot) * B) * rows + row
     scale = nothing + 1.0 / 64
     if not NEG:
@@ -187,26 +232,27 @@ def matvec(
     words, records, lanes, starts, classes, context_maps, expert_maps, expert_limits, lut,
     row_scale, row_scale_neg,
     xs, group_expert, partial,
-    experts, rows, stored, width, tiles, entry_bytes, x_bytes, map_stride,
-    B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr,
+    experts, rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes, map_stride,
+    B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
     WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One warp: 32 segments of one piece of one expert against B inputs; grid (NP, groups).
+    """W warps: 32 * W segments of one piece of one expert against B inputs; grid (P * S *
+    ceil(tiles / W), groups).
 
-    `entry_bytes` and `x_bytes` are the sizes of a lookup entry and of one x load, passed at run
-    time (see `device.address`).
+    `entry_bytes`, `x_bytes` and `word_bytes` = 4 are the sizes of a lookup entry, of one x load and
+    of an int32, passed at run time (see `device.address`).
     """
-    e = tl.load(group_expert + tl.program_id(1))
-    if (e < 0) | (e >= experts):
+    e = active_expert(group_expert, expert_limits, experts, L)
+    if e < 0:
         return
-    if tl.load(expert_limits + e) != L:
-        return
+    lanes_here: tl.constexpr = 32 * W
     follow(
-        tl.arange(0, 32), tl.zeros([32], tl.int32), tl.zeros([32], tl.float32), e, lut, lut,
+        tl.arange(0, lanes_here), tl.zeros([lanes_here], tl.int32),
+        tl.zeros([lanes_here], tl.float32), e, lut, lut, xs,
         words, records, lanes, starts, classes, context_maps, expert_maps,
         row_scale, row_scale_neg, xs, partial,
-        rows, stored, width, tiles, entry_bytes, x_bytes, map_stride,
-        B, X_BITS, L, S, WIDE, NEG, ASM, False,
+        rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes, map_stride,
+        B, X_BITS, L, S, W, WIDE, NEG, ASM, False, False,
     )  # fmt: skip
 
 

@@ -29,8 +29,10 @@ class Plan:
         dot_warps, dot_stages: warps and pipeline stages of the grouped product.
         scratch_bytes: decoded experts that are held at a time for the grouped product.
         asm: inline PTX for address arithmetic.
-        shared: lookup tables in shared memory where the kernel supports it (`qmoe.kernels.shared`);
-            off until a GPU has confirmed that it is right and faster.
+        shared: lookup tables and one token's inputs in shared memory, where the codes and this
+            Triton allow it (`qmoe.kernels.shared.fits`); the plain loop otherwise. Both give the
+            same bits.
+        warps: warps of a matvec program, a power of two; they share what is in shared memory.
     """
 
     segment: int = 384
@@ -44,7 +46,8 @@ class Plan:
     dot_stages: int = 3
     scratch_bytes: int = 64 << 20
     asm: bool = True
-    shared: bool = False
+    shared: bool = True
+    warps: int = 4
 
 
 BATCHES = (1, 2, 4, 8)
@@ -54,7 +57,7 @@ PLANS = {
     90: Plan(),
     100: Plan(fill=148 * 8 * 32, scratch_bytes=96 << 20),
 }
-PORTABLE = Plan(asm=False)  # the interpreter and AMD
+PORTABLE = Plan(asm=False, shared=False, warps=1)  # the interpreter and AMD
 
 
 def plan_for(capability: int) -> Plan:

@@ -43,7 +43,7 @@ def decode_torch(p: Projection, expert: int) -> Tensor:
     place, value_bits, bias = row.clamp(max=p.rows), 8 if p.wide else 6, 128 if p.wide else 32
     for step in range(int(steps.max())):
         classes = p.classes[expert, piece, pos.clamp(max=stored - 1)].long()
-        table = context_map[base + classes]
+        table = context_map[-1] + context_map[base + classes]
         low = torch.where(at < end, words[at.clamp(max=words.numel() - 33)], 0)
         high = torch.where(at + 32 < end, words[(at + 32).clamp(max=words.numel() - 1)], 0)
         window = low >> used | (high << (32 - used)) & 0xFFFFFFFF
@@ -157,15 +157,17 @@ def partial_sums(p: Projection, xs: Tensor, expert: Tensor, plan: Plan) -> Tenso
     )
     negative = p.row_scale if p.row_scale_neg is None else p.row_scale_neg
     for limit in p.limits:
-        kernel = matvec.matvec
-        if plan.shared and limit == shared.LIMIT and not p.wide:
-            kernel = shared.matvec_shared
-        kernel[(p.programs, count)](
+        kernel, extra = matvec.matvec, {}
+        if plan.shared and shared.fits(limit, p.wide):
+            kernel, extra = shared.matvec_shared, {"ROOM": shared.room(p.width, batch, bits)}
+        slots = p.pieces * p.segments
+        kernel[(slots * triton.cdiv(p.tiles, plan.warps), count)](
             *decoder_args(p), p.row_scale, negative, xs, expert, partial,
-            p.experts, p.rows, p.columns.shape[2], p.width, p.tiles, 4 if p.wide else 2, min(8,
-            batch * bits // 8), p.context_maps.shape[1],
-            B=batch, X_BITS=bits, L=limit, S=p.segments, WIDE=p.wide,
-            NEG=p.row_scale_neg is not None, ASM=plan.asm, **ONE_WARP,
+            p.experts, p.rows, p.columns.shape[2], p.width, p.tiles, 4 if p.wide else 2,
+            min(8, batch * bits // 8), 4, p.context_maps.shape[1],
+            B=batch, X_BITS=bits, L=limit, S=p.segments, W=plan.warps, WIDE=p.wide,
+            NEG=p.row_scale_neg is not None, ASM=plan.asm, **extra,
+            num_warps=plan.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return partial
 
@@ -223,7 +225,7 @@ def decode_experts(
         dense.decode_active[(p.programs, slots)](
             *decoder_args(p), p.row_scale, negative, out, counts, first, p.experts, p.rows,
             p.columns.shape[2], depth, p.tiles,
-            4 if p.wide else 2, p.context_maps.shape[1],
+            4 if p.wide else 2, 4, p.context_maps.shape[1],
             L=limit, S=p.segments, WIDE=p.wide, NEG=ratio and p.row_scale_neg is not None,
             ASM=plan.asm, **ONE_WARP,
         )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Matrices with the class mix of a real quantized expert, for realistic streams without a model.
+"""Matrices to measure and to test kernels with: of the class mix of a real quantized expert, and of
+any size of integers.
 
 Gaussian weights on steps that spread over columns and rows as the rate-distortion quantizer spreads
 them: many columns of zeros, few heavy ones. At 0.8 bit the stand-in agrees with experts of the
@@ -6,8 +7,12 @@ example model in zeros (0.80), largest integer (14), coded columns (2 of 3), sym
 (0.25) and the cache lines that the loop touches (docs/log-kernels.md).
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from qmoe.codec import Layout, Tables, encode_group, parse_matrix, parse_tables
+from qmoe.kernels.layout import Projection, pack_projection
 from qmoe.types import QuantizedMatrix
 
 SPREAD_COLS, SPREAD_ROWS = 1.6, 0.25  # standard deviations of the log energy
@@ -25,3 +30,33 @@ def sample_matrix(rows: int, cols: int, bits: float = 0.8, seed: int = 0) -> Qua
     row_scale = (torch.randn(rows, generator=g) * 5).round() * 4 - 300
     col_scale = (spread[0].log2() * -4).round() * 16
     return QuantizedMatrix(codes.to(torch.int8), row_scale.short(), col_scale.short())
+
+
+def rough_matrix(
+    rows: int, cols: int, size: float = 0.4, negative: bool = False, seed: int = 0
+) -> QuantizedMatrix:
+    """Random codes of log-normal column energies around `size`; `negative` makes an asymmetric
+    ternary grid.
+    """
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randn(rows, cols, generator=g) * torch.randn(1, cols, generator=g).exp() * size
+    codes = codes.round().clamp(-1 if negative else -127, 1 if negative else 127).to(torch.int8)
+    scale = torch.randint(-320, -250, (2, rows), generator=g).short()
+    col = (torch.randint(-6, 6, (cols,), generator=g) * 16).short()
+    return QuantizedMatrix(codes, scale[0], col, scale[1] if negative else None)
+
+
+def parsed(
+    matrices: Sequence[QuantizedMatrix], limit: int | None = None
+) -> list[tuple[Tables, Layout]]:
+    """The matrices as one group, encoded with codes of at most `limit` bits and parsed again."""
+    group = encode_group(matrices, limit)
+    tables = parse_tables(group.tables)
+    return [(tables, parse_matrix(tables, blob)) for blob in group.matrices]
+
+
+def packed(
+    matrices: Sequence[QuantizedMatrix], segments: int = 1, limit: int | None = None
+) -> Projection:
+    """A projection from quantized matrices, by way of the codec."""
+    return pack_projection(parsed(matrices, limit), segments)

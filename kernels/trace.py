@@ -1,11 +1,12 @@
 """What the lanes of a warp touch, step by step: the batch-1 loop of `qmoe.kernels.matvec` followed
 in torch, to count cache lines.
 
-A load of a warp costs the L1 cache about a cycle per distinct line of 128 bytes; this counts them
-on real streams.
+A load of a warp costs the L1 cache about a cycle per distinct line of 128 bytes, and shared memory
+a cycle per distinct word in the fullest of its 32 banks; this counts them on real streams.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -20,33 +21,59 @@ class Touched:
     """Means over the steps of a warp (one step = one symbol of each lane).
 
     Attributes:
-        banks: cycles of the lookup if the tables are in shared memory (the fullest of 32 banks).
+        table_banks, input_banks: cycles of the lookup and of x if they are in shared memory.
         table, inputs, words, classes: distinct lines per step of the lookup, of x, of refills, and
             of class and context map loads.
+        steps: symbols that a warp steps through.
         steps_per_weight: symbols stepped per coded weight, counting lanes that wait for others.
         symbols_per_weight: the same without waiting.
     """
 
-    banks: float
+    table_banks: float
+    input_banks: float
     table: float
     inputs: float
     words: float
     classes: float
+    steps: float
     steps_per_weight: float
     symbols_per_weight: float
 
-    def cycles(self, shared: bool = False) -> float:
-        """L1 cycles per step, with the tables in global or in shared memory."""
-        return (self.banks if shared else self.table) + self.inputs + self.words + self.classes
+    def cycles(self, tables: bool = False, inputs: bool = False) -> float:
+        """L1 cycles per step, with tables or inputs in shared memory or in the cache."""
+        table, x = (self.table_banks, self.table), (self.input_banks, self.inputs)
+        return table[not tables] + x[not inputs] + self.words + self.classes
 
 
-def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) -> Touched:
-    """Follows up to `programs` evenly spaced programs of an expert."""
+def mean(parts: Sequence[Touched]) -> Touched:
+    """Of several experts of one shape, weighted by their steps."""
+    weight = [t.steps_per_weight for t in parts]
+
+    def of(name: str) -> float:
+        shares = [1.0] * len(parts) if "steps" in name or "symbols" in name else weight
+        return sum(getattr(t, name) * w for t, w in zip(parts, shares, strict=True)) / sum(shares)
+
+    return Touched(**{f.name: of(f.name) for f in fields(Touched)})
+
+
+def trace(
+    p: Projection, expert: int, programs: int = 64, input_bytes: int = 2, warps: int = 1
+) -> Touched:
+    """Follows up to `programs` evenly spaced warps of an expert; `warps` neighbours are a program
+    and wait for each other.
+    """
     chosen = torch.linspace(0, p.programs - 1, min(programs, p.programs)).long()
     lanes = p.lanes[expert, chosen].long()
     row, base = lanes & NO_ROW, lanes >> 24
     first, _, steps, limit = p.records[expert, chosen].long()[:, :, None].unbind(1)
     piece = (chosen // p.tiles // p.segments)[:, None]
+    if warps > 1:
+        first_tile = chosen - chosen % p.tiles % warps
+        mates = [
+            torch.minimum(first_tile + k, chosen - chosen % p.tiles + p.tiles - 1)
+            for k in range(warps)
+        ]
+        steps = p.records[expert, torch.stack(mates), 2].long().amax(0)[:, None]
     at = first + torch.arange(32)
     words, lut = p.words.long() & 0xFFFFFFFF, p.lut.long() & (0xFFFFFFFF if p.wide else 0xFFFF)
     maps, bits = p.context_maps[p.expert_maps[expert]].long(), int(p.expert_limits[expert])
@@ -56,14 +83,14 @@ def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) 
     if p.segments > 1:
         pos, left = p.starts[expert, chosen].long() & 0xFFFF, p.starts[expert, chosen].long() >> 16
     used = torch.zeros_like(pos)
-    sums = dict.fromkeys(("banks", "table", "inputs", "words", "classes"), 0.0)
+    sums = dict.fromkeys((f.name for f in fields(Touched)[:6]), 0.0)
     running = useful = 0
     for step in range(int(steps.max())):
         live = (step < steps).expand_as(pos)
         place = pos.clamp(max=p.classes.shape[2] - 1)
         column = p.classes[expert, piece, place].long()
         sums["classes"] += _lines(place, live) + _lines((base + column) * 4, live)
-        table = maps[base + column]
+        table = maps[-1] + maps[base + column]
         low, high = (
             words[at.clamp(max=words.numel() - 33)],
             words[(at + 32).clamp(max=words.numel() - 1)],
@@ -76,7 +103,8 @@ def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) 
             entry = lut[index]
             length = entry >> (6 + value_bits)
             window, used, pos = window >> length, used + length, pos + (entry & 63)
-            sums["banks"] += _banks((index - maps[0]) * entry_bytes, live)
+            sums["table_banks"] += _banks((index - maps[-1]) * entry_bytes, live)
+            sums["input_banks"] += _banks(pos * input_bytes, live)
             sums["table"] += _lines(index * entry_bytes, live)
             sums["inputs"] += _lines(pos * input_bytes, live)
         pos, left = torch.minimum(pos, limit), left - 1
@@ -95,6 +123,7 @@ def trace(p: Projection, expert: int, programs: int = 64, input_bytes: int = 2) 
     count = running / 32
     return Touched(
         **{name: s / count for name, s in sums.items()},
+        steps=count / len(chosen),
         steps_per_weight=running / share,
         symbols_per_weight=useful / share,
     )

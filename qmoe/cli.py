@@ -343,14 +343,20 @@ def bench() -> None:
 
 @bench.command(name="kernels")
 @click.option("--static", is_flag=True, help="Compile for five targets and count; needs no GPU.")
+@click.option(
+    "--experts",
+    type=click.Path(path_type=Path),
+    help="Take the experts of a compressed checkpoint as a model.",
+)
 @_json
-def bench_kernels(static: bool, as_json: bool) -> None:
+def bench_kernels(static: bool, experts: Path | None, as_json: bool) -> None:
     """Registers, spills and instructions per weight of every kernel, with a model of the H200."""
     if not static:
         raise QmoeError("timings need a GPU: run scripts/bench_gpu there; here pass --static")
+    from qmoe.inspect import typical_experts
     from qmoe.kernels.static import run
 
-    run(as_json)
+    run(as_json, None if experts is None else typical_experts(experts))
 
 
 @bench.command(name="codec")

@@ -125,22 +125,21 @@ class EncodedExperts(nn.Module):
         self, streams: ExpertStream, expert: int, projection: int
     ) -> tuple[codec.Tables, codec.Layout]:
         """Tables and side data of one matrix, from the cache where that is allowed."""
-        tables_key = (self.layout.path, "tables", streams.tables_at(expert, projection))
-        matrix_key = (self.layout.path, expert, projection)
-
-        def make_tables() -> codec.Tables:
-            return streams.tables(expert, projection)
-
         if self.offloaded:
-            tables = make_tables()
+            tables = streams.tables(expert, projection)
             return tables, streams.matrix(expert, projection, tables)
-        tables = self.caches.parsed.get(tables_key, make_tables, lambda _: 1 << 16)
-        matrix = self.caches.parsed.get(
-            matrix_key,
-            lambda: streams.matrix(expert, projection, tables),
-            _side_bytes,
-        )
-        return tables, matrix
+
+        def make() -> tuple[codec.Tables, codec.Layout]:
+            tables: codec.Tables = self.caches.parsed.get(
+                (self.layout.path, "tables", streams.tables_at(expert, projection)),
+                lambda: streams.tables(expert, projection),
+                lambda _: 1 << 16,
+            )
+            return tables, streams.matrix(expert, projection, tables)
+
+        key = (self.layout.path, expert, projection)
+        found: tuple[codec.Tables, codec.Layout] = self.caches.parsed.get(key, make, _side_bytes)
+        return found
 
     def linear(self, streams: ExpertStream, expert: int, name: str, x: Tensor) -> Tensor:
         """``x @ W.T`` for one encoded matrix.
@@ -206,12 +205,29 @@ def run_on_cpu(
         linear = partial(module.linear, streams, expert)
         return module.kind.ffn(module.host, linear, biases, x, None)
 
+    if len(hidden) == 1 and (chosen := _distinct(index[0].tolist(), module.num_experts)):
+        total: Tensor | None = None
+        for expert, slot in chosen:
+            y = one(expert, hidden)
+            if weights is not None:
+                y = y * weights[:, slot, None]
+            total = y.float() if total is None else total + y.float()
+        assert total is not None
+        return total.to(hidden.dtype)
     routed = Routed(hidden, index, weights, (len(hidden),))
     return routed.run(module.num_experts, one)
 
 
-def _side_bytes(matrix: codec.Layout) -> int:
-    return sum(v.nbytes for v in vars(matrix).values() if isinstance(v, Tensor))
+def _distinct(experts: list[int], count: int) -> list[tuple[int, int]]:
+    """(expert, slot) of one token in the order of `Routed.run`, without its sorting of tensors;
+    empty if none is in 0..count - 1, or one is chosen twice.
+    """
+    chosen = sorted((e, slot) for slot, e in enumerate(experts) if 0 <= e < count)
+    return chosen if len({e for e, _ in chosen}) == len(chosen) else []
+
+
+def _side_bytes(parsed: tuple[codec.Tables, codec.Layout]) -> int:
+    return sum(v.nbytes for v in vars(parsed[1]).values() if isinstance(v, Tensor))
 
 
 def _forget(module: nn.Module, _: Any) -> None:

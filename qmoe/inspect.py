@@ -1,5 +1,5 @@
-"""``qmoe inspect``: sizes, bits and coverage of a compressed checkpoint. No weights are decoded
-and no file is hashed.
+"""``qmoe inspect``: sizes, bits and coverage of a compressed checkpoint. `inspect` decodes no
+weights and hashes no file.
 
 Bits per weight count everything that is stored for the experts: streams with their tables, scales,
 classes and padding, the offsets, and the entries of both in the headers of their files.
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from qmoe import codec
 from qmoe.container import INDEX
 from qmoe.manifest import MANIFEST
 from qmoe.reader import Container
+from qmoe.types import QuantizedMatrix
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,24 @@ def rows(container: Container) -> list[Row]:
                     notes=sum(bool(note) for note in report["notes"] or ()),
                 )
             )
+    return out
+
+
+def typical_experts(directory: str | os.PathLike[str]) -> list[QuantizedMatrix]:
+    """The integers of one projection of one layer, all experts: of the projection whose stored bits
+    are nearest to the whole checkpoint's. Decodes these, nothing else.
+    """
+    container = Container.open(directory)
+    found = rows(container)
+    mean = sum(r.bits * r.weights for r in found) / sum(r.weights for r in found)
+    row = min(found, key=lambda r: abs(r.bits - mean))
+    streams = container.experts(row.module)
+    names = [p.name for p in streams.layout.projections]
+    j = names.index(row.projection)
+    out = []
+    for e in range(streams.layout.experts):
+        tables = streams.tables(e, j)
+        out.append(codec.decode_codes(tables, streams.matrix(e, j, tables)))
     return out
 
 

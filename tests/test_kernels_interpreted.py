@@ -12,10 +12,9 @@ import sys
 import pytest
 import torch
 
-from qmoe.codec import encode_group, parse_matrix, parse_tables
 from qmoe.kernels import bench, groups, ops, plan, project
-from qmoe.kernels.layout import pack_projection
-from qmoe.types import QuantizedMatrix
+from qmoe.kernels.sample import packed
+from qmoe.kernels.sample import rough_matrix as matrix
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
@@ -31,23 +30,6 @@ def test_in_the_interpreter():
         text=True, cwd=os.getcwd(),
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-
-
-def matrix(rows, cols, size=0.4, negative=False, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    codes = torch.randn(rows, cols, generator=g) * torch.randn(1, cols, generator=g).exp() * size
-    codes = codes.round().clamp(-1 if negative else -127, 1 if negative else 127).to(torch.int8)
-    scale = torch.randint(-320, -250, (2, rows), generator=g).short()
-    col = (torch.randint(-6, 6, (cols,), generator=g) * 16).short()
-    return QuantizedMatrix(codes, scale[0], col, scale[1] if negative else None)
-
-
-def packed(matrices, segments=1, limit=None):
-    group = encode_group(matrices, limit)
-    tables = parse_tables(group.tables)
-    return pack_projection(
-        [(tables, parse_matrix(tables, blob)) for blob in group.matrices], segments
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +99,18 @@ def test_every_batch_gives_the_same_bits(dtype):
     assert (
         bench.relative_rms(project.project(p, x, index, 2, batch=0), twin) < bench.TOLERANCE[dtype]
     )
+
+
+@interpreted
+@pytest.mark.parametrize("segments", [1, 2])
+def test_warps_of_a_program_give_the_same_bits(segments):
+    p = packed([matrix(200, 70, seed=s) for s in range(2)], segments)  # 7 tiles: one warp repeats
+    x, index = torch.randn(2, 70).bfloat16(), torch.tensor([1, 0])
+    one = project.project(p, x, index, 1, plan.PORTABLE, batch=1)
+    for warps in (2, 4):
+        wide = dataclasses.replace(plan.PORTABLE, warps=warps)
+        assert torch.equal(project.project(p, x, index, 1, wide, batch=1), one)
+    assert bench.relative_rms(one, project.project_torch(p, x, index, 1)) < 2e-2
 
 
 @interpreted
@@ -197,7 +191,8 @@ def test_garbage_in_the_stream_stays_inside_the_buffers(seed):
         kept = {n: guarded(words if n == "words" else getattr(p, n), value) for n in names}
         q = dataclasses.replace(p, **{n: view for n, (_, view) in kept.items()})
         xs = guarded(project.gathered(q, x, expert, members, 1), float("nan"))
-        sums = project.partial_sums(q, xs[1], expert, plan.PORTABLE)
+        warps = dataclasses.replace(plan.PORTABLE, warps=1 << seed % 3)
+        sums = project.partial_sums(q, xs[1], expert, warps)
         codes = guarded(torch.zeros(1, p.rows, p.pieces, p.columns.shape[2] - 1), 7.0)
         project.decode_experts(
             q, codes[1], torch.ones(1, dtype=torch.int32), 0, plan.PORTABLE, ratio=False

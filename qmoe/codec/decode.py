@@ -7,17 +7,24 @@ few threads; the compiled loops release the interpreter lock and hold no shared 
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe.codec.layout import PADDING_WORDS, Layout
-from qmoe.codec.loops import decode_rows, dense_rows, matvec_rows, matvec_rows_batch
+from qmoe.codec.loops import (
+    decode_rows,
+    dense_rows,
+    matvec_rows,
+    matvec_rows_batch,
+    place_inputs,
+)
 from qmoe.codec.tables import Tables
 from qmoe.types import QuantizedMatrix
 
+MAX_ADVANCE = 63  # of a symbol: six bits
 _ROWS_PER_THREAD = 1 << 18  # weights; below this a thread costs more than it saves
 _POOL = ThreadPoolExecutor(max_workers=64, thread_name_prefix="qmoe-codec")
 
@@ -52,6 +59,8 @@ def matvec(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
             f"x must be float32 [n, {layout.cols}] on the CPU, got {x.dtype} {shape} on {x.device}"
         )
     n = x.shape[0]
+    if n == 1:
+        return _matvec_one(tables, layout, x)
     scaled = torch.zeros(n, layout.cols + 1)
     torch.mul(x, layout.col_scale, out=scaled[:, :-1])
     by_slot = scaled[:, layout.slots.long()]  # [n, pieces, span + 1]
@@ -59,10 +68,7 @@ def matvec(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
     split = layout.row_scale_neg is not None
     sums = np.zeros((2, layout.rows, n), np.float32)
     shared = _shared(tables, layout)[:-1]
-    if n == 1:
-        one, flat = gathered[:, :, 0], sums[:, :, 0]
-        _over_rows(layout, lambda lo, hi: matvec_rows(*shared, lo, hi, one, split, flat))
-    elif n:
+    if n:
         _over_rows(layout, lambda lo, hi: matvec_rows_batch(*shared, lo, hi, gathered, split, sums))
     total, below = torch.from_numpy(sums[0]), torch.from_numpy(sums[1])
     y = total * layout.row_scale[:, None]
@@ -71,19 +77,28 @@ def matvec(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
     return y.T.contiguous()
 
 
-def _shared(tables: Tables, layout: Layout) -> tuple[NDArray[np.generic] | int, ...]:
-    """Arguments common to the loops; the last is `slots`."""
-    return (
-        layout.words.numpy().view(np.uint32)[: layout.words.numel()],
-        layout.words.numel() - PADDING_WORDS,
-        layout.stream_start.numpy(),
-        layout.row_class.numpy(),
-        layout.slot_class.numpy(),
-        tables.table_of,
-        tables.lookup.ravel(),
-        tables.limit,
-        layout.slots.numpy(),
+def _matvec_one(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
+    """`matvec` of one activation, where a small matrix takes less time than a handful of calls."""
+    *shared, slots = _shared(tables, layout)
+    col, row, negative = layout.scales
+    room = slots.shape[1] + MAX_ADVANCE * tables.latch
+    placed = np.empty((slots.shape[0], room), np.float32)
+    out = np.empty((1, layout.rows), np.float32)
+    place_inputs(x.numpy()[0], col, slots, placed)
+    split = negative is not row
+    _over_rows(
+        layout,
+        lambda lo, hi: matvec_rows(*shared, lo, hi, placed, split, row, negative, out[0]),
     )
+    return torch.from_numpy(out)
+
+
+def _shared(tables: Tables, layout: Layout) -> tuple[Any, ...]:
+    """Arguments common to the loops; the last is `slots`."""
+    words, start, row_class, slot_class, slots = layout.arrays
+    last = words.size - PADDING_WORDS
+    lookup = tables.lookup.reshape(-1)
+    return words, last, start, row_class, slot_class, tables.table_of, lookup, tables.limit, slots
 
 
 def _over_rows(layout: Layout, work: Callable[[int, int], None]) -> None:

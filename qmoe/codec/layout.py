@@ -4,12 +4,13 @@ docs/format-codec.md has the bits.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe.codec.arrays import I64, U8, U32
+from qmoe.codec.arrays import F32, I32, I64, U8, U32
 from qmoe.codec.classes import CONTEXTS
 from qmoe.codec.geometry import geometry, piece_count
 from qmoe.codec.sidedata import Field, pack
@@ -66,6 +67,19 @@ class Layout:
     row_scale: Tensor
     col_scale: Tensor
     row_scale_neg: Tensor | None
+
+    @cached_property
+    def arrays(self) -> tuple[U32, I32, U8, U8, I32]:
+        """words (unsigned), stream_start, row_class, slot_class, slots, as the loops take them."""
+        first = (self.words.numpy().view(np.uint32), self.stream_start.numpy())
+        return *first, self.row_class.numpy(), self.slot_class.numpy(), self.slots.numpy()
+
+    @cached_property
+    def scales(self) -> tuple[F32, F32, F32]:
+        """col_scale, row_scale, row_scale_neg (the same object as row_scale if there is none)."""
+        row = self.row_scale.numpy()
+        negative = row if self.row_scale_neg is None else self.row_scale_neg.numpy()
+        return self.col_scale.numpy(), row, negative
 
     @property
     def col_order(self) -> Tensor:

@@ -201,6 +201,17 @@ def _scale(line: I8, col_scale: F32, above: np.float32, below: np.float32, out: 
 
 
 @nb.njit(cache=True, nogil=True)
+def place_inputs(x: F32, col_scale: F32, slots: I32, out: F32) -> None:
+    """out[p, t] = x * col_scale of the column at position t of piece p, 0 where there is none and
+    behind the last position."""
+    for p in range(slots.shape[0]):
+        for t in range(slots.shape[1]):
+            column = slots[p, t]
+            out[p, t] = x[column] * col_scale[column] if column < x.size else np.float32(0)
+        out[p, slots.shape[1] :] = np.float32(0)
+
+
+@nb.njit(cache=True, nogil=True)
 def matvec_rows(
     words: U32,
     limit: int,
@@ -214,12 +225,15 @@ def matvec_rows(
     end: int,
     x: F32,
     split: bool,
+    row_scale: F32,
+    row_scale_neg: F32,
     out: F32,
 ) -> None:
-    """Sums of rows first..end - 1: out[0] over all codes and, if `split`, out[1] over the negative
-    ones; out [2, rows].
+    """Products of rows first..end - 1, out [rows]: the sum over all codes times the row's scale,
+    and if `split` the sum over the negative ones times what their scale differs by.
 
-    x: float32 [pieces, span + 1], scaled activations by position, zero where there is no column.
+    x: float32 [pieces, span + 1 + 63 * symbols of a group], from `place_inputs`: a group may pass
+    the end, and is clamped behind it.
     """
     pieces, span = slot_class.shape[0], np.uint64(slot_class.shape[1] - 1)
     shift, last, zero = np.uint64(bits), np.uint64(limit), np.float32(0)
@@ -257,10 +271,10 @@ def matvec_rows(
                     bit1 += entry1 & _LENGTH
                     bit2 += entry2 & _LENGTH
                     bit3 += entry3 & _LENGTH
-                    at0 = min(at0 + ((entry0 >> _BYTE) & _ADVANCE), span)
-                    at1 = min(at1 + ((entry1 >> _BYTE) & _ADVANCE), span)
-                    at2 = min(at2 + ((entry2 >> _BYTE) & _ADVANCE), span)
-                    at3 = min(at3 + ((entry3 >> _BYTE) & _ADVANCE), span)
+                    at0 += (entry0 >> _BYTE) & _ADVANCE
+                    at1 += (entry1 >> _BYTE) & _ADVANCE
+                    at2 += (entry2 >> _BYTE) & _ADVANCE
+                    at3 += (entry3 >> _BYTE) & _ADVANCE
                     term0 = np.float32(np.int8(entry0 >> np.uint64(16))) * xs[at0]
                     term1 = np.float32(np.int8(entry1 >> np.uint64(16))) * xs[at1]
                     term2 = np.float32(np.int8(entry2 >> np.uint64(16))) * xs[at2]
@@ -274,8 +288,18 @@ def matvec_rows(
                         neg1 += term1 if entry1 & _NEGATIVE else zero
                         neg2 += term2 if entry2 & _NEGATIVE else zero
                         neg3 += term3 if entry3 & _NEGATIVE else zero
-        out[0, row3], out[0, row2], out[0, row1], out[0, row0] = sum3, sum2, sum1, sum0
-        out[1, row3], out[1, row2], out[1, row1], out[1, row0] = neg3, neg2, neg1, neg0
+                at0, at1 = min(at0, span), min(at1, span)
+                at2, at3 = min(at2, span), min(at3, span)
+        out[row3], out[row2] = sum3 * row_scale[row3], sum2 * row_scale[row2]
+        out[row1], out[row0] = sum1 * row_scale[row1], sum0 * row_scale[row0]
+        if split:
+            out[row0] += neg0 * (row_scale_neg[row0] - row_scale[row0])
+            if row1 > row0:
+                out[row1] += neg1 * (row_scale_neg[row1] - row_scale[row1])
+            if row2 > row1:
+                out[row2] += neg2 * (row_scale_neg[row2] - row_scale[row2])
+            if row3 > row2:
+                out[row3] += neg3 * (row_scale_neg[row3] - row_scale[row3])
 
 
 @nb.njit(cache=True, nogil=True)
