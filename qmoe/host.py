@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -31,14 +29,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from qmoe.checkpoint import Checkpoint
-from qmoe.errors import NonFiniteError, SourceError, UnsupportedModelError
-from qmoe.families.aliases import ALIASES
+from qmoe.errors import NonFiniteError, SourceError
 from qmoe.families.base import ExpertsLayout
 from qmoe.families.layouts import KINDS, find_experts
 from qmoe.fit import EXPERT_NUMBER, check_complete, check_experts, tied_names
-from qmoe.models.auto import auto_class
-
-_NOT_SETTINGS = ("model_type", "auto_map")
+from qmoe.modelclass import block_lists, model_class, read_config
+from qmoe.partial import PartOf, StandIn
 
 
 @dataclass(frozen=True)
@@ -95,9 +91,9 @@ class Host:
         """
         self.checkpoint, self.dtype = checkpoint, dtype
         self.device = device or torch.device("cpu")
-        self.config = _read_config(checkpoint, trust_remote_code)
+        self.config = read_config(checkpoint, trust_remote_code)
         with torch.device("meta"):
-            self.model = _model_class(self.config, checkpoint, trust_remote_code)._from_config(
+            self.model = model_class(self.config, checkpoint, trust_remote_code)._from_config(
                 self.config, dtype=dtype
             )
         self.model.eval()
@@ -110,7 +106,7 @@ class Host:
                 buffer.data = buffer.data.to(self.device)
         self._mapping = get_model_conversion_mapping(self.model, None, None)
         self._map_names()
-        self.block_lists = _block_lists(self.model)
+        self.block_lists = block_lists(self.model)
         self.experts = find_experts(self.model)
         self._check()
 
@@ -240,7 +236,7 @@ class Host:
             SourceError: a tensor is missing. NonFiniteError: NaN or Inf, with the tensor's name.
         """
         kind = KINDS[layout.kind]
-        stand_in = _StandIn(module)
+        stand_in = StandIn(module)
         position = 0
         for name in kind.encoded(module):
             target = f"{layout.path}.{name}"
@@ -291,7 +287,7 @@ class Host:
             return next(iter(collected.values()))[0]
         for pattern, tensors in collected.items():
             converter.collected_tensors[pattern] = tensors
-        part = _PartOf(self.model, rows)
+        part = PartOf(self.model, rows)
         made = converter.convert(target, model=part, config=self.config, hf_quantizer=None)
         result: Any = next(iter(made.values()))
         found: Tensor = result[0] if isinstance(result, list) else result
@@ -361,48 +357,6 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class _PartOf:
-    """A model whose parameters have as many rows as one expert: some converters compare what they
-    get with the shape of the parameter, and transpose if it differs.
-    """
-
-    def __init__(self, model: Any, rows: int) -> None:
-        self._model, self._rows = model, rows
-
-    def get_parameter(self, name: str) -> Tensor:
-        """The parameter's shape for one expert, without values."""
-        whole = self._model.get_parameter(name)
-        return torch.empty(self._rows, *whole.shape[1:], device="meta")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-class _StandIn:
-    """Answers like an experts module that has only the parameters put into it; everything else is
-    the real module's.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def put(self, path: str, tensor: Tensor) -> None:
-        """Sets a parameter by its dotted path."""
-        head, _, rest = path.partition(".")
-        if not rest:
-            self.__dict__[head] = tensor
-            return
-        if head not in self.__dict__:
-            self.__dict__[head] = _StandIn(getattr(self._module, head))
-        self.__dict__[head].put(rest, tensor)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __getitem__(self, key: str) -> Any:
-        return self.__dict__.get(key) or self._module[key]
-
-
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raises NonFiniteError if a tensor holds NaN or Inf; the sum is non-finite exactly then (up to
     overflow, re-checked).
@@ -412,75 +366,6 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise NonFiniteError(
             f"{name}: {bad} of {tensor.numel()} values are NaN or Inf; the source is damaged"
         )
-
-
-def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    kind = checkpoint.config.get("model_type")
-    if (
-        "auto_map" in checkpoint.config
-        and kind not in transformers.CONFIG_MAPPING
-        and kind not in ALIASES
-        and not trust_remote_code
-    ):
-        raise UnsupportedModelError(
-            f"{checkpoint.directory}: model type {kind!r} brings its own code; "
-            "read it, then pass --trust-remote-code to run it"
-        )
-    try:
-        if kind in ALIASES:
-            given = {k: v for k, v in checkpoint.config.items() if k not in _NOT_SETTINGS}
-            config = AutoConfig.for_model(ALIASES[kind], **given)
-        else:
-            config = AutoConfig.from_pretrained(
-                checkpoint.directory, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"{checkpoint.directory}: model type {kind!r} is not known to "
-            f"transformers {transformers.__version__}"
-        ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # the checkpoint presents dense tensors
-    return config
-
-
-def _model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
-        auto = auto_class(config)
-        if type(config) in auto._model_mapping:
-            cls = auto._model_mapping[type(config)]
-        elif trust_remote_code and "auto_map" in checkpoint.config:
-            from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-            cls = get_class_from_dynamic_module(
-                checkpoint.config["auto_map"][auto.__name__], str(checkpoint.directory)
-            )
-    if cls is None or not issubclass(cls, GenerationMixin):
-        raise UnsupportedModelError(
-            f"{checkpoint.directory}: architecture {names or None} is not a language model that "
-            f"transformers {transformers.__version__} can build"
-        )
-    return cls
-
-
-def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The module lists whose members are all of a type that the model declares as not to be split:
-    its blocks.
-    """
-    kinds = set(model._no_split_modules or [])  # type: ignore[arg-type]
-    found = [
-        (n, m)
-        for n, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) and all(type(b).__name__ in kinds for b in m)
-    ]
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: no list of blocks of the types {sorted(kinds)}; "
-            "this layout is not supported"
-        )
-    return found
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
