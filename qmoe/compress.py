@@ -238,7 +238,7 @@ def compress_checkpoint(
                 settings={**settings.recorded(), "method": method.name, "ctx": ctx},
                 versions=_versions(),
                 source={"name": Path(source).name, **identity},
-                report={"tensors": account(host)},
+                report=account(host),
                 carry_from=checkpoint.directory,
             )
         world.meet("end of the run")
