@@ -32,7 +32,7 @@ from qmoe.checkpoint import Checkpoint
 from qmoe.errors import NonFiniteError, SourceError
 from qmoe.families.base import ExpertsLayout
 from qmoe.families.layouts import KINDS, find_experts
-from qmoe.fit import EXPERT_NUMBER, check_complete, check_experts, tied_names
+from qmoe.fit import EXPERT_NUMBER, check_complete, check_experts, shared_lists, tied_names
 from qmoe.modelclass import block_lists, model_class, read_config
 from qmoe.partial import PartOf, StandIn
 
@@ -123,17 +123,26 @@ class Host:
             )
             if target not in state and name in state:
                 target, pattern = name, None
-            if target in state:
-                self.sources.setdefault(target, {})[name] = pattern
-            else:
+            if target not in state:
                 self.unused.append(name)
+            for fed in self._fed(target, pattern):
+                if fed in state:
+                    self.sources.setdefault(fed, {})[name] = pattern
+
+    def _fed(self, target: str, pattern: str | None) -> list[str]:
+        """The parameters that a converter fills beside the one that it names first."""
+        if pattern is None:
+            return [target]
+        first, *others = self._converter[pattern].target_patterns
+        return [target, *(target.replace(first, t) for t in others if first in target)]
 
     def _check(self) -> None:
         where = str(self.checkpoint.directory)
-        several = {p for p, c in self._converter.items() if len(c.target_patterns) > 1}
-        targets = {t for p in several for t in self._converter[p].target_patterns}
+        several = [c.target_patterns for c in self._converter.values()]
+        targets = {t for patterns in several if len(patterns) > 1 for t in patterns}
         check_complete(where, self.model, self.sources, targets)
-        check_experts(where, self.experts, self.sources, several)
+        self._lists = shared_lists(self.experts, self.sources)
+        check_experts(where, self.experts, self.sources, self._lists)
 
     def blocks(self) -> Iterator[BlockRef]:
         """All blocks in the order in which the model's forward calls their lists."""
@@ -194,6 +203,12 @@ class Host:
         """A block without the parameters in `skip` (its experts' matrices)."""
         self.load(lambda t: t.startswith(f"{block.name}.") and t not in skip)
 
+    def whole(self) -> Any:
+        """The model with everything in memory."""
+        self.load(lambda target: True)
+        self.model.tie_weights()
+        return self.model
+
     def head_name(self) -> str | None:
         """The output embeddings' weight if it is a parameter of its own, not shared with the
         input's.
@@ -247,7 +262,7 @@ class Host:
                     stand_in.put(name, self._whole(target))
             else:
                 rows = module.get_parameter(name).shape[0] // layout.experts
-                stand_in.put(name, self._rows(target, expert, rows))
+                stand_in.put(name, self._rows(target, expert, rows, layout.experts))
         read = kind.read(stand_in, position)
         for p in layout.projections:
             if tuple(read[p.name].shape) != (p.rows, p.cols):
@@ -263,22 +278,25 @@ class Host:
         check_finite(target, tensor)
         return tensor
 
-    def _rows(self, target: str, expert: int, rows: int) -> Tensor:
-        """Rows [expert * rows, (expert + 1) * rows) of a parameter that holds all experts, through
-        its converter.
+    def _rows(self, target: str, expert: int, rows: int, experts: int) -> Tensor:
+        """Rows [expert * rows, (expert + 1) * rows) of a parameter that holds all `experts`,
+        through its converter.
         """
         converter: Any = None
         collected: dict[str, list[Tensor]] = {}
+        modules = self._lists.get(target, [target])
+        ours = expert + modules.index(target) * experts
         for disk, pattern in sorted(self.sources[target].items()):
             number = EXPERT_NUMBER.search(disk)
-            if number and int(number.group(1)) != expert:
+            if number and int(number.group(1)) != ours:
                 continue
             at = ... if number else slice(expert * rows, (expert + 1) * rows)
             tensor = self.checkpoint.lazy(disk, at)[...].to(self.dtype)
             check_finite(disk, tensor)
             if pattern is not None:
                 converter = converter or copy.deepcopy(self._converter[pattern])
-            collected.setdefault(pattern or disk, []).append(tensor)
+            # a converter that deals a list out to several modules gets one tensor for each
+            collected.setdefault(pattern or disk, []).extend([tensor] * len(modules))
         if not collected:
             raise SourceError(
                 f"{self.checkpoint.directory}: no tensor for expert {expert} of {target}"
@@ -289,7 +307,7 @@ class Host:
             converter.collected_tensors[pattern] = tensors
         part = PartOf(self.model, rows)
         made = converter.convert(target, model=part, config=self.config, hf_quantizer=None)
-        result: Any = next(iter(made.values()))
+        result: Any = made[target] if target in made else next(iter(made.values()))
         found: Tensor = result[0] if isinstance(result, list) else result
         return found
 

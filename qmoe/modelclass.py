@@ -71,7 +71,8 @@ def model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) ->
             cls = get_class_from_dynamic_module(
                 checkpoint.config["auto_map"][auto.__name__], str(checkpoint.directory)
             )
-    if cls is None or not issubclass(cls, GenerationMixin):
+    pipeline = cls is not None and cls.forward is nn.Module.forward  # of several models
+    if cls is None or pipeline or not issubclass(cls, GenerationMixin):
         raise UnsupportedModelError(
             f"{checkpoint.directory}: architecture {names or None} is not a language model that "
             f"transformers {transformers.__version__} can build"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from qmoe.calib.tokens import prepare
 from qmoe.checkpoint import open_checkpoint
@@ -14,9 +14,12 @@ from qmoe.container import INDEX
 from qmoe.devices import pick_device
 from qmoe.errors import SourceError
 from qmoe.evaluate import Score, evaluate, split_batches
+from qmoe.families.aliases import ALIASES
 from qmoe.families.layouts import repair
+from qmoe.host import Host
 from qmoe.load import load
 from qmoe.manifest import MANIFEST
+from qmoe.modelclass import read_config
 from qmoe.models.auto import auto_class
 
 
@@ -65,13 +68,19 @@ def load_any(model: str, dtype: str, device: torch.device) -> Any:
 
     Raises:
         SourceError: a plain checkpoint that cannot be read. CorruptError: a compressed one.
+        UnsupportedModelError: a model type that transformers does not know.
     """
     if is_compressed(model):
         return load(model, dtype=getattr(torch, dtype)).to(device).eval()
     checkpoint = open_checkpoint(model)  # one clear sentence for whatever is wrong with it
-    directory = checkpoint.directory if checkpoint.quantization is None else model
-    config = AutoConfig.from_pretrained(directory)
-    loaded = auto_class(config).from_pretrained(model, dtype=getattr(torch, dtype))
+    config = read_config(checkpoint, trust_remote_code=False)
+    kind = getattr(torch, dtype)
+    if checkpoint.quantization is not None or checkpoint.config.get("model_type") in ALIASES:
+        # transformers has no such type, or its dequantization needs further packages or is wrong
+        # on ragged blocks; the reader that compression uses is right
+        loaded = Host(checkpoint, kind).whole()
+    else:
+        loaded = auto_class(config).from_pretrained(model, config=config, dtype=kind)
     repair(loaded)
     return loaded.to(device).eval()
 

@@ -2,11 +2,9 @@
 load, compare with the exported model, generate, save, load again; and every tensor accounted for.
 """
 
-import importlib.util
 import json
-import sys
+import shutil
 from math import prod
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,17 +23,6 @@ from qmoe.inspect import inspect
 from qmoe.manifest import MANIFEST, read_sealed
 from qmoe.score import load_any, score_checkpoint
 from qmoe.verify import verify
-
-
-@pytest.fixture(scope="module")
-def generic():
-    """tests/generic.py by path, since tests are no package."""
-    name = "qmoe_tests_generic"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("generic.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _add(directory, tensors):
@@ -89,8 +76,12 @@ def _of_layer_3(directory):
 
 
 def _kimi(tiny, d):
-    """Kimi-K2: its own model type and code, DeepSeek-V3's layers, int4 experts."""
     tiny.to_int4(d)
+    return _kimi_name(tiny, d)
+
+
+def _kimi_name(tiny, d):
+    """Kimi-K2: its own model type and code, DeepSeek-V3's layers."""
     config = json.loads((d / "config.json").read_text())
     config["model_type"] = "kimi_k2"
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
@@ -107,6 +98,7 @@ CASES = {
     "Qwen3-Next with MTP": ("qwen3_next", {}, BFLOAT16, _mtp_qwen),
     "DeepSeek-V3 fp8 with MTP": ("deepseek_v3", {}, BFLOAT16, _mtp_fp8),
     "DeepSeek-V3 int4 with MTP": ("deepseek_v3", {}, BFLOAT16, _mtp_int4),
+    "Kimi-K2": ("deepseek_v3", {"n_group": 1}, BFLOAT16, _kimi_name),
     "Kimi-K2 int4": ("deepseek_v3", {"n_group": 1}, BFLOAT16, _kimi),
     "gpt-oss MXFP4": ("gpt_oss", {}, BFLOAT16, lambda t, d: t.to_mxfp4(d) and {}),
     "Switch, every layer sparse": ("switch_transformers", ALL_SPARSE, torch.float32, None),
@@ -114,13 +106,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_published_layout(tmp_path, tiny, generic, case):
+def test_published_layout(tmp_path, tiny, generic, case, table_row):
     family, changes, dtype, rewrite = CASES[case]
     model = tiny.make(family, dtype, **changes)
     source = tmp_path / "source"
     model.save_pretrained(source)
     carried = rewrite(tiny, source) if rewrite is not None else {}
-    assert all(generic.prove(source, tmp_path, tiny, type(model)).values())
+    passed = generic.prove(source, tmp_path, tiny, type(model))
+    kind = json.loads((source / "config.json").read_text())["model_type"]
+    table_row("named", generic.row(case, kind, passed, tmp_path))
     counts = inspect(tmp_path / "q")["tensors"]
     assert sum(counts.values()) == len(load_file(source / "model.safetensors"))
     assert counts["carried"] == len(carried)
@@ -169,10 +163,11 @@ def test_an_export_keeps_what_its_carried_tensors_mean(tmp_path, tiny):
 
 
 @pytest.mark.slow
-def test_every_named_family(tmp_path, tiny, generic, family):
+def test_every_named_family(tmp_path, tiny, generic, family, table_row):
     model = tiny.make(family)
     model.save_pretrained(tmp_path / "source")
-    assert all(generic.prove(tmp_path / "source", tmp_path, tiny, type(model)).values())
+    passed = generic.prove(tmp_path / "source", tmp_path, tiny, type(model))
+    table_row("named", generic.row(tiny.TITLES[family], family, passed, tmp_path))
     counts = inspect(tmp_path / "q")["tensors"]
     assert counts["carried"] == 0
     assert sum(counts.values()) == len(load_file(tmp_path / "source" / "model.safetensors"))
@@ -209,6 +204,33 @@ def test_carried_tensors_are_verified_and_do_not_disturb(tmp_path, tiny):
     out.rename(tmp_path / "gone")
     with pytest.raises(OutputError, match="no module takes"):
         model.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("case", ["Kimi-K2 int4", "DeepSeek-V3 fp8 with MTP", "gpt-oss MXFP4"])
+@torch.no_grad()
+def test_eval_reads_the_published_layout(tmp_path, tiny, case):
+    """As a model and as a reference; the values are those of the format's definition."""
+    family, changes, _, rewrite = CASES[case]
+    source = tmp_path / "source"
+    tiny.make(family, BFLOAT16, **changes).save_pretrained(source)
+    tiny.save_tokenizer(source)
+    rewrite(tiny, source)
+    loaded = load_any(str(source), "float32", torch.device("cpu"))
+    checkpoint = open_checkpoint(source)
+    plain = {n: checkpoint.read(n) for n in checkpoint.names()}
+    config = json.loads((source / "config.json").read_text())
+    shutil.copytree(source, tmp_path / "plain")
+    tiny.rewrite(tmp_path / "plain", plain)
+    for key in ("quantization_config", "auto_map"):
+        config.pop(key, None)
+    config["model_type"] = family  # what transformers calls it
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    expected = load_any(str(tmp_path / "plain"), "float32", torch.device("cpu"))
+    ids = torch.randint(16, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(loaded(ids).logits, expected(ids).logits, rtol=1e-6, atol=1e-6)
+    text = tiny.save_text(tmp_path / "text.txt", 100)
+    score = score_checkpoint(str(source), str(text), str(tmp_path / "plain"), ctx=32, device="cpu")
+    assert score.kl == pytest.approx(0, abs=1e-6)
 
 
 @torch.no_grad()
