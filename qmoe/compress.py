@@ -24,7 +24,6 @@ from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from qmoe import __version__
 from qmoe.calib.state import Durable, Outputs, Resident, resume_point
@@ -36,10 +35,11 @@ from qmoe.container import ContainerWriter
 from qmoe.dense import HEAD, DenseCoder
 from qmoe.devices import pick_device
 from qmoe.durable import canonical_json
-from qmoe.errors import InterruptedRunError, QmoeError, SourceError
+from qmoe.errors import InterruptedRunError, QmoeError
 from qmoe.evaluate import split_batches
 from qmoe.host import BlockRef, Host
 from qmoe.importance import fits, layer_importance
+from qmoe.modelclass import read_tokenizer
 from qmoe.parallel import World
 from qmoe.plan import make_plan
 from qmoe.quantize import Method, get_method
@@ -132,7 +132,7 @@ def compress_checkpoint(
     method = _method(settings)
     checkpoint = open_checkpoint(source)
     host = Host(checkpoint, trust_remote_code=settings.trust_remote_code, device=device)
-    tokenizer = _tokenizer(checkpoint.directory, settings.trust_remote_code)
+    tokenizer = read_tokenizer(checkpoint.directory, settings.trust_remote_code)
     ctx = _context(host.config, settings)
     data = prepare(
         tokenizer, host.config, settings.calib, settings.calib_tokens, ctx, settings.seed
@@ -243,20 +243,6 @@ def compress_checkpoint(
             )
         world.meet("end of the run")
     return CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
-
-
-def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
-    try:
-        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        if not set(found.get_vocab().values()) - set(found.all_special_ids):
-            raise ValueError(
-                "it holds no vocabulary"
-            )  # made of the model's type, for want of files
-        return found
-    except (ImportError, OSError, TypeError, ValueError) as e:
-        hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
 
 
 def _clean(writer: ContainerWriter | None) -> Path:

@@ -1,16 +1,17 @@
-"""Which transformers configuration, class and lists of blocks belong to a checkpoint.
+"""Which transformers configuration, class, lists of blocks and tokenizer belong to a checkpoint.
 
 Knows nothing about weights.
 """
 
+from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, GenerationMixin
+from transformers import AutoConfig, AutoTokenizer, GenerationMixin
 
 from qmoe.checkpoint import Checkpoint
-from qmoe.errors import UnsupportedModelError
+from qmoe.errors import SourceError, UnsupportedModelError
 from qmoe.families.aliases import ALIASES
 from qmoe.models.auto import auto_class
 
@@ -102,3 +103,26 @@ def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
             "this layout is not supported"
         )
     return found
+
+
+def read_tokenizer(directory: str | Path, trust_remote_code: bool) -> Any:
+    """A checkpoint's tokenizer.
+
+    Args:
+        directory: or hub id.
+        trust_remote_code: run code that it brings along.
+
+    Raises:
+        SourceError: there is none, or it cannot be read.
+    """
+    try:
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if not set(found.get_vocab().values()) - set(found.all_special_ids):
+            raise ValueError(
+                "it holds no vocabulary"
+            )  # made of the model's type, for want of files
+        return found
+    except (ImportError, OSError, TypeError, ValueError) as e:
+        hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
