@@ -22,7 +22,7 @@ from qmoe.calib.store import ActivationStore
 from qmoe.calib.walk import Walk, stop_forward
 from qmoe.errors import NonFiniteError
 from qmoe.families.base import Routed
-from qmoe.families.layouts import route
+from qmoe.families.layouts import layout_of, route
 from qmoe.host import BlockRef
 from qmoe.parallel import World
 
@@ -52,7 +52,8 @@ class Parked:
     def __post_init__(self) -> None:
         flat = self.index.flatten().long()
         self._order = torch.argsort(flat, stable=True)
-        self._start = torch.searchsorted(flat[self._order], torch.arange(int(flat.max()) + 3))
+        largest = int(flat.max()) if len(flat) else 0
+        self._start = torch.searchsorted(flat[self._order], torch.arange(largest + 3))
 
     def slots(self, expert: int) -> tuple[Tensor, Tensor]:
         """(token, slot) index vectors of the rows routed to an expert, in token order."""
@@ -88,6 +89,9 @@ def park(
         store: where the hidden states and the outputs to come are kept.
         world: the processes that share the batches; each runs its own, all see the result.
 
+    Returns:
+        The decisions; of no rows if no batch comes to the experts.
+
     Raises:
         NonFiniteError: NaN or Inf in the hidden states, with the module's path.
     """
@@ -116,6 +120,9 @@ def park(
     found = {n: (len(h), h.shape[1], i.shape[1], h.dtype) for n, (h, i, _) in seen.items()}
     for other in world.collect(found, f"routing of {path}"):
         found |= other
+    if not found:  # a part of the model that text never reaches: its experts see no tokens
+        cols = layout_of(path, module).projections[0].cols
+        found = {n: (0, cols, 1, walk.host.dtype) for n in range(len(walk.batches))}
     rows = [found[n][0] for n in sorted(found)]
     _, cols, slots, dtype = next(iter(found.values()))
     hidden = store.shared(world, (sum(rows), cols), dtype)

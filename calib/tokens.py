@@ -5,36 +5,14 @@ Knows nothing about experts or solvers.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from qmoe.calib.text import span_corruption, windows
-from qmoe.errors import SourceError
 
 SPAN_WINDOW = 180  # tokens of text behind one span-corruption sample where the context allows it
-
-
-def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model directory.
-
-    Raises:
-        SourceError: there is none, or it needs code that may not be run.
-    """
-    try:
-        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        if not set(found.get_vocab().values()) - set(found.all_special_ids):
-            raise ValueError(
-                "it holds no vocabulary"
-            )  # made of the model's type, for want of files
-        return found
-    except (ImportError, OSError, TypeError, ValueError) as e:
-        hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
 
 
 def prepare(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
-from qmoe.sources.formats import quantization_settings, recognise
+from qmoe.sources.formats import KEYS, quantization_settings, recognise
 from qmoe.sources.hub import HubShard, Repository
 from qmoe.sources.selection import Selection
 from qmoe.sources.shard import DTYPE_NAMES, SafetensorsShard, Shard, TorchShard
@@ -25,6 +25,8 @@ from qmoe.sources.virtual import Virtual
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+# key of config.json: the quantization_config of tensors that a dense checkpoint carries along
+CARRIED_SETTINGS = "carried_quantization_config"
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -64,6 +66,9 @@ class Checkpoint:
             int4"), or None.
         origin: where it comes from: {"name": directory name}, or for the hub {"name": model id,
             "revision": commit}.
+        settings: the source's quantization settings, which say what its quantized tensors mean;
+            for a plain checkpoint that `qmoe export` wrote, those of the tensors that it carries
+            along; None if nothing is quantized.
     """
 
     def __init__(
@@ -82,9 +87,12 @@ class Checkpoint:
         self._hidden: set[str] = set()
         self._expected: set[str] = set()
         self.quantization: str | None = None
-        settings = quantization_settings(config)
-        if settings is not None:
-            self.quantization, self._virtual, self._hidden = recognise(stored, settings)
+        quantization = quantization_settings(config)
+        self.settings = quantization or quantization_settings(config, (CARRIED_SETTINGS,))
+        if self.settings is not None:
+            found = recognise(stored, self.settings)
+            self.quantization = found[0] if quantization is not None else None
+            _, self._virtual, self._hidden = found
         self.config = _dense_config(config)
 
     def names(self) -> list[str]:
@@ -125,6 +133,26 @@ class Checkpoint:
             return virtual.read(self._stored, selection)
         return self._stored.read(self._visible(name), selection)
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Names of the stored tensors that a dense tensor is made of: its own, or those of a
+        quantized tensor's words and scales.
+        """
+        virtual = self._virtual.get(name)
+        return virtual.parts if virtual is not None else (self._visible(name),)
+
+    def aside(self) -> list[str]:
+        """Names of the stored tensors that no dense tensor is made of: scales of activations."""
+        used = {p for v in self._virtual.values() for p in v.parts}
+        return sorted(self._hidden - used)
+
+    def stored_names(self) -> list[str]:
+        """Names of all tensors in the files, sorted."""
+        return self._stored.names()
+
+    def read_stored(self, name: str) -> Tensor:
+        """A tensor by its name in the files, bytes and dtype as they are there."""
+        return self._stored.read(name)
+
     def lazy(self, name: str, selection: Selection = ...) -> Lazy:
         """The tensor as an object that transformers' ``convert_and_load_state_dict_in_model``
         accepts; nothing is read yet.
@@ -138,9 +166,8 @@ class Checkpoint:
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of a dense tensor as the source stores it, scales included."""
-        virtual = self._virtual.get(name)
         total = 0
-        for part in virtual.parts if virtual is not None else (self._visible(name),):
+        for part in self.parts(name):
             n = self._stored.dtype(part).itemsize
             for d in self._stored.shape(part):
                 n *= d
@@ -185,7 +212,7 @@ class Checkpoint:
         Without a `cache` directory, and for local sources, nothing is ever deleted.
 
         Args:
-            names: dense tensor names.
+            names: of dense tensors or of those in the files.
             delete: False in all but one of several processes that share the directory.
         """
         self._expected = {part for name in names for part in self._parts(name)}
@@ -207,6 +234,7 @@ class Checkpoint:
                 shard.discard()
 
     def _parts(self, name: str) -> Sequence[str]:
+        """`parts`, of names in the files, too."""
         virtual = self._virtual.get(name)
         return virtual.parts if virtual is not None else (name,)
 
@@ -375,9 +403,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _dense_config(config: dict[str, Any]) -> dict[str, Any]:
-    dense = {
-        k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")
-    }
+    dense = {k: v for k, v in config.items() if k not in KEYS}
     if isinstance(dense.get("text_config"), dict):
         dense["text_config"] = _dense_config(dense["text_config"])
     return dense

@@ -66,6 +66,9 @@ def main() -> None:
 _json = click.option(
     "--json", "as_json", is_flag=True, help="The last line of the output is one JSON object."
 )
+_trust = click.option(
+    "--trust-remote-code", is_flag=True, help="Run model code that the source brings along."
+)
 _device = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
@@ -147,9 +150,7 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     "ahead needs it, so that the disk never holds the whole source.",
 )
 @_device
-@click.option(
-    "--trust-remote-code", is_flag=True, help="Run model code that the source brings along."
-)
+@_trust
 @click.option("--fresh", is_flag=True, help="Discard an unfinished earlier run on OUT.")
 @_json
 def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
@@ -191,6 +192,7 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
 )
 @_device
+@_trust
 @_json
 def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Perplexity of MODEL (compressed or not) on a text, and its KL divergence from a reference."""

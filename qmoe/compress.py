@@ -28,7 +28,7 @@ from tqdm import tqdm
 from qmoe import __version__
 from qmoe.calib.state import Durable, Outputs, resume_point
 from qmoe.calib.store import ActivationStore
-from qmoe.calib.tokens import inputs_only, load_tokenizer, prepare
+from qmoe.calib.tokens import inputs_only, prepare
 from qmoe.carried import account, write_carried
 from qmoe.checkpoint import open_checkpoint
 from qmoe.container import ContainerWriter, downloads_of
@@ -40,6 +40,7 @@ from qmoe.errors import InterruptedRunError, QmoeError
 from qmoe.evaluate import split_batches
 from qmoe.host import BlockRef, Host
 from qmoe.importance import fits, layer_importance
+from qmoe.modelclass import read_tokenizer
 from qmoe.parallel import World
 from qmoe.plan import make_plan
 from qmoe.probe import probed
@@ -140,7 +141,7 @@ def compress_checkpoint(
     cache = downloads_of(out) if settings.source_cache == "drop" else None
     checkpoint = open_checkpoint(source, cache=cache)
     host = Host(checkpoint, trust_remote_code=settings.trust_remote_code, device=device)
-    tokenizer = load_tokenizer(checkpoint.directory, settings.trust_remote_code)
+    tokenizer = read_tokenizer(checkpoint.directory, settings.trust_remote_code)
     ctx = _context(host.config, settings)
     text = (settings.calib, settings.calib_tokens, ctx, settings.seed)
     data = prepare(tokenizer, host.config, *text, **settings.calib_rows)
@@ -249,7 +250,7 @@ def compress_checkpoint(
                 settings={**settings.recorded(), "method": method.name, "ctx": ctx},
                 versions=_versions(),
                 source={**checkpoint.origin, **identity},
-                report={"tensors": account(host)},
+                report=account(host),
                 carry_from=checkpoint.directory,
             )
         world.meet("end of the run")

@@ -4,7 +4,7 @@ Knows nothing about how weights are converted or loaded.
 """
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -51,11 +51,35 @@ def check_complete(where: str, model: nn.Module, sources: Sources, several: Iter
         )
 
 
+def shared_lists(
+    experts: Iterable[tuple[ExpertsLayout, Any]], sources: Sources
+) -> dict[str, list[str]]:
+    """Which experts modules are one numbered list on disk (the text and the vision experts of a
+    layer, say).
+
+    Returns:
+        parameter -> the parameters of different modules that its list fills, in the order of the
+        numbers: each module takes as many as it has experts, and the next one goes on. Parameters
+        that have a list of their own are left out.
+    """
+    modules = {
+        f"{layout.path}.{name}": layout.path
+        for layout, module in experts
+        for name in KINDS[layout.kind].encoded(module)
+    }
+    fed: dict[str, list[str]] = {}
+    for target, disks in sources.items():
+        if target in modules and any(EXPERT_NUMBER.search(disk) for disk in disks):
+            fed.setdefault(min(disks), []).append(target)
+    several = [t for t in fed.values() if len({modules[n] for n in t}) == len(t) > 1]
+    return {target: targets for targets in several for target in targets}
+
+
 def check_experts(
     where: str,
     experts: Iterable[tuple[ExpertsLayout, Any]],
     sources: Sources,
-    several: Container[str | None],
+    shared: Mapping[str, list[str]],
 ) -> None:
     """One layout on disk for every experts module, and as many experts as config.json says.
 
@@ -63,8 +87,7 @@ def check_experts(
         where: the checkpoint, for messages.
         experts: the experts modules.
         sources: where their parameters come from.
-        several: source patterns of converters that fill several parameters, whose experts' numbers
-            run on from one module to the next.
+        shared: see `shared_lists`.
 
     Raises:
         SourceError: with the parameter and what is on disk.
@@ -81,12 +104,13 @@ def check_experts(
             numbers: dict[str, set[int]] = {}
             for disk, pattern in disks.items():
                 found = EXPERT_NUMBER.search(disk)
-                if found and pattern is not None and pattern not in several:
+                if found and pattern is not None:
                     numbers.setdefault(pattern, set()).add(int(found.group(1)))
+            count = layout.experts * len(shared.get(target, [target]))
             for seen in numbers.values():
-                if seen != set(range(layout.experts)):
+                if seen != set(range(count)):
                     raise SourceError(
                         f"{where}: {len(seen)} tensors (numbers {min(seen)} to {max(seen)}) for "
-                        f"the {layout.experts} experts of {target}; the checkpoint does not match "
+                        f"the {count} experts of {target}; the checkpoint does not match "
                         "config.json"
                     )

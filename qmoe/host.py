@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -31,14 +29,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from qmoe.checkpoint import Checkpoint
-from qmoe.errors import NonFiniteError, SourceError, UnsupportedModelError
-from qmoe.families.aliases import ALIASES
+from qmoe.errors import NonFiniteError, SourceError
 from qmoe.families.base import ExpertsLayout
 from qmoe.families.layouts import KINDS, find_experts
-from qmoe.fit import EXPERT_NUMBER, check_complete, check_experts, tied_names
-from qmoe.models.auto import auto_class
-
-_NOT_SETTINGS = ("model_type", "auto_map")
+from qmoe.fit import EXPERT_NUMBER, check_complete, check_experts, shared_lists, tied_names
+from qmoe.modelclass import block_lists, model_class, read_config
+from qmoe.partial import PartOf, StandIn
 
 
 @dataclass(frozen=True)
@@ -95,9 +91,9 @@ class Host:
         """
         self.checkpoint, self.dtype = checkpoint, dtype
         self.device = device or torch.device("cpu")
-        self.config = _read_config(checkpoint, trust_remote_code)
+        self.config = read_config(checkpoint, trust_remote_code)
         with torch.device("meta"):
-            self.model = _model_class(self.config, checkpoint, trust_remote_code)._from_config(
+            self.model = model_class(self.config, checkpoint, trust_remote_code)._from_config(
                 self.config, dtype=dtype
             )
         self.model.eval()
@@ -110,7 +106,7 @@ class Host:
                 buffer.data = buffer.data.to(self.device)
         self._mapping = get_model_conversion_mapping(self.model, None, None)
         self._map_names()
-        self.block_lists = _block_lists(self.model)
+        self.block_lists = block_lists(self.model)
         self.experts = find_experts(self.model)
         self._check()
 
@@ -127,17 +123,26 @@ class Host:
             )
             if target not in state and name in state:
                 target, pattern = name, None
-            if target in state:
-                self.sources.setdefault(target, {})[name] = pattern
-            else:
+            if target not in state:
                 self.unused.append(name)
+            for fed in self._fed(target, pattern):
+                if fed in state:
+                    self.sources.setdefault(fed, {})[name] = pattern
+
+    def _fed(self, target: str, pattern: str | None) -> list[str]:
+        """The parameters that a converter fills beside the one that it names first."""
+        if pattern is None:
+            return [target]
+        first, *others = self._converter[pattern].target_patterns
+        return [target, *(target.replace(first, t) for t in others if first in target)]
 
     def _check(self) -> None:
         where = str(self.checkpoint.directory)
-        several = {p for p, c in self._converter.items() if len(c.target_patterns) > 1}
-        targets = {t for p in several for t in self._converter[p].target_patterns}
+        several = [c.target_patterns for c in self._converter.values()]
+        targets = {t for patterns in several if len(patterns) > 1 for t in patterns}
         check_complete(where, self.model, self.sources, targets)
-        check_experts(where, self.experts, self.sources, several)
+        self._lists = shared_lists(self.experts, self.sources)
+        check_experts(where, self.experts, self.sources, self._lists)
 
     def blocks(self) -> Iterator[BlockRef]:
         """All blocks in the order in which the model's forward calls their lists."""
@@ -198,6 +203,12 @@ class Host:
         """A block without the parameters in `skip` (its experts' matrices)."""
         self.load(lambda t: t.startswith(f"{block.name}.") and t not in skip)
 
+    def whole(self) -> Any:
+        """The model with everything in memory."""
+        self.load(lambda target: True)
+        self.model.tie_weights()
+        return self.model
+
     def head_name(self) -> str | None:
         """The output embeddings' weight if it is a parameter of its own, not shared with the
         input's.
@@ -240,7 +251,7 @@ class Host:
             SourceError: a tensor is missing. NonFiniteError: NaN or Inf, with the tensor's name.
         """
         kind = KINDS[layout.kind]
-        stand_in = _StandIn(module)
+        stand_in = StandIn(module)
         position = 0
         for name in kind.encoded(module):
             target = f"{layout.path}.{name}"
@@ -251,7 +262,7 @@ class Host:
                     stand_in.put(name, self._whole(target))
             else:
                 rows = module.get_parameter(name).shape[0] // layout.experts
-                stand_in.put(name, self._rows(target, expert, rows))
+                stand_in.put(name, self._rows(target, expert, rows, layout.experts))
         read = kind.read(stand_in, position)
         for p in layout.projections:
             if tuple(read[p.name].shape) != (p.rows, p.cols):
@@ -267,22 +278,25 @@ class Host:
         check_finite(target, tensor)
         return tensor
 
-    def _rows(self, target: str, expert: int, rows: int) -> Tensor:
-        """Rows [expert * rows, (expert + 1) * rows) of a parameter that holds all experts, through
-        its converter.
+    def _rows(self, target: str, expert: int, rows: int, experts: int) -> Tensor:
+        """Rows [expert * rows, (expert + 1) * rows) of a parameter that holds all `experts`,
+        through its converter.
         """
         converter: Any = None
         collected: dict[str, list[Tensor]] = {}
+        modules = self._lists.get(target, [target])
+        ours = expert + modules.index(target) * experts
         for disk, pattern in sorted(self.sources[target].items()):
             number = EXPERT_NUMBER.search(disk)
-            if number and int(number.group(1)) != expert:
+            if number and int(number.group(1)) != ours:
                 continue
             at = ... if number else slice(expert * rows, (expert + 1) * rows)
             tensor = self.checkpoint.lazy(disk, at)[...].to(self.dtype)
             check_finite(disk, tensor)
             if pattern is not None:
                 converter = converter or copy.deepcopy(self._converter[pattern])
-            collected.setdefault(pattern or disk, []).append(tensor)
+            # a converter that deals a list out to several modules gets one tensor for each
+            collected.setdefault(pattern or disk, []).extend([tensor] * len(modules))
         if not collected:
             raise SourceError(
                 f"{self.checkpoint.directory}: no tensor for expert {expert} of {target}"
@@ -291,9 +305,9 @@ class Host:
             return next(iter(collected.values()))[0]
         for pattern, tensors in collected.items():
             converter.collected_tensors[pattern] = tensors
-        part = _PartOf(self.model, rows)
+        part = PartOf(self.model, rows)
         made = converter.convert(target, model=part, config=self.config, hf_quantizer=None)
-        result: Any = next(iter(made.values()))
+        result: Any = made[target] if target in made else next(iter(made.values()))
         found: Tensor = result[0] if isinstance(result, list) else result
         return found
 
@@ -361,48 +375,6 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class _PartOf:
-    """A model whose parameters have as many rows as one expert: some converters compare what they
-    get with the shape of the parameter, and transpose if it differs.
-    """
-
-    def __init__(self, model: Any, rows: int) -> None:
-        self._model, self._rows = model, rows
-
-    def get_parameter(self, name: str) -> Tensor:
-        """The parameter's shape for one expert, without values."""
-        whole = self._model.get_parameter(name)
-        return torch.empty(self._rows, *whole.shape[1:], device="meta")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-class _StandIn:
-    """Answers like an experts module that has only the parameters put into it; everything else is
-    the real module's.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def put(self, path: str, tensor: Tensor) -> None:
-        """Sets a parameter by its dotted path."""
-        head, _, rest = path.partition(".")
-        if not rest:
-            self.__dict__[head] = tensor
-            return
-        if head not in self.__dict__:
-            self.__dict__[head] = _StandIn(getattr(self._module, head))
-        self.__dict__[head].put(rest, tensor)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __getitem__(self, key: str) -> Any:
-        return self.__dict__.get(key) or self._module[key]
-
-
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raises NonFiniteError if a tensor holds NaN or Inf; the sum is non-finite exactly then (up to
     overflow, re-checked).
@@ -412,75 +384,6 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise NonFiniteError(
             f"{name}: {bad} of {tensor.numel()} values are NaN or Inf; the source is damaged"
         )
-
-
-def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    kind = checkpoint.config.get("model_type")
-    if (
-        "auto_map" in checkpoint.config
-        and kind not in transformers.CONFIG_MAPPING
-        and kind not in ALIASES
-        and not trust_remote_code
-    ):
-        raise UnsupportedModelError(
-            f"{checkpoint.directory}: model type {kind!r} brings its own code; "
-            "read it, then pass --trust-remote-code to run it"
-        )
-    try:
-        if kind in ALIASES:
-            given = {k: v for k, v in checkpoint.config.items() if k not in _NOT_SETTINGS}
-            config = AutoConfig.for_model(ALIASES[kind], **given)
-        else:
-            config = AutoConfig.from_pretrained(
-                checkpoint.directory, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"{checkpoint.directory}: model type {kind!r} is not known to "
-            f"transformers {transformers.__version__}"
-        ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # the checkpoint presents dense tensors
-    return config
-
-
-def _model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
-        auto = auto_class(config)
-        if type(config) in auto._model_mapping:
-            cls = auto._model_mapping[type(config)]
-        elif trust_remote_code and "auto_map" in checkpoint.config:
-            from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-            cls = get_class_from_dynamic_module(
-                checkpoint.config["auto_map"][auto.__name__], str(checkpoint.directory)
-            )
-    if cls is None or not issubclass(cls, GenerationMixin):
-        raise UnsupportedModelError(
-            f"{checkpoint.directory}: architecture {names or None} is not a language model that "
-            f"transformers {transformers.__version__} can build"
-        )
-    return cls
-
-
-def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The module lists whose members are all of a type that the model declares as not to be split:
-    its blocks.
-    """
-    kinds = set(model._no_split_modules or [])  # type: ignore[arg-type]
-    found = [
-        (n, m)
-        for n, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) and all(type(b).__name__ in kinds for b in m)
-    ]
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: no list of blocks of the types {sorted(kinds)}; "
-            "this layout is not supported"
-        )
-    return found
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

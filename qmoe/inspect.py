@@ -70,7 +70,7 @@ def inspect(directory: str | os.PathLike[str], layers: bool = False) -> dict[str
     coded_weights = sum(g.weights for g in coded)
     coded_bytes = sum(_stored(container, name) for g in coded for name in g.tensors)
     dense_weights = coded_weights + sum(prod(entry.shape) for entry in plain)
-    carried_weights = sum(prod(entry.shape) for _, _, entry in container.carried.values())
+    carried_weights = container.manifest["report"].get("carried_weights", 0)
     files = container.manifest["files"]
     weight_files = [n for n in files if n.endswith(".safetensors") or n == INDEX]
     weight_bytes = sum(files[name]["bytes"] for name in weight_files)

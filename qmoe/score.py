@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from qmoe.calib.tokens import prepare
 from qmoe.checkpoint import open_checkpoint
@@ -14,9 +13,12 @@ from qmoe.container import INDEX
 from qmoe.devices import pick_device
 from qmoe.errors import SourceError
 from qmoe.evaluate import Score, evaluate, split_batches
+from qmoe.families.aliases import ALIASES
 from qmoe.families.layouts import repair
+from qmoe.host import Host
 from qmoe.load import load
 from qmoe.manifest import MANIFEST
+from qmoe.modelclass import read_config, read_tokenizer
 from qmoe.models.auto import auto_class
 
 
@@ -28,6 +30,7 @@ def score_checkpoint(
     tokens: int | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Score:
     """Perplexity of a checkpoint on a text, and its divergence from a reference.
@@ -40,6 +43,7 @@ def score_checkpoint(
         tokens: at most this many tokens of the text; None takes all of a local file.
         dtype: "float32" or "bfloat16", the compute dtype of both models.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        trust_remote_code: run the model and tokenizer code that the checkpoints bring along.
         progress: draw a bar.
 
     Raises:
@@ -47,31 +51,40 @@ def score_checkpoint(
         CalibrationError: the text is shorter than one window.
     """
     where = pick_device(device)
-    first = load_any(model, dtype, where)
-    other = load_any(reference, dtype, where) if reference else None
+    first = load_any(model, dtype, where, trust_remote_code)
+    other = load_any(reference, dtype, where, trust_remote_code) if reference else None
     if other is not None and other.config.vocab_size != first.config.vocab_size:
         raise SourceError(
             f"{model} has {first.config.vocab_size} tokens "
             f"and {reference} has {other.config.vocab_size}; "
             "KL needs one vocabulary"
         )
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = read_tokenizer(model, trust_remote_code)
     data = prepare(tokenizer, first.config, text, tokens or 2**40, ctx, seed=0)
     return evaluate(first, split_batches(data), other, progress)
 
 
-def load_any(model: str, dtype: str, device: torch.device) -> Any:
+def load_any(model: str, dtype: str, device: torch.device, trust_remote_code: bool = False) -> Any:
     """A model in eval mode from a compressed or plain checkpoint, directory or hub id.
 
     Raises:
         SourceError: a plain checkpoint that cannot be read. CorruptError: a compressed one.
+        UnsupportedModelError: a model type that transformers does not know.
     """
     if is_compressed(model):
-        return load(model, dtype=getattr(torch, dtype)).to(device).eval()
+        kind = getattr(torch, dtype)
+        return load(model, dtype=kind, trust_remote_code=trust_remote_code).to(device).eval()
     checkpoint = open_checkpoint(model)  # one clear sentence for whatever is wrong with it
-    directory = checkpoint.directory if checkpoint.quantization is None else model
-    config = AutoConfig.from_pretrained(directory)
-    loaded = auto_class(config).from_pretrained(model, dtype=getattr(torch, dtype))
+    config = read_config(checkpoint, trust_remote_code)
+    kind = getattr(torch, dtype)
+    if checkpoint.quantization is not None or checkpoint.config.get("model_type") in ALIASES:
+        # transformers has no such type, or its dequantization needs further packages or is wrong
+        # on ragged blocks; the reader that compression uses is right
+        loaded = Host(checkpoint, kind, trust_remote_code).whole()
+    else:
+        loaded = auto_class(config).from_pretrained(
+            model, config=config, dtype=kind, trust_remote_code=trust_remote_code
+        )
     repair(loaded)
     return loaded.to(device).eval()
 

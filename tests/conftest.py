@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -22,8 +24,8 @@ torch.set_num_threads(1)  # several workers share the cores
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _helper(file: str) -> ModuleType:
-    """tests/<file>.py by path: with importlib mode, test files cannot import each other."""
+def _by_path(file: str) -> ModuleType:
+    """A module of tests/ by path: with importlib mode, test files cannot import each other."""
     name = f"qmoe_tests_{file}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{file}.py")
@@ -34,7 +36,7 @@ def _helper(file: str) -> ModuleType:
 
 
 def _tiny() -> ModuleType:
-    return _helper("tiny")
+    return _by_path("tiny")
 
 
 def pytest_generate_tests(metafunc) -> None:
@@ -45,13 +47,35 @@ def pytest_generate_tests(metafunc) -> None:
         for n in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
     }
     if "family" in metafunc.fixturenames and "family" not in named:
-        metafunc.parametrize("family", _tiny().FAMILIES)
+        metafunc.parametrize("family", _by_path("tiny").FAMILIES)
 
 
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """Tiny models of every family and source format: tests/tiny.py."""
-    return _tiny()
+    return _by_path("tiny")
+
+
+@pytest.fixture(scope="session")
+def generic() -> ModuleType:
+    """The whole path, and tiny models of every type with the fused interface: tests/generic.py."""
+    return _by_path("generic")
+
+
+@pytest.fixture(scope="session")
+def table_row() -> Callable[[str, dict[str, object]], None]:
+    """``table_row(table, row)``: keeps what a test proved about a family. scripts/families runs
+    the tests and makes docs/families.md of the rows."""
+    folder = os.environ.get("QMOE_FAMILY_ROWS")
+
+    def keep(table: str, row: dict[str, object]) -> None:
+        if folder:
+            name = "".join(c if c.isalnum() else "_" for c in f"{table} {row['family']}")
+            file = Path(folder) / f"{name}--{row['kind']}.json"
+            assert not file.exists(), f"two rows for {row['family']}"
+            file.write_text(json.dumps({"table": table, **row}))
+
+    return keep
 
 
 @pytest.fixture
@@ -60,7 +84,7 @@ def serve_hub() -> Iterator[Callable[..., object]]:
     running = []
 
     def start(files: dict[str, bytes], **options: object) -> object:
-        running.append(_helper("hub").start(files, **options))
+        running.append(_by_path("hub").start(files, **options))
         return running[-1]
 
     yield start
@@ -79,7 +103,7 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
 
     def get(family: str) -> Path:
         if family not in made:
-            made[family] = _tiny().save(family, tmp_path_factory.mktemp("tiny") / family)
+            made[family] = _by_path("tiny").save(family, tmp_path_factory.mktemp("tiny") / family)
         return made[family]
 
     return get
@@ -88,7 +112,7 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def build_model() -> Callable[..., object]:
     """``build(family, seed=0, **changes)``: a tiny random float32 model in eval mode."""
-    return lambda family, seed=0, **changes: _tiny().make(family, seed=seed, **changes)
+    return lambda family, seed=0, **changes: _by_path("tiny").make(family, seed=seed, **changes)
 
 
 @pytest.fixture(scope="session")

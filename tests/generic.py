@@ -6,6 +6,7 @@ besides. Tests and scripts/families take this module by path, since tests are no
 """
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from transformers.models.auto.configuration_auto import (
 )
 
 import qmoe
+from qmoe.checkpoint import open_checkpoint
 from qmoe.compress import Settings, compress_checkpoint
 from qmoe.export import export
 from qmoe.families.layouts import repair
+from qmoe.host import Host
 from qmoe.reader import Container
 from qmoe.verify import verify
 
@@ -240,7 +243,9 @@ def run(kind: str, work: Path, tiny: Any) -> dict[str, bool]:
     return prove(work / "source", work, tiny, type(model))
 
 
-def prove(source: Path, work: Path, tiny: Any, model_class: Any) -> dict[str, bool]:
+def prove(
+    source: Path, work: Path, tiny: Any, model_class: Any, method: str = "rtn", tokens: int = 96
+) -> dict[str, bool]:
     """Takes a checkpoint through the whole path.
 
     Args:
@@ -248,6 +253,8 @@ def prove(source: Path, work: Path, tiny: Any, model_class: Any) -> dict[str, bo
         work: where to work.
         tiny: the module tests/tiny.py.
         model_class: of transformers, that loads the export.
+        method: of compression.
+        tokens: of calibration.
 
     Returns:
         What was proven: {"compress", "logits", "generate", "save"}; every value is True.
@@ -256,8 +263,8 @@ def prove(source: Path, work: Path, tiny: Any, model_class: Any) -> dict[str, bo
         AssertionError: two models that must be equal are not. Whatever else a step raises.
     """
     tiny.save_tokenizer(source)
-    text = tiny.save_text(work / "text.txt", 200)
-    settings = Settings(method="rtn", calib=str(text), calib_tokens=96, ctx=24)
+    text = tiny.save_text(work / "text.txt", 2 * tokens)
+    settings = Settings(method=method, calib=str(text), calib_tokens=tokens, ctx=24)
     compress_checkpoint(str(source), work / "q", settings)
     passed = {"compress": True}
     verify(work / "q")
@@ -308,8 +315,6 @@ def _close(got: torch.Tensor, expected: torch.Tensor) -> None:
 REASONS: dict[str, str] = {
     "diffusion_gemma": "generates blocks of text by diffusion; it is no causal language model, and "
     "`qmoe compress` says so.",
-    "ernie4_5_vl_moe": "its text and its vision experts are one numbered list on disk, which "
-    "reading a single expert does not take apart.",
     "openai_privacy_filter": "labels tokens and generates no text; `qmoe compress` says so.",
     "qwen3_omni_moe": "a pipeline of two language models and a vocoder; its thinker, "
     "`qwen3_omni_moe_thinker`, is supported.",
@@ -318,16 +323,46 @@ STEPS = ("compress", "logits", "generate", "save")
 
 
 def attempt(kind: str, work: Path, tiny: Any) -> dict[str, Any]:
-    """One row of the table: {"kind", "experts": layout in words, "passed": [...], "reason"}."""
-    row = {"kind": kind, "experts": "", "passed": [], "reason": REASONS.get(kind, "")}
-    if row["reason"]:
-        return row
+    """One row of the table for a type with the fused interface; see `row`."""
+    family, reason = family_of(kind), REASONS.get(kind, "")
+    if reason:
+        return row(family, kind, reason=reason)
     try:
-        row["passed"] = list(run(kind, work, tiny))
-        row["experts"] = described(work / "q")
+        passed = run(kind, work, tiny)
     except ImportError as e:  # transformers wants a package for this type alone
-        row["reason"] = f"not run: transformers needs a package that is not installed ({e})."
-    return row
+        reason = f"not run: transformers needs a package that is not installed ({e})."
+        return row(family, kind, reason=reason)
+    return row(family, kind, passed, work)
+
+
+def row(
+    family: str,
+    kind: str,
+    passed: Iterable[str] = (),
+    work: Path | None = None,
+    reason: str = "",
+) -> dict[str, Any]:
+    """What a line of docs/families.md says.
+
+    Args:
+        family: for people.
+        kind: model type in the source's config.json.
+        passed: the steps of `prove`.
+        work: where they ran.
+        reason: why they did not.
+    """
+    out = {"family": family, "kind": kind, "passed": list(passed), "reason": reason}
+    if work is None:
+        return out | {"source": "", "experts": ""}
+    return out | {"source": stored_as(work / "source"), "experts": described(work / "q")}
+
+
+def stored_as(source: Path) -> str:
+    """The format of a source's experts, and what it holds that no module takes."""
+    checkpoint = open_checkpoint(source)
+    found = checkpoint.quantization or "plain"
+    unused = Host(checkpoint).unused
+    return f"{found}, {len(unused)} tensors without a module" if unused else found
 
 
 def described(compressed: Path) -> str:

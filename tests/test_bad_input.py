@@ -70,6 +70,30 @@ def test_remote_code_is_not_run_unasked(source, refused):
     assert "brings its own code; read it, then pass --trust-remote-code" in refused(source)
 
 
+def test_eval_of_what_cannot_be_loaded(source, tmp_path, tiny):
+    """As a model and as a reference; nothing is asked and no code is run."""
+    text = str(tiny.save_text(tmp_path / "text.txt", 100))
+    good = shutil.copytree(source, tmp_path / "good")
+
+    def said(model, *options):
+        line = ["eval", str(model), "--text", text, "--ctx", "32", *options]
+        done = CliRunner().invoke(main, line)
+        assert done.exit_code == 2, (done.output, done.exception)
+        lines = [s for s in done.stderr.splitlines() if s.startswith("qmoe: ")]
+        assert len(lines) == 1, done.stderr  # beside the bars of transformers
+        assert "Traceback" not in done.output
+        return lines[0]
+
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer can be read" in said(source)
+    _config(source, model_type="nonesuch")
+    assert "model type 'nonesuch' is not known to transformers" in said(source)
+    assert "model type 'nonesuch' is not known" in said(good, "--reference", str(source))
+    _config(source, model_type="own_moe", auto_map={"AutoModelForCausalLM": "own.OwnModel"})
+    assert "brings its own code; read it, then pass --trust-remote-code" in said(source)
+
+
 def test_a_model_without_experts(tmp_path, tiny, refused):
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -16,10 +16,7 @@ from equations import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import qmoe
-from qmoe.compress import Settings, compress_checkpoint
 from qmoe.errors import OutputError, SourceError
-from qmoe.export import export
 from qmoe.importers import IMPORTERS, writing
 
 CASES = {
@@ -186,19 +183,15 @@ def test_fairseq_tokenizer(tmp_path):
         IMPORTERS["fairseq"](d, tmp_path / "new")
 
 
-@pytest.mark.parametrize("kind", ["openmoe", "fairseq", "megablocks"])
-@torch.no_grad()
-def test_imported_then_compressed(tmp_path, tiny, kind):
+NAMES = {"openmoe": "OpenMoE", "fairseq": "fairseq moe_lm", "megablocks": "Megatron, MegaBlocks"}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_imported_then_compressed(tmp_path, tiny, generic, kind, table_row):
     _, write, _, _ = CASES[kind]
     write(tmp_path / "src")
-    source = IMPORTERS[kind](tmp_path / "src", tmp_path / "imported").directory
-    tiny.save_tokenizer(source)
-    text = tiny.save_text(tmp_path / "text.txt", 1500)
-    settings = Settings(method="qmoe", calib=str(text), calib_tokens=512, ctx=32)
-    compress_checkpoint(str(source), tmp_path / "q", settings)
-    model = qmoe.load(tmp_path / "q", dtype=torch.float32)
-    export(tmp_path / "q", tmp_path / "dense", "float32")
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
-    ids = torch.randint(16, 50, (2, 12), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
-    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 14)
+    source = IMPORTERS[kind](tmp_path / "src", tmp_path / "source").directory
+    passed = generic.prove(source, tmp_path, tiny, AutoModelForCausalLM, "qmoe", 512)
+    config = json.loads((source / "config.json").read_text())
+    row = generic.row(f"{NAMES[kind]}, imported", config["model_type"], passed, tmp_path)
+    table_row("named", row)

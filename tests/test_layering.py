@@ -30,6 +30,8 @@ LAYERS = {
     "qmoe.families": 2,
     "qmoe.models": 2,
     "qmoe.fit": 3,
+    "qmoe.modelclass": 3,
+    "qmoe.partial": 3,
     "qmoe.host": 3,
     "qmoe.experts": 3,
     "qmoe.calib": 3,

@@ -130,6 +130,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 8,
         "use_mamba_kernels": False,
     },
+    "minimax": {**BASE, **LOCAL, **HEAD, **NARROW},
     "minimax_m2": {**BASE, **LOCAL, **HEAD, **NARROW, "rotary_dim": 16},
     "ernie4_5_moe": {
         **BASE,
@@ -174,6 +175,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = tuple(CONFIGS)
+TITLES = {  # as people call them
+    "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2-MoE",
+    "qwen3_moe": "Qwen3-MoE",
+    "qwen3_next": "Qwen3-Next",
+    "olmoe": "OLMoE",
+    "deepseek_v2": "DeepSeek-V2",
+    "deepseek_v3": "DeepSeek-V3",
+    "glm4_moe": "GLM-4.5-MoE",
+    "gpt_oss": "gpt-oss",
+    "granitemoe": "Granite-MoE",
+    "phimoe": "Phi-3.5-MoE",
+    "llama4_text": "Llama 4",
+    "dbrx": "DBRX",
+    "jamba": "Jamba",
+    "minimax": "MiniMax",
+    "minimax_m2": "MiniMax-M2",
+    "ernie4_5_moe": "ERNIE-4.5-MoE",
+    "jetmoe": "JetMoE",
+    "hunyuan_v1_moe": "Hunyuan-A13B",
+    "switch_transformers": "Switch Transformers",
+    "nllb-moe": "NLLB-MoE",
+}
 
 
 def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:

@@ -9,11 +9,24 @@ from qmoe.sources.virtual import Raw, Virtual
 KNOWN = "fp8, fbgemm_fp8, mxfp4, gptq, compressed-tensors (pack-quantized, float-quantized)"
 
 
-def quantization_settings(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The ``quantization_config`` of a model or of its text part; None for a plain checkpoint."""
+KEYS = ("quantization_config", "compression_config")
+
+
+def quantization_settings(
+    config: dict[str, Any], keys: tuple[str, ...] = KEYS
+) -> dict[str, Any] | None:
+    """The ``quantization_config`` of a model or of its text part; None for a plain checkpoint.
+
+    Args:
+        config: config.json.
+        keys: under which the settings may stand.
+
+    Raises:
+        SourceError: they are no object.
+    """
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
+        for key in keys:
             if part.get(key):
                 settings = part[key]
                 if not isinstance(settings, dict):

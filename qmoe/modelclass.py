@@ -1,0 +1,128 @@
+"""Which transformers configuration, class, lists of blocks and tokenizer belong to a checkpoint.
+
+Knows nothing about weights.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, GenerationMixin
+
+from qmoe.checkpoint import Checkpoint
+from qmoe.errors import SourceError, UnsupportedModelError
+from qmoe.families.aliases import ALIASES
+from qmoe.models.auto import auto_class
+
+_NOT_SETTINGS = ("model_type", "auto_map")
+
+
+def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """The transformers configuration of a checkpoint, without its `quantization_config`.
+
+    Raises:
+        UnsupportedModelError: a model type that transformers does not know, or that brings code
+            which is not to be run.
+    """
+    kind = checkpoint.config.get("model_type")
+    if (
+        "auto_map" in checkpoint.config
+        and kind not in transformers.CONFIG_MAPPING
+        and kind not in ALIASES
+        and not trust_remote_code
+    ):
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: model type {kind!r} brings its own code; "
+            "read it, then pass --trust-remote-code to run it"
+        )
+    try:
+        if kind in ALIASES:
+            given = {k: v for k, v in checkpoint.config.items() if k not in _NOT_SETTINGS}
+            config = AutoConfig.for_model(ALIASES[kind], **given)
+        else:
+            config = AutoConfig.from_pretrained(
+                checkpoint.directory, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: model type {kind!r} is not known to "
+            f"transformers {transformers.__version__}"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # the checkpoint presents dense tensors
+    return config
+
+
+def model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """The class of the model, its own code included if that is trusted.
+
+    Raises:
+        UnsupportedModelError: there is none, or it generates no text.
+    """
+    names = config.architectures or []
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None:
+        auto = auto_class(config)
+        if type(config) in auto._model_mapping:
+            cls = auto._model_mapping[type(config)]
+        elif trust_remote_code and "auto_map" in checkpoint.config:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            cls = get_class_from_dynamic_module(
+                checkpoint.config["auto_map"][auto.__name__], str(checkpoint.directory)
+            )
+    pipeline = cls is not None and cls.forward is nn.Module.forward  # of several models
+    if cls is None or pipeline or not issubclass(cls, GenerationMixin):
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: architecture {names or None} is not a language model that "
+            f"transformers {transformers.__version__} can build"
+        )
+    return cls
+
+
+def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The module lists whose members are all of a type that the model declares as not to be split:
+    its blocks.
+
+    Returns:
+        (module path, list) in definition order.
+
+    Raises:
+        UnsupportedModelError: the model has none.
+    """
+    kinds = set(model._no_split_modules or [])  # type: ignore[arg-type]
+    found = [
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) and all(type(b).__name__ in kinds for b in m)
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: no list of blocks of the types {sorted(kinds)}; "
+            "this layout is not supported"
+        )
+    return found
+
+
+def read_tokenizer(directory: str | Path, trust_remote_code: bool) -> Any:
+    """A checkpoint's tokenizer.
+
+    Args:
+        directory: or hub id.
+        trust_remote_code: run code that it brings along.
+
+    Raises:
+        SourceError: there is none, or it cannot be read.
+    """
+    try:
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if not set(found.get_vocab().values()) - set(found.all_special_ids):
+            raise ValueError(
+                "it holds no vocabulary"
+            )  # made of the model's type, for want of files
+        return found
+    except (ImportError, OSError, TypeError, ValueError) as e:
+        hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
