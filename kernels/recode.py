@@ -3,8 +3,7 @@
 A file's codes have up to 8 bits, as rate asks for. In a kernel every bit of a table's index doubles
 the memory that the lanes of a warp scatter their lookups over: with 7 bits a table is two words per
 bank of shared memory, or two cache lines. So streams are rewritten when a model is loaded, symbol
-by symbol; groups of symbols, and hence what table each one uses, stay. Codes of 8 bits are rare,
-what they take from the others is about half a percent.
+by symbol; groups of symbols, and hence what table each one uses, stay. The words grow by 2 %.
 """
 
 from collections.abc import Sequence

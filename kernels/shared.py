@@ -19,7 +19,8 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qmoe.kernels.matvec import active_expert, follow, inputs_of, place, tables_of
+from qmoe.kernels.device import tables_of
+from qmoe.kernels.matvec import active_expert, follow, inputs_of, place
 
 LIMIT = 8  # bits of the longest codes that fit
 SUPPORTED = hasattr(gl.shared_memory_descriptor, "gather") and hasattr(gl, "barrier")

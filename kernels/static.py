@@ -209,7 +209,7 @@ def run(json: bool = False, matrices: Sequence[QuantizedMatrix] | None = None) -
     p = packed(sample)
     touched = {
         (size, warps): mean(
-            [trace(p, e, input_bytes=size, warps=warps) for e in range(min(4, p.experts))]
+            [trace(p, e, input_bytes=size, warps=warps) for e in range(min(8, p.experts))]
         )
         for size in (2, 4, 8, 16)
         for warps in {1, WARPS}

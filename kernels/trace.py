@@ -51,7 +51,8 @@ def mean(parts: Sequence[Touched]) -> Touched:
 
     def of(name: str) -> float:
         shares = [1.0] * len(parts) if "steps" in name or "symbols" in name else weight
-        return sum(getattr(t, name) * w for t, w in zip(parts, shares, strict=True)) / sum(shares)
+        total = sum(getattr(t, name) * w for t, w in zip(parts, shares, strict=True))
+        return float(total / sum(shares))
 
     return Touched(**{f.name: of(f.name) for f in fields(Touched)})
 

@@ -201,6 +201,8 @@ def test_plans():
     assert plan.plan_for(75) == plan.PORTABLE
     assert plan.plan_for(86) == plan.PLANS[80]
     assert plan.plan_for(120) == plan.PLANS[100]
+    assert all(p.shared for p in plan.PLANS.values())
+    assert not plan.PORTABLE.shared
     p = plan.PLANS[90]
     assert plan.batch_of(p, 1, 8, 128) == 1
     assert plan.batch_of(p, 4, 8, 8) == 4
