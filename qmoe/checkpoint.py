@@ -6,7 +6,6 @@ their dense names, decoded while read. Nothing is ever written to a local source
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import EllipsisType
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
+from qmoe.sources.files import read_config, read_index, weight_files
 from qmoe.sources.formats import KEYS, quantization_settings, recognise
 from qmoe.sources.hub import HubShard, Repository
 from qmoe.sources.selection import Selection
@@ -23,8 +23,6 @@ from qmoe.sources.shard import DTYPE_NAMES, SafetensorsShard, Shard, TorchShard
 from qmoe.sources.stored import Stored
 from qmoe.sources.virtual import Virtual
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLES = ("model.safetensors", "pytorch_model.bin")
 # key of config.json: the quantization_config of tensors that a dense checkpoint carries along
 CARRIED_SETTINGS = "carried_quantization_config"
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -307,7 +305,7 @@ def open_checkpoint(
 
 def _open_local(directory: Path) -> Checkpoint:
     files = {p.name for p in directory.iterdir()}
-    config, text = _read_config(directory)
+    config, text = read_config(directory)
 
     def shard(name: str) -> Shard:
         if name not in files:
@@ -318,17 +316,17 @@ def _open_local(directory: Path) -> Checkpoint:
             else SafetensorsShard(directory / name)
         )
 
-    single, index = _weight_files(files, str(directory))
+    single, index = weight_files(files, str(directory))
     if single is not None:
         return Checkpoint(directory, config, Stored([shard(single)], None), text)
-    shards, where = _read_index(directory / index, shard)
+    shards, where = read_index(directory / index, shard)
     return Checkpoint(directory, config, Stored(shards, where), text)
 
 
 def _open_hub(repository: Repository) -> Checkpoint:
-    config, text = _read_config(repository.directory)
+    config, text = read_config(repository.directory)
     files = set(repository.files())
-    single, index = _weight_files(files, repository.repo)
+    single, index = weight_files(files, repository.repo)
 
     def shard(name: str) -> Shard:
         if name.endswith(".bin"):  # pickles have no header to ask for: the whole file comes at once
@@ -343,63 +341,9 @@ def _open_hub(repository: Repository) -> Checkpoint:
     if single is not None:
         stored = Stored([shard(single)], None)
     else:
-        stored = Stored(*_read_index(repository.directory / index, shard))
+        stored = Stored(*read_index(repository.directory / index, shard))
     origin = {"name": repository.repo, "revision": repository.revision}
     return Checkpoint(repository.directory, config, stored, text, origin)
-
-
-def _weight_files(files: set[str], where: str) -> tuple[str | None, str]:
-    """(single weight file or None, index file), in transformers' order of preference."""
-    for index, single in zip(INDEXES, SINGLES, strict=True):
-        if index in files:
-            return None, index
-        if single in files:
-            return single, ""
-    found = sorted(f for f in files if f.endswith(".safetensors"))
-    if len(found) == 1 and not found[0].startswith("qmoe"):
-        return found[0], ""
-    if any(f.startswith("qmoe") for f in found):
-        raise SourceError(
-            f"{where} is already compressed by qmoe; give the original, or `qmoe export` it first"
-        )
-    if found:
-        raise SourceError(
-            f"{where} holds {len(found)} safetensors files ({found[0]}, …) but no {INDEXES[0]}; "
-            "download the index"
-        )
-    raise SourceError(f"{where} holds no weights (looked for {', '.join((*SINGLES, *INDEXES))})")
-
-
-def _read_index(path: Path, shard: Any) -> tuple[list[Shard], dict[str, Shard]]:
-    index = _read_json(path)[0]
-    weights = index.get("weight_map")
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(v, str) and "/" not in v for v in weights.values())
-    ):
-        raise SourceError(f"{path}: weight_map is missing or malformed; download the index again")
-    shards = {name: shard(name) for name in sorted(set(weights.values()))}
-    return list(shards.values()), {name: shards[file] for name, file in weights.items()}
-
-
-def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
-    if not (directory / "config.json").is_file():
-        raise SourceError(
-            f"{directory} holds no config.json; give the directory of a transformers checkpoint"
-        )
-    return _read_json(directory / "config.json")
-
-
-def _read_json(path: Path) -> tuple[dict[str, Any], str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text)
-    except (OSError, ValueError) as e:
-        raise SourceError(f"{path} cannot be read as JSON ({e}); download it again") from e
-    if not isinstance(value, dict):
-        raise SourceError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value, text
 
 
 def _dense_config(config: dict[str, Any]) -> dict[str, Any]:
