@@ -68,6 +68,7 @@ class Repository:
     def __init__(self, repo: str, revision: str | None, cache: Path | None) -> None:
         self.repo = repo
         self._coming: dict[str, threading.Thread] = {}
+        self._locks: dict[str, threading.Lock] = {}
         self._one_download = threading.Lock()
         try:  # without a connection this falls back to what is cached
             snapshot = snapshot_download(repo, revision=revision, ignore_patterns=list(WEIGHTS))
@@ -137,7 +138,13 @@ class Repository:
             self._download(file)
 
     def _download(self, file: str) -> Path:
-        return Path(hf_hub_download(self.repo, file, revision=self.revision, local_dir=self.cache))
+        # Of two threads that want a file, the second must not replace it under the first's reads.
+        with self._locks.setdefault(file, threading.Lock()):
+            here = self.cached(file)
+            if here is not None:
+                return here
+            path = hf_hub_download(self.repo, file, revision=self.revision, local_dir=self.cache)
+            return Path(path)
 
 
 class HubShard(SafetensorsShard):
