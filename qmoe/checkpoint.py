@@ -19,9 +19,10 @@ from qmoe.sources.files import read_config, read_index, weight_files
 from qmoe.sources.formats import KEYS, quantization_settings, recognise
 from qmoe.sources.hub import HubShard, Repository
 from qmoe.sources.selection import Selection
-from qmoe.sources.shard import DTYPE_NAMES, SafetensorsShard, Shard, TorchShard
+from qmoe.sources.shard import SafetensorsShard, Shard, TorchShard
 from qmoe.sources.stored import Stored
 from qmoe.sources.virtual import Virtual
+from qmoe.tensorfile import DTYPE_NAMES
 
 # key of config.json: the quantization_config of tensors that a dense checkpoint carries along
 CARRIED_SETTINGS = "carried_quantization_config"

@@ -41,11 +41,12 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-_NAMES = {v: k for k, v in DTYPES.items()}
+DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,10 @@ class Spill:
         """
         if name in self._tensors:
             raise ValueError(f"tensor {name} is written twice")
-        if tensor.dtype not in _NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"tensor {name}: dtype {tensor.dtype} cannot be stored")
         self._tensors[name] = _Spilled(
-            _NAMES[tensor.dtype], tuple(tensor.shape), [], hashlib.sha256()
+            DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), [], hashlib.sha256()
         )
         self._write(name, tensor_bytes(tensor))
 

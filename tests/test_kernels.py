@@ -118,7 +118,7 @@ def layer(experts=4, hidden=48, inner=40):
     return ops.ExpertsPack(up, down)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="takes the twins' path")
+@pytest.mark.skipif(INTERPRETED, reason="CPU path; test_kernels_interpreted.py runs kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layer_equals_the_loop_over_experts(dtype):
     pack = layer()
@@ -132,7 +132,7 @@ def test_layer_equals_the_loop_over_experts(dtype):
         assert bench.relative_rms(y, expected) < bench.TOLERANCE[dtype]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="takes the twins' path")
+@pytest.mark.skipif(INTERPRETED, reason="CPU path; test_kernels_interpreted.py runs kernels")
 def test_biases_and_foreign_experts():
     pack = layer()
     hidden, index, weight = torch.randn(2, 48), torch.tensor([[0, 3], [4, -1]]), torch.rand(2, 2)
@@ -146,7 +146,7 @@ def test_biases_and_foreign_experts():
     assert not y[1].any()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="takes the twins' path")
+@pytest.mark.skipif(INTERPRETED, reason="CPU path; test_kernels_interpreted.py runs kernels")
 def test_compiles_to_one_graph_and_passes_opcheck():
     pack = layer()
     hidden, index, weight = (
@@ -214,7 +214,7 @@ def test_plans():
 
 def test_scripts_without_a_gpu(capsys):
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("with a GPU the scripts run for minutes; this is what they say without one")
     import subprocess
     import sys
     from pathlib import Path

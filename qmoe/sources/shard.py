@@ -23,27 +23,8 @@ from torch import Tensor
 
 from qmoe.errors import SourceError
 from qmoe.sources.selection import Selection, cut, leading
+from qmoe.tensorfile import DTYPES
 
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
 EDGE = 4096  # bytes at the end of a file that enter its fingerprint
 
