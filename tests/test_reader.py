@@ -14,7 +14,7 @@ from qmoe.errors import CorruptError, FormatVersionError
 from qmoe.manifest import MANIFEST, read_manifest
 from qmoe.reader import Container
 from qmoe.stream import ExpertStream
-from qmoe.tensorfile import Spill, read_header, read_tensor
+from qmoe.tensorfile import DTYPES, Spill, read_header, read_tensor
 
 
 def test_manifest_notices_a_bit_in_every_byte(tmp_path):
@@ -173,6 +173,23 @@ def test_header_that_does_not(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(CorruptError, match="truncated"):
         read_tensor(path, start, entries["a"])
+
+
+def test_every_dtype_of_a_source_can_be_stored(tmp_path):
+    spill = Spill(tmp_path / "s")
+    data = torch.arange(2 * 16, dtype=torch.uint8) % 2  # valid in every dtype, bool included
+    for name, dtype in DTYPES.items():
+        spill.add(name, data.view(dtype))
+    (names,) = spill.shards(1 << 20)
+    path = tmp_path / "out.safetensors"
+    spill.write_shard(path, names)
+    spill.close()
+    start, entries = read_header(path)
+    theirs = load_file(path)
+    for name, dtype in DTYPES.items():
+        for loaded in (theirs[name], read_tensor(path, start, entries[name])):
+            assert loaded.dtype == dtype
+            assert torch.equal(loaded.view(torch.uint8), data)
 
 
 def test_spill_appends_and_interleaves(tmp_path):
