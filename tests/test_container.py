@@ -273,7 +273,7 @@ def _twice(block):
 
 
 def _unstorable(block):
-    block.add_tensor("w", torch.zeros(1, dtype=torch.complex64))
+    block.add_tensor("w", torch.zeros(1, dtype=torch.complex128))
 
 
 def _incomplete(block):
