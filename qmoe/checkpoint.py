@@ -17,7 +17,7 @@ from torch import Tensor
 from qmoe.errors import SourceError
 from qmoe.sources.files import read_config, read_index, weight_files
 from qmoe.sources.formats import KEYS, quantization_settings, recognise
-from qmoe.sources.hub import HubShard, Repository
+from qmoe.sources.hub import HubShard, Repository, split_revision
 from qmoe.sources.selection import Selection
 from qmoe.sources.shard import SafetensorsShard, Shard, TorchShard
 from qmoe.sources.stored import Stored
@@ -85,6 +85,7 @@ class Checkpoint:
         self._virtual: dict[str, Virtual] = {}
         self._hidden: set[str] = set()
         self._expected: set[str] = set()
+        self._deletes = True
         self.quantization: str | None = None
         quantization = quantization_settings(config)
         self.settings = quantization or quantization_settings(config, (CARRIED_SETTINGS,))
@@ -212,22 +213,25 @@ class Checkpoint:
 
         Args:
             names: of dense tensors or of those in the files.
-            delete: False in all but one of several processes that share the directory.
+            delete: False in all but one of several processes that share the directory; meanwhile
+                the others read nothing that is not among `names`.
         """
         self._expected = {part for name in names for part in self._parts(name)}
         for shard in self._stored.shards:
             if isinstance(shard, HubShard) and shard.temporary:
                 shard.forget()
-        if delete:
-            self._sweep()
+        self._deletes = delete
+        self._sweep()
 
     def finished(self, names: Iterable[str]) -> None:
-        """Say that tensors are not expected any more, see `expect`."""
+        """Say that no process expects these tensors any more, see `expect`."""
         for name in names:
             self._expected.difference_update(self._parts(name))
         self._sweep()
 
     def _sweep(self) -> None:
+        if not self._deletes:
+            return
         for shard, held in self._stored.in_shard.items():
             if isinstance(shard, HubShard) and held.isdisjoint(self._expected):
                 shard.discard()
@@ -265,14 +269,12 @@ class Checkpoint:
         return name
 
 
-def open_checkpoint(
-    source: str | Path, revision: str | None = None, cache: str | Path | None = None
-) -> Checkpoint:
+def open_checkpoint(source: str | Path, cache: str | Path | None = None) -> Checkpoint:
     """Open a checkpoint without reading weights.
 
     Args:
-        source: local directory, or "owner/name" on the hub.
-        revision: branch, tag or commit on the hub.
+        source: local directory, or "owner/name" on the hub, with "@revision" for a branch, tag or
+            commit that is not the default branch.
         cache: directory for the weight files that a run downloads; see `Checkpoint.expect`. None
             keeps them in the hub's cache.
 
@@ -290,18 +292,36 @@ def open_checkpoint(
         checkpoint = _open_local(path)
         checkpoint.validate()
         return checkpoint
-    if path.exists():
+    return _open_hub(_repository(source, Path(cache) if cache is not None else None))
+
+
+def directory_of(source: str | Path) -> Path:
+    """Where config, tokenizer and whatever else is no weight file of a checkpoint lie: the
+    directory itself, or that to which the hub's were downloaded.
+
+    Args:
+        source: as for `open_checkpoint`.
+
+    Raises:
+        SourceError: nothing there.
+    """
+    return Path(source) if Path(source).is_dir() else _repository(source, None).directory
+
+
+def _repository(source: str | Path, cache: Path | None) -> Repository:
+    if Path(source).exists():
         raise SourceError(
-            f"{path} is a file; give the directory that holds config.json and the weights"
+            f"{source} is a file; give the directory that holds config.json and the weights"
         )
     text = str(source)
-    parts = text.split("/")
-    if path.is_absolute() or text.startswith((".", "~")) or len(parts) > 2 or not all(parts):
+    name, revision = split_revision(text)
+    parts = name.split("/")
+    if Path(source).is_absolute() or text.startswith((".", "~")) or len(parts) > 2 or "" in parts:
         raise SourceError(
-            f"{text!r} does not exist, and it is no model id of the hub (owner/name); check the "
-            "path"
+            f"{text!r} does not exist, and it is no model id of the hub (owner/name or "
+            "owner/name@revision); check the path"
         )
-    return _open_hub(Repository(text, revision, Path(cache) if cache is not None else None))
+    return Repository(name, revision, cache)
 
 
 def _open_local(directory: Path) -> Checkpoint:

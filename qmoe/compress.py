@@ -222,7 +222,7 @@ def compress_checkpoint(
             raise _interrupted(writer, blocks[done:]) from None
         host.free_head()
         run.go_on(blocks[:done])
-        begin_walk(host, blocks[done:], delete=world.first)
+        begin_walk(host, blocks[done:], world)
         with tqdm(
             total=len(blocks), desc="blocks", unit="block", initial=done, disable=not progress
         ) as bar:

@@ -8,17 +8,22 @@ touched: for them all this does nothing.
 from collections.abc import Iterable
 
 from qmoe.host import BlockRef, Host
+from qmoe.parallel import World
 
 
-def begin_walk(host: Host, blocks: Iterable[BlockRef], delete: bool = True) -> None:
+def begin_walk(host: Host, blocks: Iterable[BlockRef], world: World | None = None) -> None:
     """Says which blocks will be read from now on.
 
     Args:
         host: the model and its open source.
         blocks: in any order.
-        delete: False in all but one of several processes.
+        world: the processes that share the directory, all of which call this: they wait for each
+            other, so that none still reads what was expected before, and the first deletes for
+            all. None: nobody else reads now.
     """
-    host.checkpoint.expect(_tensors(host, blocks), delete)
+    if world is not None:
+        world.meet("start of a walk")
+    host.checkpoint.expect(_tensors(host, blocks), world is None or world.first)
 
 
 def leave(host: Host, block: BlockRef) -> None:

@@ -33,6 +33,7 @@ from qmoe.models.auto import auto_class
 from qmoe.reader import Container, parse_quantization
 from qmoe.save import save_pretrained
 from qmoe.skeleton import check, compare, swap
+from qmoe.sources.hub import split_revision
 
 CACHE_VARIABLE = "QMOE_CACHE_BYTES"
 
@@ -173,8 +174,8 @@ def load(
     """Loads a compressed checkpoint as a transformers model.
 
     Args:
-        directory: the compressed checkpoint, or the id of one on the Hugging Face hub (downloaded
-            whole first).
+        directory: the compressed checkpoint, or the id of one on the Hugging Face hub,
+            "owner/name" or "owner/name@revision" (downloaded whole first).
         cache_bytes: bound of decoded matrices kept in memory, 0 for none; default: environment
             variable QMOE_CACHE_BYTES, else 0.
         kwargs: for `from_pretrained`: dtype, device_map, offload_folder, ...
@@ -219,8 +220,9 @@ def _download(name: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    repo, at = split_revision(name)
     try:
-        return str(snapshot_download(name, revision=revision))
+        return str(snapshot_download(repo, revision=revision or at))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise QmoeError(

@@ -59,7 +59,7 @@ def probed(
         probe = Probe(target, tokens / seen, layouts, knobs, delta, world)
         outputs = Resident(store)
         run = make_run(probe.method, some, [outputs], World())
-        begin_walk(host, blocks, delete=world.first)
+        begin_walk(host, blocks, world)
         for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=not progress)):
             run.block(block, None, blocks[i + 1 : i + 2], probe.finish)
             world.meet(f"probe of {block.name}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qmoe.calib.tokens import prepare
-from qmoe.checkpoint import open_checkpoint
+from qmoe.checkpoint import directory_of, open_checkpoint
 from qmoe.container import INDEX
 from qmoe.devices import pick_device
 from qmoe.errors import SourceError
@@ -20,6 +20,7 @@ from qmoe.load import load
 from qmoe.manifest import MANIFEST
 from qmoe.modelclass import read_config, read_tokenizer
 from qmoe.models.auto import auto_class
+from qmoe.sources.hub import split_revision
 
 
 def score_checkpoint(
@@ -36,7 +37,7 @@ def score_checkpoint(
     """Perplexity of a checkpoint on a text, and its divergence from a reference.
 
     Args:
-        model: directory or hub id.
+        model: directory or hub id, "owner/name" or "owner/name@revision".
         text: evaluation text, see `qmoe.calib.text`.
         reference: directory or hub id of the model to compare with.
         ctx: tokens of a window.
@@ -59,7 +60,7 @@ def score_checkpoint(
             f"and {reference} has {other.config.vocab_size}; "
             "KL needs one vocabulary"
         )
-    tokenizer = read_tokenizer(model, trust_remote_code)
+    tokenizer = read_tokenizer(directory_of(model), trust_remote_code)
     data = prepare(tokenizer, first.config, text, tokens or 2**40, ctx, seed=0)
     return evaluate(first, split_batches(data), other, progress)
 
@@ -71,27 +72,30 @@ def load_any(model: str, dtype: str, device: torch.device, trust_remote_code: bo
         SourceError: a plain checkpoint that cannot be read. CorruptError: a compressed one.
         UnsupportedModelError: a model type that transformers does not know.
     """
-    if is_compressed(model):
-        kind = getattr(torch, dtype)
+    kind = getattr(torch, dtype)
+    if is_compressed(directory_of(model)):
         return load(model, dtype=kind, trust_remote_code=trust_remote_code).to(device).eval()
     checkpoint = open_checkpoint(model)  # one clear sentence for whatever is wrong with it
     config = read_config(checkpoint, trust_remote_code)
-    kind = getattr(torch, dtype)
     if checkpoint.quantization is not None or checkpoint.config.get("model_type") in ALIASES:
         # transformers has no such type, or its dequantization needs further packages or is wrong
         # on ragged blocks; the reader that compression uses is right
         loaded = Host(checkpoint, kind, trust_remote_code).whole()
     else:
+        name, revision = (model, None) if Path(model).is_dir() else split_revision(model)
         loaded = auto_class(config).from_pretrained(
-            model, config=config, dtype=kind, trust_remote_code=trust_remote_code
+            name,
+            config=config,
+            dtype=kind,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
         )
     repair(loaded)
     return loaded.to(device).eval()
 
 
-def is_compressed(model: str) -> bool:
-    """Whether a name is a directory that holds, or should hold, a compressed checkpoint."""
-    folder = Path(model)
+def is_compressed(folder: Path) -> bool:
+    """Whether a directory holds, or should hold, a compressed checkpoint."""
     return (folder / MANIFEST).exists() or (folder / INDEX).exists()
 
 

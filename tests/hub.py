@@ -20,6 +20,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_sesame"
 
 
+def commit_of(branch: str) -> str:
+    """The one commit of a branch."""
+    return COMMIT if branch == "main" else hashlib.sha1(branch.encode()).hexdigest()
+
+
 class Hub(ThreadingHTTPServer):
     """Serves one repository's files, with ranges, and takes commits to it.
 
@@ -111,12 +116,14 @@ class Handler(BaseHTTPRequestHandler):
         tree = re.fullmatch(rf"/api/models/{hub.repo}/tree/([^/]+)", path)
         file = re.fullmatch(rf"/{hub.repo}/resolve/([^/]+)/(.+)", path)
         branch = (info and info[2]) or (tree and tree[1]) or (file and file[1]) or "main"
-        files = hub.branches.get("main" if branch == COMMIT else branch)
+        branch = next((b for b in hub.branches if commit_of(b) == branch), branch)
+        files = hub.branches.get(branch)
         if not (info or tree or file) or files is None or not hub.exists:
             return self.answer(404, X_Error_Code="RepoNotFound")
         if info:
             siblings = [{"rfilename": f, "size": len(b)} for f, b in files.items()]
-            about = {"id": hub.repo, "modelId": hub.repo, "sha": COMMIT, "private": hub.private}
+            about = {"id": hub.repo, "modelId": hub.repo, "private": hub.private}
+            about["sha"] = commit_of(branch)
             return self.json(about | {"siblings": siblings, "tags": []})
         if tree:
             entries = [
@@ -125,12 +132,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.json(entries)
         if file[2] not in files:
             return self.answer(404, X_Error_Code="EntryNotFound")
-        return self.send_file(file[2], files[file[2]])
+        return self.send_file(file[2], files[file[2]], commit_of(branch))
 
-    def send_file(self, name: str, body: bytes) -> None:
+    def send_file(self, name: str, body: bytes, commit: str) -> None:
         """A file or a range of it."""
         etag = hashlib.sha256(body).hexdigest()
-        headers = {"ETag": f'"{etag}"', "X_Repo_Commit": COMMIT}
+        headers = {"ETag": f'"{etag}"', "X_Repo_Commit": commit}
         status, part = 200, body
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked:

@@ -123,6 +123,7 @@ def test_a_branch_and_a_card_of_ones_own(out, hub):
     assert hub.branches["half"]["README.md"] == (out / "README.md").read_bytes()
     assert set(hub.branches["half"]) == set(_files(out))
     assert not hub.files
+    assert qmoe.load(f"{REPO}@half").qmoe_manifest == qmoe.load(out).qmoe_manifest
 
 
 def test_a_damaged_checkpoint_is_not_sent(out, hub):

@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from hub import commit_of
 from safetensors.torch import load_file, save_file
 
 from qmoe.cli import main
 from qmoe.compress import Settings, compress_checkpoint
-from qmoe.errors import InterruptedRunError
+from qmoe.errors import InterruptedRunError, SourceError
+from qmoe.score import score_checkpoint
 
 REPO = "owner/model"
 BLOCKS, SHARDS = 6, 9
@@ -44,7 +46,9 @@ def job(tiny, tmp_path_factory):
         part[f"extra.{i}.table"] = torch.full((4,), float(i))
         save_file(part, source / f"model-{i}.safetensors", {"format": "pt"})
         where.update(dict.fromkeys(part, f"model-{i}.safetensors"))
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     tiny.save_tokenizer(source)
     text = tiny.save_text(folder / "text.txt", 1500)
     return source, Settings("rd", str(text), calib_tokens=1024, ctx=128)
@@ -178,3 +182,18 @@ def test_two_processes_share_the_shards(job, hub, tmp_path):
     assert hub.peak <= PEAK
     assert not list(tmp_path.rglob("model-*"))
     assert _bytes(tmp_path / "two") == _bytes(tmp_path / "one")
+
+
+def test_a_revision_of_the_source(job, hub, tmp_path):
+    hub.branches = {"main": {}, "v2": hub.files}
+    name, out = f"{REPO}@v2", tmp_path / "out"
+    compress_checkpoint(name, out, job[1])
+    source = json.loads((out / "qmoe_manifest.json").read_text())["source"]
+    assert (source["name"], source["revision"]) == (REPO, commit_of("v2"))
+    text = str(job[1].calib)
+    here = score_checkpoint(str(out), text, str(job[0]), ctx=128, tokens=1024)
+    assert score_checkpoint(str(out), text, name, ctx=128, tokens=1024) == here
+    hub.branches["small"] = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert score_checkpoint(f"{REPO}@small", text, name, ctx=128, tokens=1024) == here
+    with pytest.raises(SourceError, match="'owner/model' is neither"):
+        compress_checkpoint(f"{REPO}@v3", tmp_path / "none", job[1])

@@ -5,9 +5,10 @@ Files that are already in the hub's cache are used from there, also with HF_HUB_
 """
 
 import contextlib
+import fcntl
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -48,6 +49,12 @@ FAILURES = (
     OSError,
     ValueError,
 )
+
+
+def split_revision(model: str) -> tuple[str, str | None]:
+    """The repository and the branch, tag or commit of "owner/name" or "owner/name@revision"."""
+    name, _, revision = model.partition("@")
+    return name, revision or None
 
 
 class Repository:
@@ -137,9 +144,22 @@ class Repository:
         with self._one_download, contextlib.suppress(*FAILURES):
             self._download(file)
 
-    def _download(self, file: str) -> Path:
-        # Of two threads that want a file, the second must not replace it under the first's reads.
+    @contextlib.contextmanager
+    def _alone(self, file: str) -> Iterator[None]:
+        """Of two threads or processes that want a file, the second must not replace it under the
+        reads of the first. The hub's client sees to that in its own cache alone.
+        """
         with self._locks.setdefault(file, threading.Lock()):
+            if self.cache is None:
+                yield
+                return
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with open(self.cache / f".{file}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+
+    def _download(self, file: str) -> Path:
+        with self._alone(file):
             here = self.cached(file)
             if here is not None:
                 return here
