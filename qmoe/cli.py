@@ -154,7 +154,7 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @click.option("--fresh", is_flag=True, help="Discard an unfinished earlier run on OUT.")
 @_json
 def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Compress SOURCE (a directory or a hub id) into the directory OUT."""
+    """Compress SOURCE, a directory or owner/name[@revision] of the hub, into OUT."""
     from qmoe.compress import Settings, compress_checkpoint
     from qmoe.parallel import World
 

@@ -42,7 +42,7 @@ def qwen(blocks: int, experts: int, hidden: int = 2048, width: int = 768) -> dic
 
 
 def switch(experts: int) -> dict[str, Any]:
-    """A sparse encoder block with experts of switch-c-2048's shape and a dense decoder block."""
+    """An encoder and a decoder block, both sparse, with experts of switch-c-2048's shape."""
     return {
         "model_type": "switch_transformers",
         "architectures": ["SwitchTransformersForConditionalGeneration"],
@@ -53,7 +53,7 @@ def switch(experts: int) -> dict[str, Any]:
         "num_layers": 1,
         "num_sparse_encoder_layers": 1,
         "num_decoder_layers": 1,
-        "num_sparse_decoder_layers": 0,
+        "num_sparse_decoder_layers": 1,
         "num_experts": experts,
         "expert_capacity": 4096,
         "vocab_size": 32128,

@@ -16,6 +16,7 @@ from runs import Job, arguments, files, make_job, record, undisturbed
 
 from qmoe.calib.store import ActivationStore
 from qmoe.compress import compress_checkpoint
+from qmoe.layer import _padded
 from qmoe.parallel import World
 
 EXPERTS = 40  # more than one group of experts per layer
@@ -34,6 +35,21 @@ def job(tiny, tmp_path_factory) -> Job:
 def expected(job, tmp_path_factory) -> dict[str, bytes]:
     """The files that one process writes."""
     return undisturbed(job, tmp_path_factory.mktemp("expected") / "out")
+
+
+def test_few_tokens_give_the_same_outputs_with_more_threads():
+    """MKL sums products of a few rows in another order when it has more threads."""
+    x, w = torch.randn(31, 256), torch.randn(512, 256)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append([(_padded(x[:n]) @ w.T)[:n] for n in range(1, 32)])
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, x[: len(one)] @ w.T)
 
 
 def _torchrun(job, out: Path, processes: int) -> None:
