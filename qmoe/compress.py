@@ -45,7 +45,7 @@ from qmoe.parallel import World
 from qmoe.plan import make_plan
 from qmoe.probe import probed
 from qmoe.quantize import Method, get_method
-from qmoe.rate import Controller, Curve, check_target
+from qmoe.rate import Controller, Curve, check_target, missed
 from qmoe.report import CompressReport
 from qmoe.run import Run
 from qmoe.save import plain_config
@@ -254,7 +254,12 @@ def compress_checkpoint(
                 carry_from=checkpoint.directory,
             )
         world.meet("end of the run")
-    return CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
+    report = CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
+    if settings.bits is not None and (
+        sentence := missed(settings.bits, report.sizes["bits_per_weight"])
+    ):
+        say(sentence)
+    return report
 
 
 def _clean(writer: ContainerWriter | None) -> Path:

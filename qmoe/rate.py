@@ -31,6 +31,7 @@ from qmoe.types import QuantizedMatrix
 SAMPLE_WEIGHTS, SAMPLE_EXPERTS = 2**23, (8, 32)
 REHEARSE = 0.05  # share of the weights from which on the last module is tried before it is made
 CLOSE = 0.003  # of the target: a rehearsal that comes so near needs no other
+TOLERANCE = 0.01  # of the target: what --bits promises
 STEPS = (0.5, 0.75, 1.0, 1.4, 2.0)  # probed, times the step that meets the target in layer one
 BRACKET = 9  # times that the first matrices are solved to find the step that meets the target
 WALKS = 4  # of the probe at most, each around the step that the ones before it found
@@ -158,6 +159,15 @@ def check_target(bits: float) -> None:
     """Raises QmoeError for a target outside of what the coder is made for."""
     if not LOW <= bits <= HIGH:
         raise QmoeError(f"--bits {bits:g}: choose between {LOW:g} and {HIGH:g} bits per weight")
+
+
+def missed(target: float, bits: float) -> str:
+    """What to say of a result that is further than TOLERANCE from its target; else nothing."""
+    off = bits / target - 1
+    if abs(off) <= TOLERANCE:
+        return ""
+    why = "; matrices of few weights cannot fall below their side data" if off > 0 else ""
+    return f"--bits {target:g} is missed by {100 * off:+.1f} %: experts take {bits:.4g}{why}"
 
 
 def share(batches: int, tokens: int) -> int:

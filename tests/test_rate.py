@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from qmoe.compress import Settings, compress_checkpoint
 from qmoe.errors import QmoeError
 from qmoe.inspect import inspect
-from qmoe.rate import CLOSE, Controller, Curve, check_target
+from qmoe.rate import CLOSE, Controller, Curve, check_target, missed
 
 DELTAS = (1.0, 2.0, 4.0)
 
@@ -42,6 +42,18 @@ def test_targets_are_met(uneven, tmp_path, bits):
     settings = Settings("rd", str(text), 3000, bits=bits, ctx=128)
     compress_checkpoint(str(source), tmp_path / "out", settings)
     assert inspect(tmp_path / "out")["bits_per_weight"] == pytest.approx(bits, rel=0.01)
+
+
+def test_a_target_that_side_data_exceed_is_said_to_be_missed(tiny, tmp_path):
+    source = tiny.save("mixtral", tmp_path / "source", num_hidden_layers=1, hidden_size=32)
+    tiny.save_tokenizer(source)
+    text, heard = tiny.save_text(tmp_path / "text.txt", 2000), []
+    settings = Settings("rd", str(text), 1024, bits=0.25, ctx=128)
+    report = compress_checkpoint(str(source), tmp_path / "out", settings, say=heard.append)
+    assert report.sizes["bits_per_weight"] > 0.26
+    assert heard[-1] == missed(0.25, report.sizes["bits_per_weight"])
+    assert heard[-1].startswith("--bits 0.25 is missed by +")
+    assert not missed(0.8, 0.807)
 
 
 def test_curve_goes_through_its_points_and_on():
