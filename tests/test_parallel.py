@@ -39,7 +39,8 @@ def expected(job, tmp_path_factory) -> dict[str, bytes]:
 
 def test_few_tokens_give_the_same_outputs_with_more_threads():
     """MKL sums products of a few rows in another order when it has more threads."""
-    x, w = torch.randn(31, 256), torch.randn(512, 256)
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(31, 256, generator=g), torch.randn(512, 256, generator=g)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
@@ -49,7 +50,7 @@ def test_few_tokens_give_the_same_outputs_with_more_threads():
         torch.set_num_threads(before)
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
-        torch.testing.assert_close(one, x[: len(one)] @ w.T)
+        torch.testing.assert_close(one, x[: len(one)] @ w.T, rtol=1e-4, atol=1e-4)
 
 
 def _torchrun(job, out: Path, processes: int) -> None:
