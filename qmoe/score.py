@@ -20,7 +20,6 @@ from qmoe.load import load
 from qmoe.manifest import MANIFEST
 from qmoe.modelclass import read_config, read_tokenizer
 from qmoe.models.auto import auto_class
-from qmoe.sources.hub import split_revision
 
 
 def score_checkpoint(
@@ -82,12 +81,13 @@ def load_any(model: str, dtype: str, device: torch.device, trust_remote_code: bo
         # on ragged blocks; the reader that compression uses is right
         loaded = Host(checkpoint, kind, trust_remote_code).whole()
     else:
-        name, revision = (model, None) if Path(model).is_dir() else split_revision(model)
+        # the commit that was opened, also if the branch has moved on since
+        commit = checkpoint.origin.get("revision")
         loaded = auto_class(config).from_pretrained(
-            name,
+            checkpoint.origin["name"] if commit else model,
             config=config,
             dtype=kind,
-            revision=revision or "main",
+            revision=commit or "main",
             trust_remote_code=trust_remote_code,
         )
     repair(loaded)
