@@ -68,6 +68,7 @@ class EncodedExperts(nn.Module):
         self.layout, self.caches = layout, caches
         self.kind = KINDS[layout.kind]
         self.num_experts = layout.experts
+        self._projection = {p.name: i for i, p in enumerate(layout.projections)}
         encoded = self.kind.encoded(host)
         for name in encoded:
             owner, _, leaf = name.rpartition(".")
@@ -153,10 +154,8 @@ class EncodedExperts(nn.Module):
         Returns:
             [n, rows], dtype and device of `x`.
         """
-        projection = next(i for i, p in enumerate(self.layout.projections) if p.name == name)
-        # A compiled product has no gradient; a dense one passes it on to x.
-        plain = not (x.requires_grad and torch.is_grad_enabled())
-        if plain and x.shape[0] <= SMALL and not self.caches.decoded.capacity:
+        projection = self._projection[name]
+        if x.shape[0] <= SMALL and self._decodes_inside(x):
             tables, matrix = self.parsed(streams, expert, projection)
             y = codec.matvec(tables, matrix, x.detach().float().cpu().contiguous())
             return y.to(x.device, x.dtype)
@@ -168,6 +167,24 @@ class EncodedExperts(nn.Module):
 
         key = (self.layout.path, expert, projection, x.dtype, x.device)
         return F.linear(x, self.caches.decoded.get(key, decode, lambda w: w.nbytes))
+
+    def linear_each(
+        self, streams: ExpertStream, experts: list[int], name: str, x: Tensor
+    ) -> Tensor:
+        """``x[i] @ W[experts[i]].T`` for every i: [k, cols] -> [k, rows]; otherwise as `linear`."""
+        if not self._decodes_inside(x):
+            each = zip(experts, x.split(1), strict=True)
+            return torch.cat([self.linear(streams, e, name, row) for e, row in each])
+        projection = self._projection[name]
+        matrices = [self.parsed(streams, e, projection) for e in experts]
+        return codec.matvec_pairs(matrices, x.detach().float().cpu()).to(x.device, x.dtype)
+
+    def _decodes_inside(self, x: Tensor) -> bool:
+        """Whether a product with x is to decode as it goes. It has no gradient; a dense one passes
+        it on to x.
+        """
+        learns = x.requires_grad and torch.is_grad_enabled()
+        return not (learns or self.caches.decoded.capacity)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes what the host's forward takes and returns what it returns."""
@@ -199,31 +216,38 @@ def run_on_cpu(
         [n, width], dtype and device of `hidden`.
     """
     streams = module.encoded()
+    kind, host = module.kind, module.host
+    experts: list[int] = index[0].tolist() if len(hidden) == 1 else []
+    if _distinct(experts, module.num_experts):
+        own = [kind.biases(host, module, e) for e in experts]
+        y = kind.ffn(
+            host,
+            partial(module.linear_each, streams, experts),
+            {name: torch.stack([b[name] for b in own]) for name in own[0]},
+            hidden.expand(len(experts), -1),
+            None,
+        )
+        rows = (y if weights is None else y * weights.reshape(-1, 1)).float().unbind()
+        total, *others = [rows[i] for i in sorted(range(len(experts)), key=experts.__getitem__)]
+        for row in others:  # in the order of `Routed.run`
+            total = total + row
+        return total.to(hidden.dtype)[None]
 
     def one(expert: int, x: Tensor) -> Tensor:
-        biases = module.kind.biases(module.host, module, expert)
-        linear = partial(module.linear, streams, expert)
-        return module.kind.ffn(module.host, linear, biases, x, None)
+        biases = kind.biases(host, module, expert)
+        return kind.ffn(host, partial(module.linear, streams, expert), biases, x, None)
 
-    if len(hidden) == 1 and (chosen := _distinct(index[0].tolist(), module.num_experts)):
-        total: Tensor | None = None
-        for expert, slot in chosen:
-            y = one(expert, hidden)
-            if weights is not None:
-                y = y * weights[:, slot, None]
-            total = y.float() if total is None else total + y.float()
-        assert total is not None
-        return total.to(hidden.dtype)
-    routed = Routed(hidden, index, weights, (len(hidden),))
-    return routed.run(module.num_experts, one)
+    return Routed(hidden, index, weights, (len(hidden),)).run(module.num_experts, one)
 
 
-def _distinct(experts: list[int], count: int) -> list[tuple[int, int]]:
-    """(expert, slot) of one token in the order of `Routed.run`, without its sorting of tensors;
-    empty if none is in 0..count - 1, or one is chosen twice.
-    """
-    chosen = sorted((e, slot) for slot, e in enumerate(experts) if 0 <= e < count)
-    return chosen if len({e for e, _ in chosen}) == len(chosen) else []
+def _distinct(experts: list[int], count: int) -> bool:
+    """Whether these are experts of 0..count - 1, at least one, and none twice."""
+    return (
+        bool(experts)
+        and min(experts) >= 0
+        and max(experts) < count
+        and len({*experts}) == len(experts)
+    )
 
 
 def _side_bytes(parsed: tuple[codec.Tables, codec.Layout]) -> int:

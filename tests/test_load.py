@@ -217,13 +217,40 @@ def test_few_and_many_rows_agree_and_repeat(compressed):
         assert torch.equal(y, module(x, index, weights))
 
 
-def test_gradients_reach_the_input(compressed):
+@torch.no_grad()
+def test_one_token_is_that_token_of_many(compressed):
+    out, _ = compressed
+    module = qmoe.load(out).model.layers[1].mlp.experts
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 64, generator=g)
+    # in any order of experts, one left out, one chosen twice
+    index = torch.tensor([[3, 0], [0, 3], [2, 4], [1, 1], [4, 4], [1, 2]])
+    weights = torch.rand(6, 2, generator=g)
+    for dtype in (torch.float32, torch.bfloat16):
+        for w in (weights.to(dtype), None):
+            alone = [
+                experts.run_on_cpu(
+                    module,
+                    x[i : i + 1].to(dtype),
+                    index[i : i + 1],
+                    None if w is None else w[i, None],
+                )
+                for i in range(6)
+            ]
+            together = experts.run_on_cpu(module, x.to(dtype), index, w)
+            torch.testing.assert_close(torch.cat(alone), together, rtol=1e-5, atol=1e-6)
+            assert not alone[4].any()
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_gradients_reach_the_input(compressed, tokens):
     out, dense = compressed
     grads = []
     for model in (qmoe.load(out), dense):
-        x = torch.linspace(-1, 1, 2 * 64).reshape(2, 64).requires_grad_()
-        index = torch.tensor([[0, 1], [2, 3]])
-        model.model.layers[0].mlp.experts(x, index, torch.full((2, 2), 0.5)).sum().backward()
+        x = torch.linspace(-1, 1, tokens * 64).reshape(tokens, 64).requires_grad_()
+        index = torch.tensor([[0, 1], [2, 3]])[:tokens]
+        share = torch.full((tokens, 2), 0.5)
+        model.model.layers[0].mlp.experts(x, index, share).sum().backward()
         grads.append(x.grad)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 

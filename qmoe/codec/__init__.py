@@ -1,14 +1,15 @@
 """Integers <-> words: small-integer matrices near their entropy, decodable inside a kernel.
 
 `encode_group` writes a group header and one blob per matrix; `parse_tables` and `parse_matrix`
-validate them; `decode_codes`, `decode_dense` and `matvec` use them. Knows nothing about experts,
-models or files. The bits: docs/format-codec.md.
+validate them; `decode_codes`, `decode_dense`, `matvec` and `matvec_pairs` use them. Knows nothing
+about experts, models or files. The bits: docs/format-codec.md.
 """
 
 from qmoe.codec.decode import decode_codes, decode_dense, matvec
 from qmoe.codec.encode import EncodedGroup, encode_group
 from qmoe.codec.ideal import class_entropy_bits, ideal_bits
 from qmoe.codec.layout import Layout, parse_matrix
+from qmoe.codec.pairs import matvec_pairs
 from qmoe.codec.tables import Tables, parse_tables
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "encode_group",
     "ideal_bits",
     "matvec",
+    "matvec_pairs",
     "parse_matrix",
     "parse_tables",
 ]

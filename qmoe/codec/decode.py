@@ -79,7 +79,8 @@ def matvec(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
 
 def _matvec_one(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
     """`matvec` of one activation, where a small matrix takes less time than a handful of calls."""
-    *shared, slots = _shared(tables, layout)
+    *shared, _, _, slots = _shared(tables, layout)
+    shared += [tables.entries, tables.limit]
     col, row, negative = layout.scales
     room = slots.shape[1] + MAX_ADVANCE * tables.latch
     placed = np.empty((slots.shape[0], room), np.float32)

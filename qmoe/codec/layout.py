@@ -5,6 +5,7 @@ docs/format-codec.md has the bits.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,16 @@ class Layout:
         row = self.row_scale.numpy()
         negative = row if self.row_scale_neg is None else self.row_scale_neg.numpy()
         return self.col_scale.numpy(), row, negative
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "addresses"}  # a copy lies elsewhere
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Words of the payload, pieces, positions of a piece; then where words, stream_start,
+        row_class, slot_class, slots, col_scale, row_scale and row_scale_neg (or row_scale) lie."""
+        places = [a.ctypes.data for a in (*self.arrays, *self.scales)]
+        return (self.words.numel() - PADDING_WORDS, self.pieces, self.span + 1, *places)
 
     @property
     def col_order(self) -> Tensor:

@@ -5,12 +5,14 @@ docs/format-codec.md is the specification; `write_tables` and `parse_tables` are
 
 import zlib
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe.codec.arrays import I64, U8, U16, U32
+from qmoe.codec.arrays import I64, U8, U16, U32, U64
 from qmoe.codec.bits import BitReader, BitWriter
 from qmoe.codec.classes import CONTEXTS
 from qmoe.codec.geometry import MAX_COLS, MAX_ROWS
@@ -71,6 +73,22 @@ class Tables:
             entry = fill_lookup(lengths, self.limit)
             lookup[t] = effect[entry >> 4] | entry & 15
         object.__setattr__(self, "lookup", lookup)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "addresses"}  # a copy lies elsewhere
+
+    @cached_property
+    def entries(self) -> U64:
+        """uint64 [tables << L]: code length | advance << 8 | bits of the value as float32 << 32."""
+        value = (self.lookup >> 16).astype(np.uint8).view(np.int8).astype(np.float32)
+        upper = value.view(np.uint32).astype(np.uint64) << np.uint64(32)
+        return (upper | (self.lookup & np.uint32(0xFFFF)).astype(np.uint64)).reshape(-1)
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """L, number of tables; then where table_of and entries lie."""
+        places = self.table_of.ctypes.data, self.entries.ctypes.data
+        return (self.limit, len(self.kinds), *places)
 
     @property
     def latch(self) -> int:

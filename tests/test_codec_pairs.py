@@ -1,0 +1,131 @@
+"""Products of several encoded matrices in one call are the single ones, bit for bit."""
+
+import copy
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from test_codec import plain, random_matrix
+
+from qmoe.codec import (
+    decode_dense,
+    encode_group,
+    matvec,
+    matvec_pairs,
+    pairs,
+    parse_matrix,
+    parse_tables,
+)
+
+
+def parsed(matrices, limit=None):
+    group = encode_group(matrices, limit=limit)
+    tables = parse_tables(group.tables)
+    return [(tables, parse_matrix(tables, blob)) for blob in group.matrices]
+
+
+def inputs(matrices):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(len(matrices), matrices[0][1].cols, generator=generator)
+
+
+def one_by_one(matrices, x):
+    return torch.cat([matvec(*m, x[i : i + 1]) for i, m in enumerate(matrices)])
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Work for every number of threads, however small it is."""
+    monkeypatch.setattr(pairs, "_SMALL", 0)
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("rows", [1, 4, 33, 130])
+@pytest.mark.parametrize("cols", [1, 17, 1024, 1025, 2500])
+def test_equal_to_single_products(threads, rows, cols, count):
+    threads(count)
+    matrices = parsed([random_matrix(rows, cols, seed=s, step=0.3 + s) for s in range(3)])
+    x = inputs(matrices)
+    y = matvec_pairs(matrices, x)
+    assert y.shape == (3, rows)
+    assert torch.equal(y, one_by_one(matrices, x))
+    for i, m in enumerate(matrices):
+        exact = decode_dense(*m).double() @ x[i].double()
+        assert (y[i] - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("limit", [8, 9, 12])
+@pytest.mark.parametrize("negative", [False, True])
+def test_every_index_width_and_both_kinds_of_scales(threads, limit, negative):
+    threads(2)
+    dense = [random_matrix(70, 300, seed=s, step=0.2, negative=negative) for s in (1, 2)]
+    matrices = parsed([*dense, plain(torch.zeros(70, 300))], limit=limit)
+    assert {t.limit for t, _ in matrices} == {limit}
+    x = inputs(matrices)
+    y = matvec_pairs(matrices, x)
+    assert torch.equal(y, one_by_one(matrices, x))
+    assert not y[2].any()
+    for i, m in enumerate(dense):
+        exact = m.dequantize().double() @ x[i].double()
+        assert (y[i] - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_groups_with_different_tables_and_a_repeated_matrix(threads):
+    threads(2)
+    a, b = parsed([random_matrix(40, 90, step=0.1)], limit=10), parsed([random_matrix(40, 90)])
+    matrices = [a[0], b[0], a[0]]
+    x = inputs(matrices)
+    assert torch.equal(matvec_pairs(matrices, x), one_by_one(matrices, x))
+
+
+def test_callers_on_several_threads(threads):
+    threads(2)
+    matrices = parsed([random_matrix(260, 500, seed=s) for s in range(4)])
+    x = inputs(matrices)
+    expected = one_by_one(matrices, x)
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(matvec_pairs, matrices, x) for _ in range(64)]
+        assert all(torch.equal(f.result(), expected) for f in found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_works_alone(threads):
+    threads(2)
+    matrices = parsed([random_matrix(64, 100, seed=s) for s in range(2)])
+    x = inputs(matrices)
+    expected = matvec_pairs(matrices, x)  # its threads are not in the child
+    child = os.fork()
+    if not child:
+        os._exit(0 if torch.equal(matvec_pairs(matrices, x), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_points_to_its_own_arrays(duplicate):
+    matrices = parsed([random_matrix(8, 30)])
+    x = inputs(matrices)
+    expected = matvec_pairs(matrices, x)
+    before = matrices[0][0].addresses, matrices[0][1].addresses
+    matrices = duplicate(matrices)
+    assert not {*matrices[0][0].addresses[2:], *matrices[0][1].addresses[3:]} & {
+        *before[0][2:],
+        *before[1][3:],
+    }
+    assert torch.equal(matvec_pairs(matrices, x), expected)
+
+
+def test_refused():
+    matrices = parsed([random_matrix(4, 5), random_matrix(4, 5)])
+    other = parsed([random_matrix(5, 5)])
+    with pytest.raises(ValueError, match="one shape"):
+        matvec_pairs([*matrices, *other], torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="one shape"):
+        matvec_pairs([], torch.zeros(0, 5))
+    for x in (torch.zeros(1, 5), torch.zeros(2, 4), torch.zeros(2, 5, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="float32"):
+            matvec_pairs(matrices, x)
