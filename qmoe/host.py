@@ -11,6 +11,7 @@ It knows nothing about quantization, calibration text or the output.
 """
 
 import copy
+import os
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ class Host:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=self._mapping,
         )
-        with _quiet():
+        with _quiet(), _one_thread():
             info, _ = convert_and_load_state_dict_in_model(self.model, chosen, config)
         if info.mismatched_keys:
             name, disk, expected = sorted(info.mismatched_keys)[0]
@@ -373,6 +374,24 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Without transformers' reading threads. After ctrl-C it does not wait for them, and one that
+    is still reading when the interpreter ends aborts the process; also they read ahead without
+    bound.
+    """
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

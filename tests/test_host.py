@@ -1,6 +1,7 @@
 """Streaming a checkpoint block by block gives the model that from_pretrained gives."""
 
 import json
+import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -133,6 +134,22 @@ def test_dense_tensors_keep_their_disk_dtype_and_leave_out_experts():
     assert {t.dtype for t in dense.values()} == {torch.bfloat16}
     assert not any("experts" in n for n in dense)
     assert f"{block.name}.mlp.gate.weight" in dense
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_no_thread_of_transformers_outlives_an_interrupted_load(monkeypatch, before):
+    def refuse(*_, **__):
+        raise AssertionError("a thread that nobody waits for")
+
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    monkeypatch.setattr(transformers.core_model_loading, "ThreadPoolExecutor", refuse)
+    host = Host(open_checkpoint(str(EXAMPLE)))
+    host.load_rest()
+    host.load_block(next(host.blocks()))
+    assert os.environ.get(name) == before
 
 
 @pytest.fixture
