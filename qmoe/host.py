@@ -11,9 +11,7 @@ It knows nothing about quantization, calibration text or the output.
 """
 
 import copy
-import os
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +25,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
 from qmoe.checkpoint import Checkpoint
 from qmoe.errors import NonFiniteError, SourceError
@@ -36,6 +33,7 @@ from qmoe.families.layouts import KINDS, find_experts
 from qmoe.fit import EXPERT_NUMBER, check_complete, check_experts, shared_lists, tied_names
 from qmoe.modelclass import block_lists, model_class, read_config
 from qmoe.partial import PartOf, StandIn
+from qmoe.plain_loading import plain_loading
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class Host:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=self._mapping,
         )
-        with _quiet(), _one_thread():
+        with plain_loading():
             info, _ = convert_and_load_state_dict_in_model(self.model, chosen, config)
         if info.mismatched_keys:
             name, disk, expected = sorted(info.mismatched_keys)[0]
@@ -362,36 +360,6 @@ class Host:
             return tensor.dtype
         disks = sorted(self.sources.get(name, ()))
         return self.checkpoint.dtype(disks[0]) if disks else self.config.dtype or tensor.dtype
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar, which would be drawn anew for every block."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Without transformers' reading threads. After ctrl-C it does not wait for them, and one that
-    is still reading when the interpreter ends aborts the process; also they read ahead without
-    bound.
-    """
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -32,6 +32,7 @@ LAYERS = {
     "qmoe.fit": 3,
     "qmoe.modelclass": 3,
     "qmoe.partial": 3,
+    "qmoe.plain_loading": 3,
     "qmoe.host": 3,
     "qmoe.experts": 3,
     "qmoe.calib": 3,

@@ -14,17 +14,12 @@ import torch
 from torch import Tensor
 
 from qmoe.codec.layout import PADDING_WORDS, Layout
-from qmoe.codec.loops import (
-    decode_rows,
-    dense_rows,
-    matvec_rows,
-    matvec_rows_batch,
-    place_inputs,
-)
+from qmoe.codec.loops import decode_rows, dense_rows
+from qmoe.codec.pairs import matvec_pairs
+from qmoe.codec.products import matvec_rows_batch
 from qmoe.codec.tables import Tables
 from qmoe.types import QuantizedMatrix
 
-MAX_ADVANCE = 63  # of a symbol: six bits
 _ROWS_PER_THREAD = 1 << 18  # weights; below this a thread costs more than it saves
 _POOL = ThreadPoolExecutor(max_workers=64, thread_name_prefix="qmoe-codec")
 
@@ -60,7 +55,7 @@ def matvec(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
         )
     n = x.shape[0]
     if n == 1:
-        return _matvec_one(tables, layout, x)
+        return matvec_pairs([(tables, layout)], x)
     scaled = torch.zeros(n, layout.cols + 1)
     torch.mul(x, layout.col_scale, out=scaled[:, :-1])
     by_slot = scaled[:, layout.slots.long()]  # [n, pieces, span + 1]
@@ -75,23 +70,6 @@ def matvec(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
     if layout.row_scale_neg is not None:
         y += below * (layout.row_scale_neg - layout.row_scale)[:, None]
     return y.T.contiguous()
-
-
-def _matvec_one(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
-    """`matvec` of one activation, where a small matrix takes less time than a handful of calls."""
-    *shared, _, _, slots = _shared(tables, layout)
-    shared += [tables.entries, tables.limit]
-    col, row, negative = layout.scales
-    room = slots.shape[1] + MAX_ADVANCE * tables.latch
-    placed = np.empty((slots.shape[0], room), np.float32)
-    out = np.empty((1, layout.rows), np.float32)
-    place_inputs(x.numpy()[0], col, slots, placed)
-    split = negative is not row
-    _over_rows(
-        layout,
-        lambda lo, hi: matvec_rows(*shared, lo, hi, placed, split, row, negative, out[0]),
-    )
-    return torch.from_numpy(out)
 
 
 def _shared(tables: Tables, layout: Layout) -> tuple[Any, ...]:

@@ -1,55 +1,25 @@
 """Compiled loops of the decoders: several streams at once, as each is a chain of lookups.
 
 A finished stream parks: its position stays at `span`, where `slots` names no column and activations
-    are zero, while its bit
-cursor runs on into its neighbours, held inside the words. So no lane needs a mask, here or in a
-kernel.
+are zero, while its bit cursor runs on into its neighbours, held inside the words. So no lane needs
+a mask, here or in a kernel.
 """
-
-from typing import Any
 
 import numba as nb
 import numpy as np
 
-from qmoe.codec.arrays import F32, I8, I32, U8, U32, U64
+from qmoe.codec.arrays import F32, I8, I32, U8, U32
 
-_ONE, _LENGTH, _ADVANCE, _BYTE = np.uint64(1), np.uint64(15), np.uint64(63), np.uint64(8)
-# of 64-bit entries: a shift takes six bits of its count as it is, an advance fills a byte
-_SIX, _EIGHT, _SIGN = np.uint64(63), np.uint64(255), np.uint64(63)
-_LOW, _MARK = np.uint64((1 << 32) - 1), np.uint64(1 << 32)
+ONE, LENGTH, ADVANCE, BYTE = np.uint64(1), np.uint64(15), np.uint64(63), np.uint64(8)
 
 
 @nb.njit(inline="always")
-def _window(words: U32, limit: np.uint64, bit: np.uint64) -> np.uint64:
+def next_bits(words: U32, limit: np.uint64, bit: np.uint64) -> np.uint64:
     """At least the next 32 bits at `bit`. All indices are unsigned: numba then omits the
     wrap-around of negative ones."""
     word = min(bit >> np.uint64(5), limit)
-    pair = np.uint64(words[word]) | np.uint64(words[word + _ONE]) << np.uint64(32)
+    pair = np.uint64(words[word]) | np.uint64(words[word + ONE]) << np.uint64(32)
     return pair >> (bit & np.uint64(31))
-
-
-@nb.extending.intrinsic
-def _leading_zeros(context: Any, x: Any) -> Any:
-    """Of 64 bits, not all zero."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ctlz(arguments[0], nb.core.cgutils.true_bit)
-
-    return nb.types.uint64(nb.types.uint64), code
-
-
-@nb.njit(inline="always")
-def _marked(words: U32, limit: np.uint64, bit: np.uint64) -> np.uint64:
-    """The next 32 bits at `bit` with a one above: its place tells later what was shifted out."""
-    window: np.uint64 = (_window(words, limit, bit) & _LOW) | _MARK
-    return window
-
-
-@nb.njit(inline="always")
-def _used(window: np.uint64) -> np.uint64:
-    """Bits that were shifted out of a `_marked` window."""
-    used: np.uint64 = _leading_zeros(window) - np.uint64(31)
-    return used
 
 
 @nb.njit(cache=True, nogil=True)
@@ -70,23 +40,23 @@ def _decode_pair(
 ) -> None:
     """Decodes two streams of one piece into int8 lines of cols + 1 elements."""
     span, shift, last = np.uint64(slots.size - 1), np.uint64(bits), np.uint64(limit)
-    mask = (_ONE << shift) - _ONE
+    mask = (ONE << shift) - ONE
     a0, a1 = np.uint64(row_class0), np.uint64(row_class1)
     bit0, bit1 = np.uint64(start0), np.uint64(start1)
     at0 = at1 = np.uint64(0)
     while min(at0, at1) < span:
         base0 = np.uint64(table_of[a0 + np.uint64(classes[at0])]) << shift
         base1 = np.uint64(table_of[a1 + np.uint64(classes[at1])]) << shift
-        window0, window1 = _window(words, last, bit0), _window(words, last, bit1)
+        window0, window1 = next_bits(words, last, bit0), next_bits(words, last, bit1)
         for _ in range(32 // bits):
             entry0 = np.uint64(lookup[base0 | (window0 & mask)])
             entry1 = np.uint64(lookup[base1 | (window1 & mask)])
-            window0 >>= entry0 & _LENGTH
-            window1 >>= entry1 & _LENGTH
-            bit0 += entry0 & _LENGTH
-            bit1 += entry1 & _LENGTH
-            at0 = min(at0 + ((entry0 >> _BYTE) & _ADVANCE), span)
-            at1 = min(at1 + ((entry1 >> _BYTE) & _ADVANCE), span)
+            window0 >>= entry0 & LENGTH
+            window1 >>= entry1 & LENGTH
+            bit0 += entry0 & LENGTH
+            bit1 += entry1 & LENGTH
+            at0 = min(at0 + ((entry0 >> BYTE) & ADVANCE), span)
+            at1 = min(at1 + ((entry1 >> BYTE) & ADVANCE), span)
             line0[np.uint64(slots[at0])] += np.int8(entry0 >> np.uint64(16))
             line1[np.uint64(slots[at1])] += np.int8(entry1 >> np.uint64(16))
 
@@ -226,213 +196,3 @@ def _scale(line: I8, col_scale: F32, above: np.float32, below: np.float32, out: 
     else:
         for j in range(out.size):
             out[j] = np.float32(line[j]) * col_scale[j] * (below if line[j] < 0 else above)
-
-
-@nb.njit(cache=True, nogil=True)
-def place_inputs(x: F32, col_scale: F32, slots: I32, out: F32) -> None:
-    """out[p, t] = x * col_scale of the column at position t of piece p, 0 where there is none and
-    behind the last position."""
-    for p in range(slots.shape[0]):
-        for t in range(slots.shape[1]):
-            column = slots[p, t]
-            out[p, t] = x[column] * col_scale[column] if column < x.size else np.float32(0)
-        out[p, slots.shape[1] :] = np.float32(0)
-
-
-@nb.extending.intrinsic
-def _value(context: Any, entry: Any) -> Any:
-    """The float32 in the upper half of an entry."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        upper = builder.lshr(arguments[0], arguments[0].type(32))
-        bits = builder.trunc(upper, context.get_value_type(nb.types.uint32))
-        return builder.bitcast(bits, context.get_value_type(nb.types.float32))
-
-    return nb.types.float32(nb.types.uint64), code
-
-
-@nb.njit(cache=True, nogil=True)
-def matvec_rows(
-    words: U32,
-    limit: int,
-    starts: I32,
-    row_class: U8,
-    slot_class: U8,
-    table_of: U8,
-    entries: U64,
-    bits: int,
-    first: int,
-    end: int,
-    x: F32,
-    split: bool,
-    row_scale: F32,
-    row_scale_neg: F32,
-    out: F32,
-) -> None:
-    """Products of rows first..end - 1, out [rows]: the sum over all codes times the row's scale,
-    and if `split` the sum over the negative ones times what their scale differs by.
-
-    entries: uint64 [tables << bits], `Tables.entries`. x: float32 [pieces, span + 1 + 63 * symbols
-    of a group], from `place_inputs`: a group may pass the end, and is clamped behind it.
-    """
-    if bits == 8:  # compiled for itself: the usual index width, a third faster as a constant
-        _matvec_rows(
-            words,
-            limit,
-            starts,
-            row_class,
-            slot_class,
-            table_of,
-            entries,
-            8,
-            first,
-            end,
-            x,
-            split,
-            row_scale,
-            row_scale_neg,
-            out,
-        )
-    else:
-        _matvec_rows(
-            words,
-            limit,
-            starts,
-            row_class,
-            slot_class,
-            table_of,
-            entries,
-            bits,
-            first,
-            end,
-            x,
-            split,
-            row_scale,
-            row_scale_neg,
-            out,
-        )
-
-
-@nb.njit(inline="always")
-def _matvec_rows(
-    words: U32,
-    limit: int,
-    starts: I32,
-    row_class: U8,
-    slot_class: U8,
-    table_of: U8,
-    entries: U64,
-    bits: int,
-    first: int,
-    end: int,
-    x: F32,
-    split: bool,
-    row_scale: F32,
-    row_scale_neg: F32,
-    out: F32,
-) -> None:
-    pieces, span = slot_class.shape[0], np.uint64(slot_class.shape[1] - 1)
-    shift, last, zero = np.uint64(bits), np.uint64(limit), np.float32(0)
-    mask = (_ONE << shift) - _ONE
-    for row0 in range(first, end, 4):
-        row1, row2, row3 = min(row0 + 1, end - 1), min(row0 + 2, end - 1), min(row0 + 3, end - 1)
-        a0, a1 = np.uint64(row_class[row0]), np.uint64(row_class[row1])
-        a2, a3 = np.uint64(row_class[row2]), np.uint64(row_class[row3])
-        sum0 = sum1 = sum2 = sum3 = zero
-        neg0 = neg1 = neg2 = neg3 = zero
-        for p in range(pieces):
-            classes, xs = slot_class[p], x[p]
-            bit0 = np.uint64(starts[row0 * pieces + p])
-            bit1 = np.uint64(starts[row1 * pieces + p])
-            bit2 = np.uint64(starts[row2 * pieces + p])
-            bit3 = np.uint64(starts[row3 * pieces + p])
-            at0 = at1 = at2 = at3 = np.uint64(0)
-            while min(min(at0, at1), min(at2, at3)) < span:
-                base0 = np.uint64(table_of[a0 + np.uint64(classes[at0])]) << shift
-                base1 = np.uint64(table_of[a1 + np.uint64(classes[at1])]) << shift
-                base2 = np.uint64(table_of[a2 + np.uint64(classes[at2])]) << shift
-                base3 = np.uint64(table_of[a3 + np.uint64(classes[at3])]) << shift
-                window0, window1 = _marked(words, last, bit0), _marked(words, last, bit1)
-                window2, window3 = _marked(words, last, bit2), _marked(words, last, bit3)
-                for _ in range(32 // bits):
-                    entry0 = entries[base0 | (window0 & mask)]
-                    entry1 = entries[base1 | (window1 & mask)]
-                    entry2 = entries[base2 | (window2 & mask)]
-                    entry3 = entries[base3 | (window3 & mask)]
-                    window0 >>= entry0 & _SIX
-                    window1 >>= entry1 & _SIX
-                    window2 >>= entry2 & _SIX
-                    window3 >>= entry3 & _SIX
-                    at0 += (entry0 >> _BYTE) & _EIGHT
-                    at1 += (entry1 >> _BYTE) & _EIGHT
-                    at2 += (entry2 >> _BYTE) & _EIGHT
-                    at3 += (entry3 >> _BYTE) & _EIGHT
-                    term0, term1 = _value(entry0) * xs[at0], _value(entry1) * xs[at1]
-                    term2, term3 = _value(entry2) * xs[at2], _value(entry3) * xs[at3]
-                    sum0 += term0
-                    sum1 += term1
-                    sum2 += term2
-                    sum3 += term3
-                    if split:
-                        neg0 += term0 if entry0 >> _SIGN else zero
-                        neg1 += term1 if entry1 >> _SIGN else zero
-                        neg2 += term2 if entry2 >> _SIGN else zero
-                        neg3 += term3 if entry3 >> _SIGN else zero
-                bit0, bit1 = bit0 + _used(window0), bit1 + _used(window1)
-                bit2, bit3 = bit2 + _used(window2), bit3 + _used(window3)
-                at0, at1 = min(at0, span), min(at1, span)
-                at2, at3 = min(at2, span), min(at3, span)
-        out[row3], out[row2] = sum3 * row_scale[row3], sum2 * row_scale[row2]
-        out[row1], out[row0] = sum1 * row_scale[row1], sum0 * row_scale[row0]
-        if split:
-            out[row0] += neg0 * (row_scale_neg[row0] - row_scale[row0])
-            if row1 > row0:
-                out[row1] += neg1 * (row_scale_neg[row1] - row_scale[row1])
-            if row2 > row1:
-                out[row2] += neg2 * (row_scale_neg[row2] - row_scale[row2])
-            if row3 > row2:
-                out[row3] += neg3 * (row_scale_neg[row3] - row_scale[row3])
-
-
-@nb.njit(cache=True, nogil=True)
-def matvec_rows_batch(
-    words: U32,
-    limit: int,
-    starts: I32,
-    row_class: U8,
-    slot_class: U8,
-    table_of: U8,
-    lookup: U32,
-    bits: int,
-    first: int,
-    end: int,
-    x: F32,
-    split: bool,
-    out: F32,
-) -> None:
-    """As `matvec_rows` for several activations: x float32 [pieces, span + 1, n], out float32 [2,
-    rows, n], zeroed."""
-    pieces, span = slot_class.shape[0], np.uint64(slot_class.shape[1] - 1)
-    shift, last = np.uint64(bits), np.uint64(limit)
-    mask = (_ONE << shift) - _ONE
-    for row in range(first, end):
-        a = np.uint64(row_class[row])
-        total, below = out[0, row], out[1, row]
-        for p in range(pieces):
-            classes, xs = slot_class[p], x[p]
-            bit, at = np.uint64(starts[row * pieces + p]), np.uint64(0)
-            while at < span:
-                base = np.uint64(table_of[a + np.uint64(classes[at])]) << shift
-                window = _window(words, last, bit)
-                for _ in range(32 // bits):
-                    entry = np.uint64(lookup[base | (window & mask)])
-                    window >>= entry & _LENGTH
-                    bit += entry & _LENGTH
-                    at = min(at + ((entry >> _BYTE) & _ADVANCE), span)
-                    value = np.float32(np.int8(entry >> np.uint64(16)))
-                    if value != 0:
-                        for k in range(total.size):
-                            total[k] += value * xs[at, k]
-                        if split and value < 0:
-                            for k in range(total.size):
-                                below[k] += value * xs[at, k]

@@ -17,7 +17,7 @@ from torch import Tensor
 from qmoe.codec.arrays import F32, I64
 from qmoe.codec.classes import CONTEXTS
 from qmoe.codec.layout import PADDING_WORDS, Layout
-from qmoe.codec.loops import matvec_rows, place_inputs
+from qmoe.codec.products import matvec_rows, place_inputs
 from qmoe.codec.tables import Tables
 
 MAX_ADVANCE = 63  # of a symbol: six bits
@@ -32,7 +32,7 @@ _COL_SCALE, _ROW_SCALE, _ROW_SCALE_NEG, _BITS, _TABLES, _TABLE_OF, _ENTRIES = ra
 def matvec_pairs(matrices: Sequence[tuple[Tables, Layout]], x: Tensor) -> Tensor:
     """``x[i] @ W[i].T`` for k matrices of one shape, decoded inside the products.
 
-    Each row is computed as `matvec` does for one activation, whatever the number of threads.
+    A row's sum has one order, whatever the number of threads and the other matrices.
 
     Args:
         matrices: k parsed matrices [rows, cols].
