@@ -134,7 +134,7 @@ class EncodedExperts(nn.Module):
             tables: codec.Tables = self.caches.parsed.get(
                 (self.layout.path, "tables", streams.tables_at(expert, projection)),
                 lambda: streams.tables(expert, projection),
-                lambda _: 1 << 16,
+                lambda t: 3 * t.lookup.nbytes,  # its entries take twice as much again
             )
             return tables, streams.matrix(expert, projection, tables)
 

@@ -70,7 +70,8 @@ def matvec_pairs(matrices: Sequence[tuple[Tables, Layout]], x: Tensor) -> Tensor
 
 
 # A forked process cannot use its parent's threads: the copy of the lock stays held.
-os.register_at_fork(after_in_child=lambda: _PARALLEL.acquire(blocking=False))
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _PARALLEL.acquire(blocking=False))
 
 
 @nb.extending.intrinsic
