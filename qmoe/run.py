@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qmoe import heap
 from qmoe.block import BlockWriter, ExpertsWriter, Piece
 from qmoe.calib.experts import Parked, park, plugged
 from qmoe.calib.state import Outputs
@@ -139,6 +140,7 @@ class Run:
         if self.dense is not None:
             self.dense.leave()
         host.free(block)
+        heap.trim()
 
     def whole_walk(self) -> Walk:
         """The quantized stream over all batches, whichever process this is."""
