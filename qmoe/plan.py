@@ -25,7 +25,7 @@ from qmoe.layer import groups
 from qmoe.quantize import Method
 
 _CODE = 200 << 20  # bytes: compiled loops and library buffers that appear after the start
-_SLACK = 1.08  # of the allocator, within a block; 1.05 was 1 % short for 25 GB of Qwen3-MoE
+_SLACK = 1.05  # of the allocator
 _HESSIANS = 8  # float64 matrices [cols, cols] per expert that are alive while a group is solved
 _WEIGHTS = 5  # float32 copies of the widest projection of a group that are alive then
 _FORWARD = 12  # float32 rows [tokens, widest dense matrix] alive in one forward
