@@ -180,6 +180,14 @@ class BlockWriter:
         """
         self._spill.add(name, tensor)
 
+    def add_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """`add_tensor` for each of them, one alive at a time; none is held when this returns (the
+        variable of a caller's own loop would hold the last one, which may be an embedding).
+        """
+        for name, tensor in tensors:
+            self.add_tensor(name, tensor)
+            del tensor  # before the next one is made
+
     def add_dense(
         self, geometry: DenseGeometry, bands: Iterable[Sequence[QuantizedMatrix]], **report: Any
     ) -> dict[str, Any]:

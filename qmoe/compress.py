@@ -210,8 +210,7 @@ def compress_checkpoint(
                     coded = run.dense.outside(rest) if run.dense else set()
                     inside = tuple(f"{name}." for name, _ in host.block_lists)
                     outside = host.dense(lambda n: not n.startswith(inside) and n not in coded)
-                    for name, tensor in outside:
-                        rest.add_tensor(name, tensor)
+                    rest.add_tensors(outside)
                     rest.note["importance"] = importance
                     if run.rate is not None:
                         rest.note["curves"] = [c.as_list() for c in run.rate.curves]

@@ -117,8 +117,7 @@ class Run:
             encoded_names = encoded_names | coded
         if target is not None:
             dense = host.dense(lambda n: n.startswith(inside) and n not in encoded_names)
-            for name, tensor in dense:
-                target.add_tensor(name, tensor)
+            target.add_tensors(dense)
         done: list[list[tuple[nn.Module, Parked]]] = [[] for _ in self.walks]
         for layout, module in host.experts_of(block):
             streams = []

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from runs import make_job
 
 from qmoe.calib.store import ActivationStore
 from qmoe.checkpoint import open_checkpoint
@@ -16,6 +18,7 @@ from qmoe.errors import CapacityError
 from qmoe.host import Host
 from qmoe.plan import make_plan
 from qmoe.quantize import get_method
+from qmoe.run import Run
 
 
 def _resident() -> int:
@@ -51,6 +54,30 @@ def test_trimmed_tensors_leave_memory_but_not_the_values(tmp_path):
         store.trim()
         assert _resident() - before < size * 0.1
         assert torch.equal(t[::1001], torch.arange(0, size // 4, 1001, dtype=torch.float32))
+
+
+def test_no_tensor_outlives_being_stored(tiny, tmp_path, monkeypatch):
+    stored, alive, dense, block = [], [], Host.dense, Run.block
+
+    def watched_dense(self, want):
+        for name, tensor in dense(self, want):
+            # a copy, as where the source is not in float32: else it lives on in the model
+            copy = tensor.clone()
+            stored.append((name, weakref.ref(copy)))
+            yield name, copy
+            del copy
+
+    def watched_block(self, *args):
+        alive.extend(name for name, ref in stored if ref() is not None)
+        block(self, *args)
+        alive.extend(name for name, ref in stored if ref() is not None)
+
+    monkeypatch.setattr(Host, "dense", watched_dense)
+    monkeypatch.setattr(Run, "block", watched_block)
+    source, settings = make_job(tiny, tmp_path)
+    compress_checkpoint(str(source), tmp_path / "out", settings)
+    assert len(stored) > 4
+    assert alive == []
 
 
 @pytest.fixture(scope="module")
