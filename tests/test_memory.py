@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import weakref
@@ -11,6 +12,7 @@ import pytest
 import torch
 from runs import make_job
 
+from qmoe import heap
 from qmoe.calib.store import ActivationStore
 from qmoe.checkpoint import open_checkpoint
 from qmoe.compress import Settings, compress_checkpoint
@@ -54,6 +56,18 @@ def test_trimmed_tensors_leave_memory_but_not_the_values(tmp_path):
         store.trim()
         assert _resident() - before < size * 0.1
         assert torch.equal(t[::1001], torch.arange(0, size // 4, 1001, dtype=torch.float32))
+
+
+def test_holes_of_the_heap_are_given_back_where_the_c_library_can():
+    can = platform.libc_ver()[0] == "glibc"
+    size, count = 20_000, 5_000
+    blocks = [bytearray(b"x") * size for _ in range(count)]
+    kept = blocks[::50]  # holes between what lives on
+    full = _resident() if can else 0
+    del blocks
+    assert heap.trim() == can
+    assert not can or full - _resident() > size * count // 2
+    assert all(block == bytearray(b"x") * size for block in kept)
 
 
 def test_no_tensor_outlives_being_stored(tiny, tmp_path, monkeypatch):
