@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import OutputError
-from qmoe.parallel import World
+from qmoe.system.processes import World
 
 
 class ActivationStore:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from qmoe.calib.text import span_corruption, windows
 
+_TOKENS_AT_ONCE = 4096  # bounds the logits: 4096 x vocabulary x 4 bytes for each model
+
 SPAN_WINDOW = 180  # tokens of text behind one span-corruption sample where the context allows it
 
 
@@ -70,3 +72,14 @@ def learnable(batches: Sequence[dict[str, Tensor]], tokenizer: Any, decoder: boo
         ids = batch["decoder_input_ids"] if decoder else batch["input_ids"]
         keep.append(~torch.isin(ids.flatten(), special))
     return keep
+
+
+def split_batches(
+    batch: dict[str, Tensor], tokens_at_once: int = _TOKENS_AT_ONCE
+) -> list[dict[str, Tensor]]:
+    """Cuts one big batch [n, T] into batches of at most about `tokens_at_once` tokens (at least one
+    row each).
+    """
+    rows = max(1, tokens_at_once // max(1, max(v.shape[1] for v in batch.values())))
+    parts = {k: v.split(rows) for k, v in batch.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmoe.downloads import begin_walk, leave
-from qmoe.host import Host
+from qmoe.models.downloads import begin_walk, leave
+from qmoe.models.streamed import Host
 
 TOKENS = 16384  # calibration tokens behind the gradients
 _STEPS = 16  # per octave, of the importance that is handed on: see layer_importance

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qmoe.calib.store import ActivationStore
-from qmoe.durable import CHUNK, sync_directory, writing
+from qmoe.calib.activations import ActivationStore
 from qmoe.errors import CorruptError
-from qmoe.tensorfile import DTYPES, tensor_bytes
+from qmoe.system.files import CHUNK, sync_directory, writing
+from qmoe.system.tensors import DTYPES, tensor_bytes
 
 _NAMES = {v: k for k, v in DTYPES.items()}
 _DIGEST = 32  # bytes of the sha256 at the end of a file

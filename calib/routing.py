@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmoe.calib.store import ActivationStore
+from qmoe.calib.activations import ActivationStore
 from qmoe.calib.walk import Walk, stop_forward
 from qmoe.errors import NonFiniteError
-from qmoe.families.base import Routed
-from qmoe.families.layouts import layout_of, route
-from qmoe.host import BlockRef
-from qmoe.parallel import World
+from qmoe.models.families.find import layout_of, route
+from qmoe.models.families.kind import Routed
+from qmoe.models.streamed import BlockRef
+from qmoe.system.processes import World
 
 _CHUNK = 4096  # rows of one partial Hessian product; fixed, since it decides the rounding
 

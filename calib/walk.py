@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.calib.state import Outputs, tree
-from qmoe.host import BlockRef, Host
+from qmoe.calib.outputs import Outputs, tree
+from qmoe.models.streamed import BlockRef, Host
 
 Batch = dict[str, Tensor]
 

@@ -1,11 +1,11 @@
 """Compiled loops that re-arrange streams for a GPU: where to cut them, and words interleaved by
-lane. See `qmoe.kernels.layout`.
+lane. See `qmoe.kernels.pack`.
 """
 
 import numba as nb
 import numpy as np
 
-from qmoe.codec.arrays import I32, I64, U8, U32
+from qmoe.codec.format.arrays import I32, I64, U8, U32
 
 
 @nb.njit(cache=True, nogil=True)

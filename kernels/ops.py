@@ -21,8 +21,8 @@ import triton
 from torch import Tensor
 
 from qmoe.kernels import matvec
-from qmoe.kernels.layout import Projection
-from qmoe.kernels.plan import batch_of, plan_of
+from qmoe.kernels.launch import batch_of, plan_of
+from qmoe.kernels.pack import Projection
 from qmoe.kernels.project import (
     FOUR_WARPS,
     INTERPRETED,

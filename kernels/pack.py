@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qmoe.codec import Layout, Tables
 from qmoe.errors import CorruptError
-from qmoe.kernels.packing import cut_streams, interleave
+from qmoe.kernels.interleave import cut_streams, interleave
 from qmoe.kernels.recode import shorten
 
 LANES = 32

@@ -6,9 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from qmoe.kernels import dense, grouped, groups, matvec, shared
-from qmoe.kernels.layout import NO_ROW, Projection
-from qmoe.kernels.plan import Plan, batch_of, plan_of
+from qmoe.kernels import decode, grouped, matvec, pair_groups, shared
+from qmoe.kernels.launch import Plan, batch_of, plan_of
+from qmoe.kernels.pack import NO_ROW, Projection
 
 INTERPRETED = not isinstance(
     matvec.matvec, triton.JITFunction
@@ -123,14 +123,14 @@ def decoder_args(p: Projection) -> tuple[Tensor, ...]:
 def make_groups(index: Tensor, experts: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """`group_pairs_torch`, by a kernel if there are few pairs."""
     pairs = index.numel()
-    if pairs > groups.MAX_PAIRS:
-        return groups.group_pairs_torch(index, experts, batch)
-    count = groups.group_count(pairs, experts, batch)
+    if pairs > pair_groups.MAX_PAIRS:
+        return pair_groups.group_pairs_torch(index, experts, batch)
+    count = pair_groups.group_count(pairs, experts, batch)
     expert = torch.empty(count, dtype=torch.int32, device=index.device)
     members = torch.empty(count, batch, dtype=torch.int32, device=index.device)
     slots = torch.empty(pairs, dtype=torch.int32, device=index.device)
     block = max(16, triton.next_power_of_2(pairs))
-    groups.group_small[(1,)](
+    pair_groups.group_small[(1,)](
         index, expert, members, slots, pairs, count, experts, B=batch, BLOCK=block, **FOUR_WARPS
     )
     return expert, members, slots
@@ -213,16 +213,16 @@ def decode_experts(
     p: Projection, out: Tensor, counts: Tensor, first: int, plan: Plan, ratio: bool
 ) -> None:
     """Fills out [slots, rows, P, depth] with the codes of experts first.. that have counts > 0;
-    `ratio` see `dense.decode_active`.
+    `ratio` see `decode.decode_active`.
     """
     slots, _, _, depth = out.shape
     size = out[0].numel()
-    dense.zero_active[(triton.cdiv(size, 2048), slots)](
+    decode.zero_active[(triton.cdiv(size, 2048), slots)](
         out, counts, first, p.experts, size, BLOCK=2048, **FOUR_WARPS
     )
     negative = p.row_scale if p.row_scale_neg is None else p.row_scale_neg
     for limit in p.limits:
-        dense.decode_active[(p.programs, slots)](
+        decode.decode_active[(p.programs, slots)](
             *decoder_args(p), p.row_scale, negative, out, counts, first, p.experts, p.rows,
             p.columns.shape[2], depth, p.tiles,
             4 if p.wide else 2, 4, p.context_maps.shape[1],

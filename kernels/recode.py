@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from qmoe.codec import Layout, Tables
-from qmoe.codec.arrays import I32, U8, U32
-from qmoe.codec.huffman import canonical_codes, code_lengths, fill_lookup
+from qmoe.codec.format.arrays import I32, U8, U32
+from qmoe.codec.format.huffman import canonical_codes, code_lengths, fill_lookup
 from qmoe.errors import CorruptError
 
 LONG, SHORT = 8, 7  # code limits: as stored, as rewritten; both give groups of four symbols

@@ -3,9 +3,9 @@
 Importing the package registers the format with transformers.
 """
 
-from qmoe.load import load
-from qmoe.models import register
+from qmoe.inference.load import load
+from qmoe.models.projects import register
+from qmoe.version import __version__
 
-__all__ = ["load"]
+__all__ = ["__version__", "load"]
 register()  # model types of ours, for imported checkpoints
-__version__ = "0.1.0"

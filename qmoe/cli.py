@@ -155,8 +155,8 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @_json
 def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     """Compress SOURCE, a directory or owner/name[@revision] of the hub, into OUT."""
-    from qmoe.compress import Settings, compress_checkpoint
-    from qmoe.parallel import World
+    from qmoe.compression.pipeline import Settings, compress_checkpoint
+    from qmoe.system.processes import World
 
     if options["method"] == "rd" and options["bits"] is None and options["delta"] is None:
         options["bits"] = 0.8
@@ -196,7 +196,7 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
 @_json
 def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Perplexity of MODEL (compressed or not) on a text, and its KL divergence from a reference."""
-    from qmoe.score import score_checkpoint, score_text
+    from qmoe.measure.score import score_checkpoint, score_text
 
     score = score_checkpoint(model, progress=sys.stderr.isatty(), **options)
     _show(score.as_dict(), as_json, score_text(score))
@@ -239,7 +239,7 @@ def sweep(source: str, out: Path, bits: str, methods: str, as_json: bool, **opti
 
     Everything goes to OUT: points.jsonl, sweep.md, sweep.png. The same command resumes.
     """
-    from qmoe.sweep import parse_bits, parse_methods, run
+    from qmoe.measure.sweep import parse_bits, parse_methods, run
 
     targets, others = parse_bits(bits), parse_methods(methods)
 
@@ -256,8 +256,8 @@ def sweep(source: str, out: Path, bits: str, methods: str, as_json: bool, **opti
 @_json
 def inspect(out: Path, layers: bool, as_json: bool) -> None:
     """Sizes, bits per weight and expert coverage of a compressed checkpoint; decodes nothing."""
-    from qmoe.inspect import inspect as run
-    from qmoe.report import inspect_text
+    from qmoe.compression.report import inspect_text
+    from qmoe.store.inspect import inspect as run
 
     found = run(out, layers=layers)
     _show(found, as_json, inspect_text(found))
@@ -268,7 +268,7 @@ def inspect(out: Path, layers: bool, as_json: bool) -> None:
 @_json
 def verify(out: Path, as_json: bool) -> None:
     """Check every checksum, then decode every stream; exit code 0 only if all is sound."""
-    from qmoe.verify import verify as run
+    from qmoe.publish.verify import verify as run
 
     with _bar("verify", "B") as advance:
         found = run(out, advance)
@@ -290,7 +290,7 @@ def verify(out: Path, as_json: bool) -> None:
 @_json
 def push(out: Path, repo: str, as_json: bool, **options: Any) -> None:
     """Verify OUT, then upload it to REPO (owner/name) of the hub with a model card."""
-    from qmoe.push import push as run
+    from qmoe.publish.push import push as run
 
     with _bar("verify", "B") as advance:
         done = run(out, repo, progress=advance, **options)
@@ -306,7 +306,7 @@ def push(out: Path, repo: str, as_json: bool, **options: Any) -> None:
 @_json
 def export(out: Path, dest: Path, dtype: str, as_json: bool) -> None:
     """Write OUT back as a plain safetensors checkpoint that any runtime reads."""
-    from qmoe.export import export as run
+    from qmoe.publish.export import export as run
 
     with _bar("export", "block") as advance:
         run(out, dest, dtype, advance)
@@ -331,8 +331,8 @@ def _bar(name: str, unit: str) -> Iterator[Callable[[int], object]]:
 @_json
 def import_(project: str, src: Path, dst: Path, as_json: bool) -> None:
     """Rewrite a training project's checkpoint SRC as a transformers directory DST."""
-    from qmoe.importers import IMPORTERS
-    from qmoe.importers.report import as_dict, text
+    from qmoe.models.importers import IMPORTERS
+    from qmoe.models.importers.report import as_dict, text
 
     done = IMPORTERS[project](src, dst)
     _show(as_dict(done), as_json, text(done))
@@ -355,8 +355,8 @@ def bench_kernels(static: bool, experts: Path | None, as_json: bool) -> None:
     """Registers, spills and instructions per weight of every kernel, with a model of the H200."""
     if not static:
         raise QmoeError("timings need a GPU: run scripts/bench_gpu there; here pass --static")
-    from qmoe.inspect import typical_experts
-    from qmoe.kernels.static import run
+    from qmoe.measure.kernels.static import run
+    from qmoe.store.inspect import typical_experts
 
     run(as_json, None if experts is None else typical_experts(experts))
 
@@ -365,6 +365,6 @@ def bench_kernels(static: bool, experts: Path | None, as_json: bool) -> None:
 @_json
 def bench_codec(as_json: bool) -> None:
     """Rate and speed of the entropy coder on one core, beside the ideals."""
-    from qmoe.codec.bench import run
+    from qmoe.measure.codec_bench import run
 
     run(as_json)

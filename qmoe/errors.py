@@ -59,3 +59,11 @@ class InterruptedRunError(QmoeError):
     """The user stopped a run that can be continued; the text says where it goes on."""
 
     exit_code = 130
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in one line of at most 200 characters: the type's name and the text's first
+    line."""
+    text = str(error).strip()
+    name = type(error).__name__
+    return f"{name}: {text.splitlines()[0][:160]}" if text else name

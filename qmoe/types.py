@@ -50,17 +50,6 @@ def grid_index(scale: Tensor, step: int = 1) -> Tensor:
     return k.clamp(low, high).to(torch.int16)
 
 
-@dataclass(frozen=True, order=True)
-class ExpertKey:
-    """One expert matrix: module path in the transformers model, expert index, projection
-    ("gate_up", "up" or "down").
-    """
-
-    module: str
-    expert: int
-    projection: str
-
-
 @dataclass(frozen=True)
 class QuantizedMatrix:
     """Integers and scales of one matrix [rows, cols] (rows are outputs).
@@ -103,3 +92,43 @@ class QuantizedMatrix:
         if self.row_scale_neg is None:
             return w * row
         return w * torch.where(self.codes < 0, grid_scale(self.row_scale_neg)[:, None], row)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One matrix that every expert of a module has.
+
+    Attributes:
+        name: "gate_up", "up", "down", or "weight" for modules that hold a single projection.
+        rows: outputs.
+        cols: inputs.
+        inner: True if its input is the expert's activation (the recorded value), False if it is
+            the expert's input.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    inner: bool
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """One experts module of one model.
+
+    Attributes:
+        path: module path in the transformers model, e.g. "model.layers.0.mlp.experts".
+        kind: name of its kind, see `qmoe.models.families.kind`.
+        experts: number of experts.
+        projections: the matrices of every expert, in the order in which they are stored.
+    """
+
+    path: str
+    kind: str
+    experts: int
+    projections: tuple[Projection, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of expert weights in this module."""
+        return self.experts * sum(p.rows * p.cols for p in self.projections)

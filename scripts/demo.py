@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import qmoe
-from qmoe.compress import Settings, compress_checkpoint
-from qmoe.score import score_checkpoint
-from qmoe.verify import verify
+from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.measure.score import score_checkpoint
+from qmoe.publish.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "examples" / "tiny-mixtral"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qmoe.calib.experts import second_moment
+from qmoe.calib.routing import second_moment
 from qmoe.codec import encode_group, ideal_bits
 from qmoe.quantize import Problem, get_method
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qmoe.container import ContainerWriter
-from qmoe.families.layouts import KINDS, find_experts, read_expert, write_expert
-from qmoe.save import plain_config
+from qmoe.models.classes import plain_config
+from qmoe.models.families.find import KINDS, find_experts, read_expert, write_expert
+from qmoe.store.writer import ContainerWriter
 from qmoe.types import QuantizedMatrix, grid_index, grid_scale
 
 torch.set_num_threads(1)  # several workers share the cores

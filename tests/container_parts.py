@@ -4,10 +4,9 @@ import hashlib
 
 import torch
 
-from qmoe.container import ContainerWriter
-from qmoe.families.base import ExpertsLayout, Projection
-from qmoe.manifest import MANIFEST, read_sealed, write_sealed
-from qmoe.types import QuantizedMatrix
+from qmoe.store.manifest import MANIFEST, read_sealed, write_sealed
+from qmoe.store.writer import ContainerWriter
+from qmoe.types import ExpertsLayout, Projection, QuantizedMatrix
 
 FINISH = {"config": {"model_type": "x"}, "settings": {}, "versions": {}, "source": {}}
 LAYOUT = ExpertsLayout("m.experts", "fused", 2, (Projection("up", 8, 16, False),))

@@ -20,13 +20,13 @@ from transformers.models.auto.configuration_auto import (
 )
 
 import qmoe
-from qmoe.checkpoint import open_checkpoint
-from qmoe.compress import Settings, compress_checkpoint
-from qmoe.export import export
-from qmoe.families.layouts import repair
-from qmoe.host import Host
-from qmoe.reader import Container
-from qmoe.verify import verify
+from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.models.families.find import repair
+from qmoe.models.streamed import Host
+from qmoe.publish.export import export
+from qmoe.publish.verify import verify
+from qmoe.source.checkpoint import open_checkpoint
+from qmoe.store.reader import Container
 
 LAYERS, VOCABULARY = 4, 128
 _AUTO = {  # Auto classes in the order in which they are asked, and the attribute with their table

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from qmoe.compress import Settings, compress_checkpoint
+from qmoe.compression.pipeline import Settings, compress_checkpoint
 
 Job = tuple[Path, Settings]
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import qmoe
 from qmoe.errors import QmoeError
-from qmoe.reader import Container
-from qmoe.stream import ExpertStream
-from qmoe.verify import check_stream, verify
+from qmoe.publish.verify import check_stream, verify
+from qmoe.store.reader import Container
+from qmoe.store.stored_experts import ExpertStream
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import qmoe
-from qmoe import experts
-from qmoe.backend import run_kernels
+from qmoe.inference import experts
+from qmoe.inference.cuda import run_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ["mixtral", "gpt_oss", "deepseek_v3", "switch_transformers", "nllb-moe", "jetmoe"]
@@ -34,9 +34,9 @@ def test_twins_give_the_cpu_backends_logits(
 
 CODE = """
 import sys, torch, qmoe
-from qmoe import experts
-from qmoe.backend import run_kernels
-from qmoe.evaluate import evaluate
+from qmoe.inference import experts
+from qmoe.inference.cuda import run_kernels
+from qmoe.measure.perplexity import evaluate
 from transformers import AutoModelForCausalLM
 ids = torch.randint(3, 120, (2, 16), generator=torch.Generator().manual_seed(0))
 batch = [{"input_ids": ids, "labels": ids}]
@@ -49,7 +49,7 @@ print(score.perplexity, score.as_dict()["reference_perplexity"], score.kl)
 
 
 def test_perplexity_through_the_kernels_is_the_exported_models(compressed, tmp_path):
-    from qmoe.export import export
+    from qmoe.publish.export import export
 
     out, _ = compressed
     export(out, tmp_path / "plain", dtype="float32")

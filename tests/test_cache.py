@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from qmoe.cache import ByteCache
+from qmoe.inference.cache import ByteCache
 
 
 def _get(cache, key, size, made):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmoe.checkpoint import open_checkpoint
 from qmoe.errors import SourceError
+from qmoe.source.checkpoint import open_checkpoint
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-mixtral"
 
@@ -81,7 +81,7 @@ def test_selections(tmp_path, tensors, ending, sharded):
 
 
 def test_reads_only_the_bytes_asked_for(tmp_path, monkeypatch):
-    import qmoe.sources.shard as shard
+    import qmoe.source.shards as shard
 
     ck = open_checkpoint(write(tmp_path, {"model.safetensors": {"e": torch.randn(64, 16, 16)}}))
     read = []
@@ -240,7 +240,7 @@ def test_shard_replaced_while_reading(tmp_path):
 
 
 def test_read_error_names_file_and_byte(tmp_path, monkeypatch):
-    import qmoe.sources.shard as shard
+    import qmoe.source.shards as shard
 
     ck = open_checkpoint(write(tmp_path, {"model.safetensors": {"a": torch.ones(4)}}))
 

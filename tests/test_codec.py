@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qmoe.codec import decode_codes, decode_dense, encode_group, matvec, parse_matrix, parse_tables
-from qmoe.codec.reference import decode as decode_reference
+from qmoe.codec.decoder.reference import decode as decode_reference
 from qmoe.types import QuantizedMatrix
 
 

@@ -5,13 +5,13 @@ import heapq
 import numpy as np
 import pytest
 
-from qmoe.codec.bits import BitReader, BitWriter
-from qmoe.codec.classes import column_order
-from qmoe.codec.geometry import geometry
-from qmoe.codec.huffman import canonical_codes, code_lengths, fill_lookup, is_complete
-from qmoe.codec.model import choose, cut
-from qmoe.codec.sidedata import Field, fit_field, pack
-from qmoe.codec.symbols import length_predictor, symbol_count, symbol_effects
+from qmoe.codec.encoder.table_choice import choose, cut
+from qmoe.codec.format.bits import BitReader, BitWriter
+from qmoe.codec.format.classes import column_order
+from qmoe.codec.format.geometry import geometry
+from qmoe.codec.format.huffman import canonical_codes, code_lengths, fill_lookup, is_complete
+from qmoe.codec.format.sidedata import Field, fit_field, pack
+from qmoe.codec.format.symbols import length_predictor, symbol_count, symbol_effects
 from qmoe.errors import CorruptError
 
 

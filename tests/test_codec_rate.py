@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from qmoe.codec import class_entropy_bits, encode_group, ideal_bits
-from qmoe.codec.bench import synthetic
-from qmoe.codec.dictionary import ROW_BITS, build_trie, dictionary_bits
-from qmoe.codec.ideal import block_class_bits, scale_entropy_bits
+from qmoe.codec.encoder.ideal import block_class_bits, scale_entropy_bits
+from qmoe.measure.codec_bench import synthetic
+from qmoe.measure.dictionary import ROW_BITS, build_trie, dictionary_bits
 from qmoe.types import QuantizedMatrix, grid_index
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-mixtral" / "model.safetensors"

@@ -10,11 +10,11 @@ import torch
 from container_parts import FINISH, LAYOUT, fill, make, matrix, tree
 from safetensors.torch import load_file
 
-from qmoe.container import INDEX, ContainerWriter
 from qmoe.errors import OutputError
-from qmoe.manifest import MANIFEST
-from qmoe.reader import Container
-from qmoe.tensorfile import read_header
+from qmoe.store.manifest import MANIFEST
+from qmoe.store.reader import Container
+from qmoe.store.writer import INDEX, ContainerWriter
+from qmoe.system.tensors import read_header
 from qmoe.types import QuantizedMatrix
 
 
@@ -213,7 +213,7 @@ if os.geteuid() == 0:  # drop CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH from the 
     assert libc.capget(ctypes.byref(header), data) == 0
     data[0].e &= ~6
     assert libc.capset(ctypes.byref(header), data) == 0
-from qmoe.container import ContainerWriter
+from qmoe.store.writer import ContainerWriter
 from qmoe.errors import OutputError
 try:
     ContainerWriter({str(tmp_path / "locked" / "out")!r})

@@ -11,18 +11,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
 from qmoe import codec
-from qmoe.block import BlockWriter
-from qmoe.compress import Settings, compress_checkpoint
-from qmoe.dense import find_step
-from qmoe.dense_stream import DenseGeometry, DenseStream, parse_dense
-from qmoe.durable import canonical_json, file_sha256
+from qmoe.compression.dense import find_step
+from qmoe.compression.pipeline import Settings, compress_checkpoint
 from qmoe.errors import CorruptError, OutputError
-from qmoe.export import export
-from qmoe.inspect import inspect
-from qmoe.manifest import MANIFEST, read_manifest, read_sealed, write_sealed
+from qmoe.publish.export import export
+from qmoe.publish.verify import verify
 from qmoe.quantize.dense import DenseSolver
-from qmoe.reader import Container
-from qmoe.verify import verify
+from qmoe.store.block import BlockWriter
+from qmoe.store.inspect import inspect
+from qmoe.store.manifest import MANIFEST, read_manifest, read_sealed, write_sealed
+from qmoe.store.reader import Container
+from qmoe.store.stored_dense import DenseGeometry, DenseStream, parse_dense
+from qmoe.system.files import canonical_json, file_sha256
 
 # shapes large enough that side data does not eat the rate
 SIZES = {

@@ -8,15 +8,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
-from qmoe.container import INDEX
 from qmoe.errors import CorruptError, OutputError
-from qmoe.export import export
-from qmoe.families import layouts
-from qmoe.inspect import inspect
-from qmoe.manifest import MANIFEST, read_sealed, write_sealed
-from qmoe.reader import Container
-from qmoe.tensorfile import Spill
-from qmoe.verify import verify
+from qmoe.models.families import layouts
+from qmoe.publish.export import export
+from qmoe.publish.verify import verify
+from qmoe.store.inspect import inspect
+from qmoe.store.manifest import MANIFEST, read_sealed, write_sealed
+from qmoe.store.reader import Container
+from qmoe.store.writer import INDEX
+from qmoe.system.tensors import Spill
 
 
 def _auto(model):

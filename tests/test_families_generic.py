@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qmoe.checkpoint import open_checkpoint
 from qmoe.errors import UnsupportedModelError
-from qmoe.host import Host
+from qmoe.models.streamed import Host
+from qmoe.source.checkpoint import open_checkpoint
 
 
 def _generic():

@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import qmoe
-from qmoe.calib.tokens import inputs_only, prepare
-from qmoe.checkpoint import open_checkpoint
-from qmoe.compress import Settings, compress_checkpoint
+from qmoe.calib.batches import inputs_only, prepare, split_batches
+from qmoe.compression.pipeline import Settings, compress_checkpoint
 from qmoe.errors import CorruptError, OutputError
-from qmoe.evaluate import evaluate, split_batches
-from qmoe.export import export
-from qmoe.families.layouts import repair
-from qmoe.inspect import inspect
-from qmoe.manifest import MANIFEST, read_sealed
-from qmoe.score import load_any, score_checkpoint
-from qmoe.verify import verify
+from qmoe.measure.perplexity import evaluate
+from qmoe.measure.score import load_any, score_checkpoint
+from qmoe.models.families.find import repair
+from qmoe.publish.export import export
+from qmoe.publish.verify import verify
+from qmoe.source.checkpoint import open_checkpoint
+from qmoe.store.inspect import inspect
+from qmoe.store.manifest import MANIFEST, read_sealed
 
 
 def _add(directory, tensors):

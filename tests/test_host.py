@@ -11,17 +11,17 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from qmoe.calib.experts import park, plugged
-from qmoe.calib.state import Resident
-from qmoe.calib.store import ActivationStore
+from qmoe.calib.activations import ActivationStore
+from qmoe.calib.outputs import Resident
+from qmoe.calib.routing import park, plugged
 from qmoe.calib.walk import Walk
-from qmoe.checkpoint import open_checkpoint
 from qmoe.errors import NonFiniteError, QmoeError, SourceError, UnsupportedModelError
-from qmoe.families.layouts import expert_forward
-from qmoe.host import Host
+from qmoe.models.families.find import expert_forward
+from qmoe.models.streamed import Host
+from qmoe.source.checkpoint import open_checkpoint
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-mixtral"
-WRITTEN_FOR = "5.23"  # the transformers release whose private API qmoe.host was read from
+WRITTEN_FOR = "5.23"  # the transformers release that models/streamed.py was read from
 
 
 def _tiny(tmp_path, kind, **config):

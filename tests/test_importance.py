@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qmoe.checkpoint import open_checkpoint
-from qmoe.host import Host
-from qmoe.importance import layer_importance
+from qmoe.calib.importance import layer_importance
+from qmoe.models.streamed import Host
+from qmoe.source.checkpoint import open_checkpoint
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MODEL = EXAMPLES / "tiny-mixtral"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmoe.errors import OutputError, SourceError
-from qmoe.importers import IMPORTERS, writing
+from qmoe.models.importers import IMPORTERS, writing
 
 CASES = {
     "openmoe": ("openmoe", openmoe_source, openmoe_equations, {}),

@@ -11,11 +11,13 @@ import torch
 
 from qmoe.codec import decode_codes, encode_group
 from qmoe.errors import CorruptError
-from qmoe.kernels import bench, ops, plan, project, sass, shared, static
-from qmoe.kernels.layout import NO_ROW, Projection, pack_projection
-from qmoe.kernels.sample import packed, parsed, sample_matrix
-from qmoe.kernels.sample import rough_matrix as matrix
-from qmoe.kernels.trace import trace
+from qmoe.kernels import launch, ops, project, shared
+from qmoe.kernels.pack import NO_ROW, Projection, pack_projection
+from qmoe.measure.kernels import gpu as bench
+from qmoe.measure.kernels import sass, static
+from qmoe.measure.kernels.sample import packed, parsed, sample_matrix
+from qmoe.measure.kernels.sample import rough_matrix as matrix
+from qmoe.measure.kernels.trace import trace
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -198,18 +200,18 @@ def test_copies_of_an_expert_decode_alike():
 
 
 def test_plans():
-    assert plan.plan_for(75) == plan.PORTABLE
-    assert plan.plan_for(86) == plan.PLANS[80]
-    assert plan.plan_for(120) == plan.PLANS[100]
-    assert all(p.shared for p in plan.PLANS.values())
-    assert not plan.PORTABLE.shared
-    p = plan.PLANS[90]
-    assert plan.batch_of(p, 1, 8, 128) == 1
-    assert plan.batch_of(p, 4, 8, 8) == 4
-    assert plan.batch_of(p, 4096, 8, 128) == 0
-    assert plan.segments(p, 28672, 4096, 2) == 1
-    assert plan.segments(p, 1536, 2048, 8) == 2
-    assert plan.segments(p, 64, 64, 1) == 1
+    assert launch.plan_for(75) == launch.PORTABLE
+    assert launch.plan_for(86) == launch.PLANS[80]
+    assert launch.plan_for(120) == launch.PLANS[100]
+    assert all(p.shared for p in launch.PLANS.values())
+    assert not launch.PORTABLE.shared
+    p = launch.PLANS[90]
+    assert launch.batch_of(p, 1, 8, 128) == 1
+    assert launch.batch_of(p, 4, 8, 8) == 4
+    assert launch.batch_of(p, 4096, 8, 128) == 0
+    assert launch.segments(p, 28672, 4096, 2) == 1
+    assert launch.segments(p, 1536, 2048, 8) == 2
+    assert launch.segments(p, 64, 64, 1) == 1
 
 
 def test_scripts_without_a_gpu(capsys):

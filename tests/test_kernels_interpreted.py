@@ -12,9 +12,10 @@ import sys
 import pytest
 import torch
 
-from qmoe.kernels import bench, groups, ops, plan, project
-from qmoe.kernels.sample import packed
-from qmoe.kernels.sample import rough_matrix as matrix
+from qmoe.kernels import launch, ops, pair_groups, project
+from qmoe.measure.kernels import gpu as bench
+from qmoe.measure.kernels.sample import packed
+from qmoe.measure.kernels.sample import rough_matrix as matrix
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
@@ -106,9 +107,9 @@ def test_every_batch_gives_the_same_bits(dtype):
 def test_warps_of_a_program_give_the_same_bits(segments):
     p = packed([matrix(200, 70, seed=s) for s in range(2)], segments)  # 7 tiles: one warp repeats
     x, index = torch.randn(2, 70).bfloat16(), torch.tensor([1, 0])
-    one = project.project(p, x, index, 1, plan.PORTABLE, batch=1)
+    one = project.project(p, x, index, 1, launch.PORTABLE, batch=1)
     for warps in (2, 4):
-        wide = dataclasses.replace(plan.PORTABLE, warps=warps)
+        wide = dataclasses.replace(launch.PORTABLE, warps=warps)
         assert torch.equal(project.project(p, x, index, 1, wide, batch=1), one)
     assert bench.relative_rms(one, project.project_torch(p, x, index, 1)) < 2e-2
 
@@ -154,7 +155,7 @@ def test_layer(tokens, dtype):
 def test_groups(batch):
     index = torch.randint(-1, 6, (40,), generator=torch.Generator().manual_seed(batch))
     kernel = project.make_groups(index, 5, batch)
-    twin = groups.group_pairs_torch(index, 5, batch)
+    twin = pair_groups.group_pairs_torch(index, 5, batch)
     for a, b in zip(kernel, twin, strict=True):
         assert torch.equal(a, b)
     expert, members, slots = kernel
@@ -191,11 +192,11 @@ def test_garbage_in_the_stream_stays_inside_the_buffers(seed):
         kept = {n: guarded(words if n == "words" else getattr(p, n), value) for n in names}
         q = dataclasses.replace(p, **{n: view for n, (_, view) in kept.items()})
         xs = guarded(project.gathered(q, x, expert, members, 1), float("nan"))
-        warps = dataclasses.replace(plan.PORTABLE, warps=1 << seed % 3)
+        warps = dataclasses.replace(launch.PORTABLE, warps=1 << seed % 3)
         sums = project.partial_sums(q, xs[1], expert, warps)
         codes = guarded(torch.zeros(1, p.rows, p.pieces, p.columns.shape[2] - 1), 7.0)
         project.decode_experts(
-            q, codes[1], torch.ones(1, dtype=torch.int32), 0, plan.PORTABLE, ratio=False
+            q, codes[1], torch.ones(1, dtype=torch.int32), 0, launch.PORTABLE, ratio=False
         )
         assert (codes[0][:256] == 7).all()
         assert (codes[0][-256:] == 7).all()

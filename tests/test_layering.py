@@ -1,5 +1,7 @@
-"""A module imports only from lower layers (docs: CONTRIBUTING, "Layers"). Imports are read with
-ast; nothing is run.
+"""The order of the rooms: what each package of qmoe may import, anywhere in its code.
+
+Imports are read with ast, inside functions too; nothing is run. `ALLOWED` is the drawing: every
+room stands below those that it may import, so there is no circle.
 """
 
 import ast
@@ -11,95 +13,127 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# order matters: the first prefix that fits a module gives its layer
-LAYERS = {
-    "qmoe.errors": 0,
-    "qmoe.types": 0,
-    "qmoe.quantize": 1,
-    "qmoe.codec": 1,
-    "qmoe.kernels": 1,
-    "qmoe.durable": 1,
-    "qmoe.tensorfile": 1,
-    "qmoe.parallel": 1,
-    "qmoe.sources": 2,
-    "qmoe.checkpoint": 2,
-    "qmoe.manifest": 2,
-    "qmoe.stream": 2,
-    "qmoe.block": 2,
-    "qmoe.container": 2,
-    "qmoe.families": 2,
-    "qmoe.models": 2,
-    "qmoe.fit": 3,
-    "qmoe.modelclass": 3,
-    "qmoe.partial": 3,
-    "qmoe.plain_loading": 3,
-    "qmoe.host": 3,
-    "qmoe.experts": 3,
-    "qmoe.calib": 3,
+VALUES = ("errors", "types", "version")
+ALLOWED = {
+    **dict.fromkeys(VALUES, ()),
+    "system": VALUES,
+    "codec": VALUES,
+    "quantize": VALUES,
+    "source": (*VALUES, "system"),
+    "store": (*VALUES, "system", "codec"),
+    "kernels": (*VALUES, "codec"),
+    "models": (*VALUES, "system", "source"),
+    "calib": (*VALUES, "system", "models"),
+    "inference": (*VALUES, "system", "codec", "store", "kernels", "models"),
+    "compression": (
+        *(*VALUES, "system", "codec", "quantize", "source", "store"),
+        *("models", "calib"),
+    ),
+    "publish": (*VALUES, "system", "codec", "store", "models", "inference"),
+    "measure": (
+        *(*VALUES, "system", "codec", "source", "store", "kernels"),
+        *("models", "calib", "inference", "compression"),
+    ),
 }
-TOP = 4  # everything else in the package
-FORBIDDEN = {  # edges inside the allowed direction that the architecture rules out
-    "qmoe.quantize": {"qmoe.codec", "qmoe.kernels"},
-    "qmoe.codec": {"qmoe.quantize", "qmoe.kernels"},
-    "qmoe.kernels": {"qmoe.quantize"},
-    "qmoe.container": {"qmoe.quantize", "qmoe.kernels"},
-    "qmoe.checkpoint": {"qmoe.quantize", "qmoe.codec", "qmoe.kernels"},
-    "qmoe.experts": {"qmoe.quantize", "qmoe.calib"},
-    "qmoe.calib": {"qmoe.quantize", "qmoe.codec"},
-    "qmoe.load": {"qmoe.quantize", "qmoe.calib", "qmoe.compress"},
-}
+FACE = ("", "cli", "__main__")  # the top of the house: may import every room
 
 
-def _modules():
+def modules(root=ROOT):
+    """Yields (dotted name, path) of every module; the two linked folders under their own names."""
     for folder, name in (("qmoe", "qmoe"), ("kernels", "qmoe.kernels"), ("calib", "qmoe.calib")):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            relative = path.relative_to(ROOT / folder)
+        for path in sorted((root / folder).rglob("*.py")):
+            relative = path.relative_to(root / folder)
             if folder == "qmoe" and relative.parts[0] in ("kernels", "calib"):
-                continue  # the links; walked under their own names
+                continue
             parts = [p for p in relative.with_suffix("").parts if p != "__init__"]
             yield ".".join([name, *parts]), path
 
 
-def _layer(module):
-    fit = [p for p in LAYERS if module == p or module.startswith(p + ".")]
-    return LAYERS[max(fit, key=len)] if fit else TOP
+def room(module):
+    """ "qmoe.codec.encoder.ideal" -> "codec"; "qmoe" -> ""."""
+    return [*module.split("."), ""][1]
 
 
-def _imports(path):
-    """Imports that run when the module is imported (not those inside functions)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    inner = {
-        id(n)
-        for f in ast.walk(tree)
-        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
-        for n in ast.walk(f)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in inner:
-            yield node.module
-        elif isinstance(node, ast.Import) and id(node) not in inner:
+def imported(source, module):
+    """Every name that a module's source imports from qmoe, as dotted names: `from qmoe import x`,
+    `import qmoe.x`, relative imports and calls of import_module with a literal, at any depth."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
             yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = module.split(".")[: -node.level]
+                base = ".".join([*above, *([base] if base else [])])
+            yield from (f"{base}.{a.name}" for a in node.names)
+        elif isinstance(node, ast.Call) and node.args:
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            argument = node.args[0]
+            if name in ("import_module", "__import__") and isinstance(argument, ast.Constant):
+                yield str(argument.value)
 
 
-@pytest.mark.parametrize(("module", "path"), list(_modules()))
-def test_imports_point_downwards(module, path):
-    for target in _imports(path):
-        if not target.startswith("qmoe.") or module in ("qmoe.cli", "qmoe"):
-            continue
-        package = module.rsplit(".", 1)[0]
-        same = (
-            target.startswith(package + ".")
-            or target == package
-            or target.split(".")[1] == module.split(".")[1]
-        )
-        assert same or _layer(target) <= _layer(module), (
-            f"{module} (layer {_layer(module)}) imports {target}"
-        )
-        for prefix, banned in FORBIDDEN.items():
-            if module == prefix or module.startswith(prefix + "."):
-                assert not any(target == b or target.startswith(b + ".") for b in banned), (
-                    f"{module} -> {target}"
-                )
+def violations(source, module):
+    """The imports of a module that the drawing does not allow."""
+    here = room(module)
+    if here in FACE:
+        return []
+    names = [n for n in imported(source, module) if n.split(".")[0] == "qmoe"]
+    return [n for n in names if room(n) != here and room(n) not in ALLOWED[here]]
+
+
+@pytest.mark.parametrize(("module", "path"), list(modules()))
+def test_a_module_imports_only_from_rooms_below(module, path):
+    assert room(module) in (*ALLOWED, *FACE), f"{module} is in no room of the drawing"
+    assert violations(path.read_text(encoding="utf-8"), module) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import qmoe.inference.load",
+        "from qmoe.inference.load import load",
+        "from qmoe import inference",
+        "import qmoe",
+        "from ..inference import load",
+        "def f():\n    from qmoe.inference import load",
+        "def f():\n    import qmoe.inference.load as x",
+        "import importlib\nimportlib.import_module('qmoe.inference.load')",
+    ],
+)
+def test_an_import_upwards_is_seen_in_every_form(source):
+    assert violations(source, "qmoe.store.reader")
+
+
+@pytest.mark.parametrize(
+    "source", ["from qmoe import codec", "from qmoe.types import ExpertsLayout", "import numpy"]
+)
+def test_an_import_downwards_is_allowed(source):
+    assert violations(source, "qmoe.store.reader") == []
+
+
+def test_the_drawing_has_no_circle():
+    placed = []
+    while left := [r for r in ALLOWED if r not in placed]:
+        ready = [r for r in left if set(ALLOWED[r]) <= set(placed)]
+        assert ready, f"these rooms import one another: {left}"
+        placed += ready
+
+
+def test_every_permission_is_used():
+    used = {
+        (room(m), room(n))
+        for m, p in modules()
+        for n in imported(p.read_text(encoding="utf-8"), m)
+        if n.startswith("qmoe.")
+    }
+    unused = [
+        (a, b)
+        for a, below in ALLOWED.items()
+        for b in below
+        if b not in VALUES and (a, b) not in used
+    ]
+    assert unused == []
 
 
 def test_the_two_folders_are_found_under_qmoe():

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
-from qmoe import experts
 from qmoe.errors import CorruptError, OutputError, QmoeError
-from qmoe.experts import EncodedExperts
-from qmoe.families import layouts
-from qmoe.load import CACHE_VARIABLE, set_cache_bytes
-from qmoe.models import FairseqMoeConfig, MegatronMoeConfig, OpenMoeConfig
+from qmoe.inference import experts
+from qmoe.inference.experts import EncodedExperts
+from qmoe.inference.load import CACHE_VARIABLE, set_cache_bytes
+from qmoe.models.families import layouts
+from qmoe.models.projects import FairseqMoeConfig, MegatronMoeConfig, OpenMoeConfig
 
 
 def _auto(model):

@@ -12,15 +12,15 @@ import pytest
 import torch
 from runs import make_job
 
-from qmoe import heap
-from qmoe.calib.store import ActivationStore
-from qmoe.checkpoint import open_checkpoint
-from qmoe.compress import Settings, compress_checkpoint
+from qmoe.calib.activations import ActivationStore
+from qmoe.compression.blocks import Run
+from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.plan import make_plan
 from qmoe.errors import CapacityError
-from qmoe.host import Host
-from qmoe.plan import make_plan
+from qmoe.models.streamed import Host
 from qmoe.quantize import get_method
-from qmoe.run import Run
+from qmoe.source.checkpoint import open_checkpoint
+from qmoe.system import heap
 
 
 def _resident() -> int:

@@ -14,10 +14,10 @@ import pytest
 import torch
 from runs import Job, arguments, files, make_job, record, undisturbed
 
-from qmoe.calib.store import ActivationStore
-from qmoe.compress import compress_checkpoint
-from qmoe.layer import _padded
-from qmoe.parallel import World
+from qmoe.calib.activations import ActivationStore
+from qmoe.compression.layer import _padded
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.system.processes import World
 
 EXPERTS = 40  # more than one group of experts per layer
 

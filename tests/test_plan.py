@@ -14,15 +14,15 @@ import torch
 from runs import make_job
 from transformers import AutoTokenizer
 
-from qmoe import compress
-from qmoe.checkpoint import open_checkpoint
-from qmoe.compress import compress_checkpoint
-from qmoe.dense import DenseCoder
-from qmoe.estimate import START, Speeds, Work, seconds
-from qmoe.families.base import ExpertsLayout, Projection
-from qmoe.host import Host
-from qmoe.plan import Plan, make_plan
+from qmoe.compression import pipeline as compress
+from qmoe.compression.dense import DenseCoder
+from qmoe.compression.estimate import START, Speeds, Work, seconds
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.plan import Plan, make_plan
+from qmoe.models.streamed import Host
 from qmoe.quantize import get_method
+from qmoe.source.checkpoint import open_checkpoint
+from qmoe.types import ExpertsLayout, Projection
 
 LAYOUT = ExpertsLayout(
     "m", "fused", 64, (Projection("up", 1536, 2048, False), Projection("down", 2048, 768, True))

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import qmoe
 from qmoe.cli import main
-from qmoe.inspect import inspect
-from qmoe.verify import verify
+from qmoe.publish.verify import verify
+from qmoe.store.inspect import inspect
 
 REPO, TOKEN = "owner/small", "hf_sesame"
 SCORE = {"perplexity": 12.5, "nll": 2.5257, "tokens": 4096, "reference_perplexity": 10.0}

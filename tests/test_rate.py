@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmoe.compress import Settings, compress_checkpoint
+from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.rate import CLOSE, Controller, Curve, check_target, missed
 from qmoe.errors import QmoeError
-from qmoe.inspect import inspect
-from qmoe.rate import CLOSE, Controller, Curve, check_target, missed
+from qmoe.store.inspect import inspect
 
 DELTAS = (1.0, 2.0, 4.0)
 

@@ -8,13 +8,13 @@ from container_parts import LAYOUT, make, reseal
 from safetensors.torch import load_file
 
 import qmoe
-from qmoe.container import INDEX
-from qmoe.durable import canonical_json
 from qmoe.errors import CorruptError, FormatVersionError
-from qmoe.manifest import MANIFEST, read_manifest
-from qmoe.reader import Container
-from qmoe.stream import ExpertStream
-from qmoe.tensorfile import DTYPES, Spill, read_header, read_tensor
+from qmoe.store.manifest import MANIFEST, read_manifest
+from qmoe.store.reader import Container
+from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.writer import INDEX
+from qmoe.system.files import canonical_json
+from qmoe.system.tensors import DTYPES, Spill, read_header, read_tensor
 
 
 def test_manifest_notices_a_bit_in_every_byte(tmp_path):
@@ -222,7 +222,7 @@ def test_spill_appends_and_interleaves(tmp_path):
 def test_model_that_disagrees_with_its_tensors(compressed, tmp_path, change):
     import shutil
 
-    from qmoe.verify import verify
+    from qmoe.publish.verify import verify
 
     out = tmp_path / "c"
     shutil.copytree(compressed[0], out)

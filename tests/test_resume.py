@@ -19,10 +19,11 @@ from typing import BinaryIO
 import pytest
 from runs import Job, arguments, files, make_job, record, undisturbed, when
 
-from qmoe import compress, plan
-from qmoe.compress import compress_checkpoint
-from qmoe.container import ContainerWriter
+from qmoe.compression import pipeline as compress
+from qmoe.compression import plan
+from qmoe.compression.pipeline import compress_checkpoint
 from qmoe.errors import InterruptedRunError, OutputError, SourceError
+from qmoe.store.writer import ContainerWriter
 
 BLOCKS = 4
 
@@ -140,7 +141,7 @@ def _kill_chain(job, expected, folder: Path, kills: int, seed: int) -> None:
     """Kills runs at random moments, restarting each where it was, until `kills` have died."""
     rng = random.Random(seed)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qmoe.compress"])
+    context.set_forkserver_preload(["qmoe.compression.pipeline"])
 
     def start(out: Path) -> multiprocessing.Process:
         process = context.Process(target=compress_checkpoint, args=(str(job[0]), out, job[1]))

@@ -13,9 +13,9 @@ from hub import commit_of
 from safetensors.torch import load_file, save_file
 
 from qmoe.cli import main
-from qmoe.compress import Settings, compress_checkpoint
+from qmoe.compression.pipeline import Settings, compress_checkpoint
 from qmoe.errors import InterruptedRunError, SourceError
-from qmoe.score import score_checkpoint
+from qmoe.measure.score import score_checkpoint
 
 REPO = "owner/model"
 BLOCKS, SHARDS = 6, 9

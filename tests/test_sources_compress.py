@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
-from qmoe.compress import Settings, compress_checkpoint
-from qmoe.export import export
+from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.publish.export import export
 
 CASES = {
     "fp8": ("deepseek_v3", lambda t, d: t.to_fp8(d, (32, 48))),

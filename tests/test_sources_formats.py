@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qmoe.checkpoint import open_checkpoint
 from qmoe.errors import SourceError
-from qmoe.sources import fp8, int4, mxfp4
+from qmoe.source.checkpoint import open_checkpoint
+from qmoe.source.formats import fp8, int4, mxfp4
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (32, 48), (40, 16), (33, 65), (576, 256)])
@@ -135,7 +135,7 @@ def test_checkpoint_reads_as_the_dense_one(tmp_path, tiny, case):
 
 
 def test_one_expert_of_a_fused_tensor_is_read_alone(tmp_path, tiny, monkeypatch):
-    import qmoe.sources.shard as shard
+    import qmoe.source.shards as shard
 
     d = tiny.save("gpt_oss", tmp_path / "src")
     tiny.to_mxfp4(d)

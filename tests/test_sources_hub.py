@@ -29,7 +29,7 @@ def hub(tmp_path, serve_hub):
 
 def run(hub, home, script, offline=False, ok=True):
     env = hub.environment(home, offline)
-    head = "import json\nfrom qmoe.checkpoint import open_checkpoint\n"
+    head = "import json\nfrom qmoe.source.checkpoint import open_checkpoint\n"
     cmd = [sys.executable, "-c", head + script]
     r = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=120)
     if not ok:

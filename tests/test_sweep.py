@@ -7,16 +7,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from qmoe import codec, points
+from qmoe import codec
 from qmoe.cli import main
-from qmoe.codec.dictionary import dictionary_bits
-from qmoe.compress import Settings, compress_checkpoint
+from qmoe.compression.pipeline import Settings, compress_checkpoint
 from qmoe.errors import CorruptError, QmoeError
-from qmoe.points import Points, nominal_bits, point_name
+from qmoe.measure import points
+from qmoe.measure.dictionary import dictionary_bits
+from qmoe.measure.points import Points, nominal_bits, point_name
+from qmoe.measure.sweep import NO_MATPLOTLIB, parse_bits, parse_methods
 from qmoe.quantize import get_method, rd
 from qmoe.quantize.types import Problem
-from qmoe.reader import Container
-from qmoe.sweep import NO_MATPLOTLIB, parse_bits, parse_methods
+from qmoe.store.reader import Container
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -162,7 +163,7 @@ def test_a_damaged_record_is_named(model, swept, tmp_path):
 
 
 def test_without_matplotlib_one_sentence(model, swept, monkeypatch):
-    monkeypatch.delitem(sys.modules, "qmoe.plot", raising=False)
+    monkeypatch.delitem(sys.modules, "qmoe.measure.plot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [n for n in sys.modules if n.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)

@@ -5,12 +5,12 @@ validate them; `decode_codes`, `decode_dense`, `matvec` and `matvec_pairs` use t
 about experts, models or files. The bits: docs/format-codec.md.
 """
 
-from qmoe.codec.decode import decode_codes, decode_dense, matvec
-from qmoe.codec.encode import EncodedGroup, encode_group
-from qmoe.codec.ideal import class_entropy_bits, ideal_bits
-from qmoe.codec.layout import Layout, parse_matrix
-from qmoe.codec.pairs import matvec_pairs
-from qmoe.codec.tables import Tables, parse_tables
+from qmoe.codec.decoder.decode import decode_codes, decode_dense, matvec
+from qmoe.codec.decoder.matrix import Layout, parse_matrix
+from qmoe.codec.decoder.matvec import matvec_pairs
+from qmoe.codec.encoder.encode import EncodedGroup, encode_group
+from qmoe.codec.encoder.ideal import class_entropy_bits, ideal_bits
+from qmoe.codec.format.tables import Tables, parse_tables
 
 __all__ = [
     "EncodedGroup",

@@ -13,22 +13,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qmoe import heap
-from qmoe.block import BlockWriter, ExpertsWriter, Piece
-from qmoe.calib.experts import Parked, park, plugged
-from qmoe.calib.state import Outputs
-from qmoe.calib.store import ActivationStore
-from qmoe.calib.tokens import learnable
+from qmoe.calib.activations import ActivationStore
+from qmoe.calib.batches import learnable
+from qmoe.calib.outputs import Outputs
+from qmoe.calib.routing import Parked, park, plugged
 from qmoe.calib.walk import Walk
 from qmoe.codec import encode_group
-from qmoe.dense import DenseCoder
-from qmoe.families.base import ExpertsLayout
-from qmoe.host import BlockRef, Host
-from qmoe.layer import Coverage, Sink, Stream, groups, quantize_layer
-from qmoe.parallel import World
+from qmoe.compression.dense import DenseCoder
+from qmoe.compression.layer import Coverage, Sink, Stream, groups, quantize_layer
+from qmoe.compression.rate import Controller, module_bits, offsets_bits
+from qmoe.models.streamed import BlockRef, Host
 from qmoe.quantize import Method
-from qmoe.rate import Controller, module_bits, offsets_bits
-from qmoe.types import QuantizedMatrix
+from qmoe.store.block import BlockWriter, ExpertsWriter, Piece
+from qmoe.system import heap
+from qmoe.system.processes import World
+from qmoe.types import ExpertsLayout, QuantizedMatrix
 
 _REHEARSALS = 4
 

@@ -11,10 +11,10 @@ from collections.abc import Collection
 from math import prod
 from typing import Any
 
-from qmoe.checkpoint import CARRIED_SETTINGS, Checkpoint
-from qmoe.container import CARRIED_BLOCK, ContainerWriter
-from qmoe.families.layouts import KINDS
-from qmoe.host import Host
+from qmoe.models.families.find import KINDS
+from qmoe.models.streamed import Host
+from qmoe.source.checkpoint import CARRIED_SETTINGS, Checkpoint
+from qmoe.store.writer import CARRIED_BLOCK, ContainerWriter
 
 
 def write_carried(writer: ContainerWriter, host: Host, finished: Collection[str]) -> list[str]:

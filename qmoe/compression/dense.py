@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmoe.block import BlockWriter
-from qmoe.calib.experts import second_moment
-from qmoe.calib.tokens import learnable
+from qmoe.calib.batches import learnable
+from qmoe.calib.routing import second_moment
 from qmoe.calib.walk import Walk
 from qmoe.codec import encode_group
-from qmoe.codec.geometry import MAX_COLS
-from qmoe.dense_stream import DenseGeometry
+from qmoe.codec.format.geometry import MAX_COLS
 from qmoe.errors import NonFiniteError
-from qmoe.families.layouts import route
-from qmoe.fit import tied_names
-from qmoe.host import BlockRef, Host
+from qmoe.models.families.find import route
+from qmoe.models.matching import tied_names
+from qmoe.models.streamed import BlockRef, Host
 from qmoe.quantize.dense import DenseSolver
+from qmoe.store.block import BlockWriter
+from qmoe.store.stored_dense import DenseGeometry
 from qmoe.types import QuantizedMatrix
 
 BITS = (16, 8, 4, 3)

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from qmoe import rate
+from qmoe.calib.importance import TOKENS
 from qmoe.codec import encode_group, ideal_bits
-from qmoe.families.base import ExpertsLayout, Projection
-from qmoe.importance import TOKENS
-from qmoe.layer import groups
+from qmoe.compression import rate
+from qmoe.compression.layer import groups
 from qmoe.quantize import Method, Problem
+from qmoe.types import ExpertsLayout, Projection
 
 START = 8.0  # seconds: libraries, compiled loops, the empty model
 _DISK = 200e6  # bytes per second, a slow disk

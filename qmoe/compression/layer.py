@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qmoe.calib.experts import Parked, second_moment
+from qmoe.calib.routing import Parked, second_moment
 from qmoe.errors import NonFiniteError
-from qmoe.families.base import ExpertsLayout, Projection
-from qmoe.families.layouts import expert_forward
-from qmoe.host import Host
-from qmoe.parallel import World
+from qmoe.models.families.find import expert_forward
+from qmoe.models.streamed import Host
 from qmoe.quantize import Method, Problem, Solution
-from qmoe.types import QuantizedMatrix
+from qmoe.system.processes import World
+from qmoe.types import ExpertsLayout, Projection, QuantizedMatrix
 
 ROWS = 4096  # rows of activations at once; fixed, since it decides the rounding of sums
 _GROUP_CELLS = 2**24  # Hessian cells of a group: 128 MiB in float64, of which eight are alive
@@ -38,7 +37,7 @@ class Stream:
     """Tokens of one stream at the experts, and which of them may be learned from.
 
     Attributes:
-        parked: see `qmoe.calib.experts.Parked`.
+        parked: see `qmoe.calib.routing.Parked`.
         keep: bool [N], False for special and padding tokens: they pass through, but statistics are
             taken from them only for experts that see nothing else (in encoder-decoder models some
             serve sentinels alone, and losing those costs more than any rounding).

@@ -25,30 +25,28 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from qmoe import __version__
-from qmoe.calib.state import Durable, Outputs, resume_point
-from qmoe.calib.store import ActivationStore
-from qmoe.calib.tokens import inputs_only, prepare
-from qmoe.carried import account, write_carried
-from qmoe.checkpoint import open_checkpoint
-from qmoe.container import ContainerWriter, downloads_of
-from qmoe.dense import HEAD, DenseCoder
-from qmoe.devices import pick_device
-from qmoe.downloads import begin_walk, leave
-from qmoe.durable import canonical_json
+from qmoe.calib.activations import ActivationStore
+from qmoe.calib.batches import inputs_only, prepare, split_batches
+from qmoe.calib.importance import fits, layer_importance
+from qmoe.calib.outputs import Durable, Outputs, resume_point
+from qmoe.compression.blocks import Run
+from qmoe.compression.carried import account, write_carried
+from qmoe.compression.dense import HEAD, DenseCoder
+from qmoe.compression.plan import make_plan
+from qmoe.compression.probe import probed
+from qmoe.compression.rate import Controller, Curve, check_target, missed
+from qmoe.compression.report import CompressReport
 from qmoe.errors import InterruptedRunError, QmoeError
-from qmoe.evaluate import split_batches
-from qmoe.host import BlockRef, Host
-from qmoe.importance import fits, layer_importance
-from qmoe.modelclass import read_tokenizer
-from qmoe.parallel import World
-from qmoe.plan import make_plan
-from qmoe.probe import probed
+from qmoe.models.classes import plain_config, read_tokenizer
+from qmoe.models.downloads import begin_walk, leave
+from qmoe.models.streamed import BlockRef, Host
 from qmoe.quantize import Method, get_method
-from qmoe.rate import Controller, Curve, check_target, missed
-from qmoe.report import CompressReport
-from qmoe.run import Run
-from qmoe.save import plain_config
+from qmoe.source.checkpoint import open_checkpoint
+from qmoe.store.writer import ContainerWriter, downloads_of
+from qmoe.system.files import canonical_json
+from qmoe.system.machine import pick_device
+from qmoe.system.processes import World
+from qmoe.version import __version__
 
 _BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
 Say = Callable[[str], object]

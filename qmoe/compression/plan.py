@@ -3,7 +3,7 @@
 Peak memory of a process = what it holds already + everything outside the blocks + one block without
 its experts + one group of experts with its Hessians + one forward of a batch + the activations for
 which the rest of the budget has room. Nothing in it grows with the number of blocks or experts.
-docs/scale.md compares it with measurements; qmoe.estimate computes the time.
+docs/scale.md compares it with measurements; qmoe.compression.estimate computes the time.
 """
 
 import math
@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qmoe import estimate
-from qmoe.dense import BAND, DenseCoder
+from qmoe.compression import estimate
+from qmoe.compression.dense import BAND, DenseCoder
+from qmoe.compression.layer import groups
 from qmoe.errors import CapacityError
-from qmoe.families.base import ExpertsLayout
-from qmoe.host import Host
-from qmoe.layer import groups
+from qmoe.models.streamed import Host
 from qmoe.quantize import Method
+from qmoe.types import ExpertsLayout
 
 _CODE = 200 << 20  # bytes: compiled loops and library buffers that appear after the start
 _SLACK = 1.05  # of the allocator

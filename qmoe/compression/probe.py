@@ -1,7 +1,7 @@
 """A walk through the source that learns each layer's bits as a function of the global step.
 
-What is done with them is in `qmoe.rate`. Of several processes each walks by itself and solves its
-share of the samples; they exchange numbers only.
+What is done with them is in `qmoe.compression.rate`. Of several processes each walks by itself
+and solves its share of the samples; they exchange numbers only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from qmoe.calib.state import Outputs, Resident
-from qmoe.calib.store import ActivationStore
-from qmoe.downloads import begin_walk, leave
-from qmoe.host import BlockRef, Host
-from qmoe.parallel import World
+from qmoe.calib.activations import ActivationStore
+from qmoe.calib.outputs import Outputs, Resident
+from qmoe.compression.blocks import Run
+from qmoe.compression.rate import WALKS, Controller, Curve, Probe, share_of
+from qmoe.models.downloads import begin_walk, leave
+from qmoe.models.streamed import BlockRef, Host
 from qmoe.quantize import Method
-from qmoe.rate import WALKS, Controller, Curve, Probe, share_of
-from qmoe.run import Run
+from qmoe.system.processes import World
 
 Batches = Sequence[dict[str, Tensor]]
 

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from qmoe.codec import encode_group
+from qmoe.compression.layer import groups
 from qmoe.errors import QmoeError
-from qmoe.families.base import ExpertsLayout
-from qmoe.layer import groups
-from qmoe.parallel import World
 from qmoe.quantize import Method, Problem, Solution, get_method
-from qmoe.types import QuantizedMatrix
+from qmoe.system.processes import World
+from qmoe.types import ExpertsLayout, QuantizedMatrix
 
 # Experts of a layer that are probed, at evenly spaced ranks of their token counts: as many as have
 # this many weights, within bounds. Experts differ: 8 of 32 miss the bits of a layer by up to 11 %.

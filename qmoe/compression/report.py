@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmoe.inspect import inspect
-from qmoe.manifest import read_manifest
+from qmoe.store.inspect import FEW_TOKENS, inspect
+from qmoe.store.manifest import read_manifest
 
-FEW_TOKENS = 64  # below this an expert is called starved in the report
 _SIZES = (
     "bits_per_weight",
     "ideal_bits_per_weight",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.experts import BACKENDS, EncodedExperts
-from qmoe.kernels.layout import Projection, pack_projection
+from qmoe.inference.experts import BACKENDS, EncodedExperts
 from qmoe.kernels.ops import ExpertsPack, experts_forward, project_pairs
+from qmoe.kernels.pack import Projection, pack_projection
 
 _PACK = "_kernel_pack"
 
@@ -38,7 +38,7 @@ class _Pack:
 def run_kernels(
     module: EncodedExperts, hidden: Tensor, index: Tensor, weights: Tensor | None
 ) -> Tensor:
-    """The experts of a layer through `qmoe.kernels`; same contract as `qmoe.experts.run_on_cpu`.
+    """The experts of a layer through `qmoe.kernels`; same contract as `experts.run_on_cpu`.
 
     Args:
         module: the encoded experts.

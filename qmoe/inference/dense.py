@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from qmoe.dense_stream import OFFSETS, STREAM, DenseStream
 from qmoe.errors import CorruptError
-from qmoe.reader import Container
+from qmoe.store.reader import Container
+from qmoe.store.stored_dense import OFFSETS, STREAM, DenseStream
 
 
 class Decode(ConversionOps):

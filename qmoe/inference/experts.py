@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qmoe import codec
-from qmoe.cache import ByteCache
-from qmoe.families.base import Bias, ExpertsLayout, Routed
-from qmoe.families.layouts import KINDS
-from qmoe.stream import ExpertStream
+from qmoe.inference.cache import ByteCache
+from qmoe.models.families.find import KINDS
+from qmoe.models.families.kind import Bias, Routed
+from qmoe.store.stored_experts import ExpertStream
+from qmoe.types import ExpertsLayout
 
 # Up to so many rows a product decodes as it goes; above, decoding once into a dense matrix wins.
 SMALL = 8

@@ -24,16 +24,16 @@ from transformers import AutoConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qmoe.container import INDEX
-from qmoe.dense_load import Decode, converters
 from qmoe.errors import CorruptError, QmoeError
-from qmoe.experts import Caches, EncodedExperts
-from qmoe.models import register as register_models
+from qmoe.inference.dense import Decode, converters
+from qmoe.inference.experts import Caches, EncodedExperts
+from qmoe.inference.save import save_pretrained
+from qmoe.inference.structure import check, compare, swap
 from qmoe.models.auto import auto_class
-from qmoe.reader import Container, parse_quantization
-from qmoe.save import save_pretrained
-from qmoe.skeleton import check, compare, swap
-from qmoe.sources.hub import split_revision
+from qmoe.models.projects import register as register_models
+from qmoe.store.reader import Container, parse_quantization
+from qmoe.store.writer import INDEX
+from qmoe.system.hub import split_revision
 
 CACHE_VARIABLE = "QMOE_CACHE_BYTES"
 
@@ -49,7 +49,7 @@ class QmoeConfig(QuantizationConfigMixin):
 
     Attributes:
         format_version: of the container.
-        modules: geometry of every experts module by path, see `qmoe.container.geometry`.
+        modules: geometry of every experts module by path, see `qmoe.store.writer.geometry`.
         dense: geometry of every encoded dense matrix by parameter name.
         cache_bytes: bound of decoded matrices kept in memory; None leaves it to the environment
             variable QMOE_CACHE_BYTES, else 0.
@@ -154,13 +154,13 @@ class QmoeQuantizer(HfQuantizer):
             model.qmoe_directory = str(self.container.directory)
         model.save_pretrained = MethodType(save_pretrained, model)
         if torch.cuda.is_available():
-            from qmoe.backend import register  # needs triton, which not every platform has
+            from qmoe.inference.cuda import register  # needs triton, which not every platform has
 
             register()
         return model
 
     def is_serializable(self, **_: Any) -> bool:
-        """Saving writes the same format, see `qmoe.save`."""
+        """Saving writes the same format, see `qmoe.inference.save`."""
         return True
 
     @property

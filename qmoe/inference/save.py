@@ -5,7 +5,6 @@ Tensors are fetched one at a time from wherever offloading put them. Knows nothi
 model is loaded.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,15 @@ import torch
 from torch import Tensor
 from transformers.integrations.accelerate import load_offloaded_parameter
 
-from qmoe.block import BlockWriter
-from qmoe.container import CARRIED_BLOCK, MAX_SHARD_BYTES, ContainerWriter, carried_files
-from qmoe.dense_stream import OFFSETS, STREAM
 from qmoe.errors import CorruptError, OutputError
-from qmoe.reader import Container
-from qmoe.stream import ExpertStream
+from qmoe.models.classes import plain_config
+from qmoe.store.block import BlockWriter
+from qmoe.store.reader import Container
+from qmoe.store.stored_dense import OFFSETS, STREAM
+from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.writer import CARRIED_BLOCK, MAX_SHARD_BYTES, ContainerWriter, carried_files
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def plain_config(config: Any) -> dict[str, Any]:
-    """A transformers config as the JSON values of its file."""
-    out: dict[str, Any] = json.loads(config.to_json_string())
-    return out
 
 
 def save_pretrained(

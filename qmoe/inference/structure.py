@@ -12,11 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from qmoe.errors import CorruptError
-from qmoe.experts import Caches, EncodedExperts
-from qmoe.families.base import ExpertsLayout
-from qmoe.families.layouts import kind_of, layout_of
+from qmoe.inference.experts import Caches, EncodedExperts
 from qmoe.models.auto import auto_class
-from qmoe.reader import Container
+from qmoe.models.families.find import kind_of, layout_of
+from qmoe.store.reader import Container
+from qmoe.types import ExpertsLayout
 
 # What transformers raises on a config that it cannot build a model from.
 _BAD_CONFIG = (

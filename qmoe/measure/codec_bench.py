@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from qmoe.codec.decode import decode_codes, decode_dense, matvec
-from qmoe.codec.dictionary import dictionary_bits
-from qmoe.codec.encode import encode_group
-from qmoe.codec.ideal import class_entropy_bits, ideal_bits
-from qmoe.codec.layout import Layout, parse_matrix
-from qmoe.codec.tables import parse_tables
+from qmoe.codec.decoder.decode import decode_codes, decode_dense, matvec
+from qmoe.codec.decoder.matrix import Layout, parse_matrix
+from qmoe.codec.encoder.encode import encode_group
+from qmoe.codec.encoder.ideal import class_entropy_bits, ideal_bits
+from qmoe.codec.format.tables import parse_tables
+from qmoe.measure.dictionary import dictionary_bits
 from qmoe.types import QuantizedMatrix
 
 SHAPES = ((2048, 768), (4096, 1024), (768, 3072))

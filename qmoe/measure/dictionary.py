@@ -13,7 +13,7 @@ from functools import cache
 import numba as nb
 import numpy as np
 
-from qmoe.codec.arrays import I8, I32
+from qmoe.codec.format.arrays import I8, I32
 from qmoe.types import QuantizedMatrix
 
 WORD_BITS, ROW_BITS, MAX_PAIRS, P_ZERO = 16, 64, 14, 0.885

@@ -17,8 +17,6 @@ from tqdm import tqdm
 
 from qmoe.errors import NonFiniteError
 
-_TOKENS_AT_ONCE = 4096  # bounds the logits: 4096 x vocabulary x 4 bytes for each model
-
 
 @dataclass(frozen=True)
 class Score:
@@ -121,14 +119,3 @@ def _predictions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             "or the dtype overflows"
         )
     return logits, labels[scored]
-
-
-def split_batches(
-    batch: dict[str, Tensor], tokens_at_once: int = _TOKENS_AT_ONCE
-) -> list[dict[str, Tensor]]:
-    """Cuts one big batch [n, T] into batches of at most about `tokens_at_once` tokens (at least one
-    row each).
-    """
-    rows = max(1, tokens_at_once // max(1, max(v.shape[1] for v in batch.values())))
-    parts = {k: v.split(rows) for k, v in batch.items()}
-    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from qmoe.points import Record
+from qmoe.measure.points import Record
 
 _PANELS = (
     ("rise_percent", "perplexity rise over the original, %", 1.0),
@@ -29,7 +29,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     The vertical axes are logarithmic, and linear near the original, which lies at zero.
 
     Args:
-        records: see `qmoe.points.Points.measure`; those of rd are joined by a line.
+        records: see `qmoe.measure.points.Points.measure`; those of rd are joined by a line.
         path: PNG to write.
     """
     figure = Figure(figsize=(12, 5.2), layout="constrained")

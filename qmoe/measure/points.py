@@ -15,17 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmoe import __version__, codec
-from qmoe.checkpoint import open_checkpoint
-from qmoe.codec.dictionary import dictionary_bits
-from qmoe.compress import Settings, compress_checkpoint
-from qmoe.devices import pick_device
-from qmoe.durable import canonical_json, file_sha256, write_file, writing
+from qmoe import codec
+from qmoe.compression.pipeline import Settings, compress_checkpoint
 from qmoe.errors import CorruptError
-from qmoe.inspect import inspect
-from qmoe.manifest import MANIFEST
-from qmoe.reader import Container
-from qmoe.score import score_checkpoint
+from qmoe.measure.dictionary import dictionary_bits
+from qmoe.measure.score import score_checkpoint
+from qmoe.source.checkpoint import open_checkpoint
+from qmoe.store.inspect import inspect
+from qmoe.store.manifest import MANIFEST
+from qmoe.store.reader import Container
+from qmoe.system.files import canonical_json, file_sha256, write_file, writing
+from qmoe.system.machine import pick_device
+from qmoe.version import __version__
 
 POINTS = "points.jsonl"
 TERNARY = ("rtn", "qmoe")

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from qmoe.calib.tokens import prepare
-from qmoe.checkpoint import directory_of, open_checkpoint
-from qmoe.container import INDEX
-from qmoe.devices import pick_device
+from qmoe.calib.batches import prepare, split_batches
 from qmoe.errors import SourceError
-from qmoe.evaluate import Score, evaluate, split_batches
-from qmoe.families.aliases import ALIASES
-from qmoe.families.layouts import repair
-from qmoe.host import Host
-from qmoe.load import load
-from qmoe.manifest import MANIFEST
-from qmoe.modelclass import read_config, read_tokenizer
+from qmoe.inference.load import load
+from qmoe.measure.perplexity import Score, evaluate
 from qmoe.models.auto import auto_class
+from qmoe.models.classes import read_config, read_tokenizer
+from qmoe.models.families.aliases import ALIASES
+from qmoe.models.families.find import repair
+from qmoe.models.streamed import Host
+from qmoe.source.checkpoint import directory_of, open_checkpoint
+from qmoe.store.manifest import MANIFEST
+from qmoe.store.writer import INDEX
+from qmoe.system.machine import pick_device
 
 
 def score_checkpoint(

@@ -1,7 +1,7 @@
 """`qmoe sweep`: stored bits against quality, for rd at several rates and the other methods beside
 it, as a table and a picture.
 
-Knows nothing about how a point is measured; see `qmoe.points`.
+Knows nothing about how a point is measured; see `qmoe.measure.points`.
 """
 
 import math
@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qmoe.compress import Say, Settings
-from qmoe.durable import write_file, writing
+from qmoe.compression.pipeline import Say, Settings
+from qmoe.compression.rate import check_target
 from qmoe.errors import QmoeError
-from qmoe.points import Points, Record
-from qmoe.rate import check_target
+from qmoe.measure.points import Points, Record
+from qmoe.system.files import write_file, writing
 
 METHODS = ("rtn", "qmoe", "gptq2", "gptq3", "gptq4")
 TABLE, PICTURE = "sweep.md", "sweep.png"
@@ -113,7 +113,7 @@ def sweep(
     write_file(points.out / TABLE, text.encode())
     picture: Path | None = points.out / PICTURE
     try:
-        from qmoe.plot import draw
+        from qmoe.measure.plot import draw
     except ModuleNotFoundError as e:
         if e.name is None or e.name.partition(".")[0] != "matplotlib":
             raise

@@ -3,6 +3,7 @@
 Knows nothing about weights.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationMixin
 
-from qmoe.checkpoint import Checkpoint
 from qmoe.errors import SourceError, UnsupportedModelError
-from qmoe.families.aliases import ALIASES
 from qmoe.models.auto import auto_class
+from qmoe.models.families.aliases import ALIASES
+from qmoe.source.checkpoint import Checkpoint
 
 _NOT_SETTINGS = ("model_type", "auto_map")
 
@@ -126,3 +127,9 @@ def read_tokenizer(directory: str | Path, trust_remote_code: bool) -> Any:
         hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A transformers config as the JSON values of its file."""
+    out: dict[str, Any] = json.loads(config.to_json_string())
+    return out

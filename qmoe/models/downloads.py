@@ -7,8 +7,8 @@ touched: for them all this does nothing.
 
 from collections.abc import Iterable
 
-from qmoe.host import BlockRef, Host
-from qmoe.parallel import World
+from qmoe.models.streamed import BlockRef, Host
+from qmoe.system.processes import World
 
 
 def begin_walk(host: Host, blocks: Iterable[BlockRef], world: World | None = None) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from qmoe.errors import SourceError
-from qmoe.families.base import ExpertsLayout
-from qmoe.families.layouts import KINDS
+from qmoe.models.families.find import KINDS
+from qmoe.types import ExpertsLayout
 
 EXPERT_NUMBER = re.compile(r"experts?[._](\d+)\.")
 # module parameter -> {disk name: pattern of the converter that reads it, or None}

@@ -26,14 +26,20 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from qmoe.checkpoint import Checkpoint
 from qmoe.errors import NonFiniteError, SourceError
-from qmoe.families.base import ExpertsLayout
-from qmoe.families.layouts import KINDS, find_experts
-from qmoe.fit import EXPERT_NUMBER, check_complete, check_experts, shared_lists, tied_names
-from qmoe.modelclass import block_lists, model_class, read_config
-from qmoe.partial import PartOf, StandIn
-from qmoe.plain_loading import plain_loading
+from qmoe.models.classes import block_lists, model_class, read_config
+from qmoe.models.families.find import KINDS, find_experts
+from qmoe.models.matching import (
+    EXPERT_NUMBER,
+    check_complete,
+    check_experts,
+    shared_lists,
+    tied_names,
+)
+from qmoe.models.one_expert import PartOf, StandIn
+from qmoe.models.plain_loading import plain_loading
+from qmoe.source.checkpoint import Checkpoint
+from qmoe.types import ExpertsLayout
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from qmoe.report import FEW_TOKENS
+from qmoe.store.inspect import FEW_TOKENS
 
 
 def model_card(
@@ -26,7 +26,7 @@ def model_card(
     Args:
         name: id of the repository, "owner/name".
         auto: name of transformers' class that loads it, "AutoModelForCausalLM".
-        found: from `qmoe.inspect.inspect` with `layers`.
+        found: from `qmoe.store.inspect.inspect` with `layers`.
         manifest: of the checkpoint.
         base: id of the model on the hub that was compressed, if it is one.
         score: what `qmoe eval --json` said, if it was run.

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from qmoe.container import CARRIED_BLOCK, carried_files
-from qmoe.dense_stream import STREAM
-from qmoe.durable import canonical_json, sync_directory, write_file, writing
 from qmoe.errors import OutputError
-from qmoe.families.layouts import KINDS
-from qmoe.reader import Container
-from qmoe.save import plain_config
-from qmoe.skeleton import build, check
-from qmoe.tensorfile import Spill
+from qmoe.inference.structure import build, check
+from qmoe.models.classes import plain_config
+from qmoe.models.families.find import KINDS
+from qmoe.store.reader import Container
+from qmoe.store.stored_dense import STREAM
+from qmoe.store.writer import CARRIED_BLOCK, carried_files
+from qmoe.system.files import canonical_json, sync_directory, write_file, writing
+from qmoe.system.tensors import Spill
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

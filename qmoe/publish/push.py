@@ -17,13 +17,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from qmoe.card import model_card
-from qmoe.errors import HubError, QmoeError
-from qmoe.inspect import inspect
-from qmoe.manifest import MANIFEST, read_manifest
+from qmoe.errors import HubError, QmoeError, reason
 from qmoe.models.auto import auto_class
-from qmoe.sources.hub import FAILURES, short
-from qmoe.verify import verify
+from qmoe.publish.card import model_card
+from qmoe.publish.verify import verify
+from qmoe.store.inspect import inspect
+from qmoe.store.manifest import MANIFEST, read_manifest
+from qmoe.system.hub import FAILURES
 
 CARD = "README.md"
 _OURS = ("qmoe*.safetensors", "qmoe*.safetensors.index.json", MANIFEST)
@@ -79,7 +79,7 @@ def push(
             the hub.
         license_id: the hub's name of the license, for the card.
         score: file with the output of ``qmoe eval --json``.
-        progress: called with bytes as they are found sound, see `qmoe.verify.verify`.
+        progress: called with bytes as they are found sound, see `qmoe.publish.verify.verify`.
 
     Raises:
         CorruptError: the checkpoint is not sound; nothing was sent.
@@ -171,6 +171,6 @@ def _refusal(repo: str, error: BaseException) -> str:
             "to a token that may write there"
         )
     return (
-        f"{repo!r} cannot be pushed ({short(cause)}); check the name and the connection, then run "
+        f"{repo!r} cannot be pushed ({reason(cause)}); check the name and the connection, then run "
         "the same command again"
     )

@@ -12,10 +12,10 @@ import torch
 
 from qmoe import codec
 from qmoe.errors import CorruptError
-from qmoe.reader import Container
-from qmoe.skeleton import check
-from qmoe.stream import ExpertStream
-from qmoe.tensorfile import tensor_bytes
+from qmoe.inference.structure import check
+from qmoe.store.reader import Container
+from qmoe.store.stored_experts import ExpertStream
+from qmoe.system.tensors import tensor_bytes
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
-from qmoe.sources.files import read_config, read_index, weight_files
-from qmoe.sources.formats import KEYS, quantization_settings, recognise
-from qmoe.sources.hub import HubShard, Repository, split_revision
-from qmoe.sources.selection import Selection
-from qmoe.sources.shard import SafetensorsShard, Shard, TorchShard
-from qmoe.sources.stored import Stored
-from qmoe.sources.virtual import Virtual
-from qmoe.tensorfile import DTYPE_NAMES
+from qmoe.source.formats.recognise import KEYS, quantization_settings, recognise
+from qmoe.source.formats.virtual import Virtual
+from qmoe.source.hub import HubShard, Repository
+from qmoe.source.index import read_config, read_index, weight_files
+from qmoe.source.selection import Selection
+from qmoe.source.shards import SafetensorsShard, Shard, TorchShard
+from qmoe.source.stored import Stored
+from qmoe.system.hub import split_revision
+from qmoe.system.tensors import DTYPE_NAMES
 
 # key of config.json: the quantization_config of tensors that a dense checkpoint carries along
 CARRIED_SETTINGS = "carried_quantization_config"

@@ -10,22 +10,18 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
     NotASafetensorsRepoError,
     SafetensorsParsingError,
 )
 from torch import Tensor
 
-from qmoe.errors import SourceError
-from qmoe.sources.selection import Selection
-from qmoe.sources.shard import Entry, SafetensorsShard, parse_header
+from qmoe.errors import SourceError, reason
+from qmoe.source.selection import Selection
+from qmoe.source.shards import Entry, SafetensorsShard, parse_header
+from qmoe.system.hub import FAILURES
 
 WEIGHTS = (
     "*.safetensors",
@@ -38,23 +34,6 @@ WEIGHTS = (
     "*.onnx",
     "*.ckpt*",
 )
-# What calls of huggingface_hub raise. The HTTP library below it has changed its name twice; the
-# base of its errors is what huggingface_hub's own derive from.
-FAILURES = (
-    cast(type[Exception], HfHubHTTPError.__bases__[0]),
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    EntryNotFoundError,
-    HFValidationError,
-    OSError,
-    ValueError,
-)
-
-
-def split_revision(model: str) -> tuple[str, str | None]:
-    """The repository and the branch, tag or commit of "owner/name" or "owner/name@revision"."""
-    name, _, revision = model.partition("@")
-    return name, revision or None
 
 
 class Repository:
@@ -82,7 +61,7 @@ class Repository:
         except FAILURES as e:
             raise SourceError(
                 f"{repo!r} is neither a local directory nor a model that the hub gives us "
-                f"({short(e)}); check the name, the connection and, for a gated model, `hf auth "
+                f"({reason(e)}); check the name, the connection and, for a gated model, `hf auth "
                 "login`"
             ) from e
         self.directory = Path(snapshot)
@@ -122,7 +101,7 @@ class Repository:
             return self._download(file)
         except FAILURES as e:
             raise SourceError(
-                f"{file} of {self.repo!r} cannot be downloaded ({short(e)}); run again to continue"
+                f"{file} of {self.repo!r} cannot be downloaded ({reason(e)}); run again to continue"
             ) from e
 
     def fetch_later(self, file: str) -> None:
@@ -198,7 +177,7 @@ class HubShard(SafetensorsShard):
                 )
             except (*FAILURES, NotASafetensorsRepoError, SafetensorsParsingError) as e:
                 raise SourceError(
-                    f"the header of {self.name} cannot be read ({short(e)}); run again to continue"
+                    f"the header of {self.name} cannot be read ({reason(e)}); run again to continue"
                 ) from e
             header = {
                 k: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
@@ -236,9 +215,3 @@ class HubShard(SafetensorsShard):
         if self.temporary:
             self.forget()
             self._repository.drop(self.file)
-
-
-def short(e: BaseException) -> str:
-    """What went wrong, in one line."""
-    text = str(e).strip()
-    return f"{type(e).__name__}: {text.splitlines()[0][:160]}" if text else type(e).__name__

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qmoe.errors import SourceError
-from qmoe.sources.shard import Shard
+from qmoe.source.shards import Shard
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
-from qmoe.sources.selection import Selection, cut, leading
-from qmoe.tensorfile import DTYPES
+from qmoe.source.selection import Selection, cut, leading
+from qmoe.system.tensors import DTYPES
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
 EDGE = 4096  # bytes at the end of a file that enter its fingerprint

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
-from qmoe.sources.selection import Selection
-from qmoe.sources.shard import Shard, TorchShard
+from qmoe.source.selection import Selection
+from qmoe.source.shards import Shard, TorchShard
 
 OPEN_MAPS = 4  # torch .bin files mapped at a time
 

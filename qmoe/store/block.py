@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from qmoe import codec
-from qmoe.dense_stream import DenseGeometry, DenseStream
-from qmoe.durable import writing
-from qmoe.families.base import ExpertsLayout
-from qmoe.manifest import write_sealed
-from qmoe.stream import ExpertStream
-from qmoe.tensorfile import Spill
-from qmoe.types import QuantizedMatrix
+from qmoe.store.manifest import write_sealed
+from qmoe.store.stored_dense import DenseGeometry, DenseStream
+from qmoe.store.stored_experts import ExpertStream
+from qmoe.system.files import writing
+from qmoe.system.tensors import Spill
+from qmoe.types import ExpertsLayout, QuantizedMatrix
 
 
 @dataclass(frozen=True)

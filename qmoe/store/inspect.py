@@ -12,10 +12,12 @@ from math import prod
 from typing import Any
 
 from qmoe import codec
-from qmoe.container import INDEX
-from qmoe.manifest import MANIFEST
-from qmoe.reader import Container
+from qmoe.store.manifest import MANIFEST
+from qmoe.store.reader import Container
+from qmoe.store.writer import INDEX
 from qmoe.types import QuantizedMatrix
+
+FEW_TOKENS = 64  # below this an expert is called starved in the report
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qmoe.durable import canonical_json, file_sha256, write_file
 from qmoe.errors import CorruptError, FormatVersionError
+from qmoe.system.files import canonical_json, file_sha256, write_file
 
 MANIFEST = "qmoe_manifest.json"
 FORMAT_VERSION = 1

@@ -13,14 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from qmoe.container import CARRIED_BLOCK, INDEX
-from qmoe.dense_stream import OFFSETS, STREAM, DenseGeometry, DenseStream, parse_dense
 from qmoe.errors import CorruptError
-from qmoe.families.base import ExpertsLayout, Projection
-from qmoe.families.layouts import KINDS
-from qmoe.manifest import check_files, check_version, read_manifest
-from qmoe.stream import ExpertStream
-from qmoe.tensorfile import Entry, read_header, read_tensor
+from qmoe.store.manifest import check_files, check_version, read_manifest
+from qmoe.store.stored_dense import OFFSETS, STREAM, DenseGeometry, DenseStream, parse_dense
+from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.writer import CARRIED_BLOCK, INDEX
+from qmoe.system.tensors import Entry, read_header, read_tensor
+from qmoe.types import ExpertsLayout, Projection
 
 MAX_WEIGHTS = 1 << 48  # far above any model; bounds products of sizes before they are used
 
@@ -39,7 +38,12 @@ def parse_geometry(path: str, raw: Any) -> ExpertsLayout:
         raise CorruptError(text) from e
     sizes = [experts, *(n for _, r, c in rows for n in (r, c))]
     names = [name for name, _, _ in rows]
-    if kind not in KINDS or not rows or not all(isinstance(n, str) for n in names):
+    if (
+        not kind
+        or not isinstance(kind, str)
+        or not rows
+        or not all(isinstance(n, str) for n in names)
+    ):
         raise CorruptError(text)
     if any(type(n) is not int or n < 1 for n in sizes) or len(set(names)) < len(names):
         raise CorruptError(text)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from qmoe import codec
-from qmoe.codec.geometry import MAX_COLS, MAX_ROWS
+from qmoe.codec.format.geometry import MAX_COLS, MAX_ROWS
 from qmoe.errors import CorruptError
-from qmoe.stream import bad_range
+from qmoe.store.stored_experts import bad_range
 
 STREAM, OFFSETS = "dense_stream", "dense_offsets"  # last parts of the names of the two tensors
 MAX_PLANES = 2

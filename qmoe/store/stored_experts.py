@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qmoe import codec
 from qmoe.errors import CorruptError
-from qmoe.families.base import ExpertsLayout
+from qmoe.types import ExpertsLayout
 
 
 def bad_range(offsets: Tensor, n: int) -> tuple[tuple[int, int], str] | None:

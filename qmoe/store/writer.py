@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from qmoe.block import BlockWriter, record_path
-from qmoe.durable import canonical_json, file_sha256, sync_directory, write_file, writing
 from qmoe.errors import CorruptError, OutputError
-from qmoe.manifest import FORMAT_VERSION, MANIFEST, read_sealed, write_sealed
+from qmoe.store.block import BlockWriter, record_path
+from qmoe.store.manifest import FORMAT_VERSION, MANIFEST, read_sealed, write_sealed
+from qmoe.system.files import canonical_json, file_sha256, sync_directory, write_file, writing
 
 INDEX = "qmoe.safetensors.index.json"
 MAX_SHARD_BYTES = 4 << 30

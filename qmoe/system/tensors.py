@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.durable import CHUNK, sync_directory, writing
 from qmoe.errors import CorruptError
+from qmoe.system.files import CHUNK, sync_directory, writing
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
 

@@ -1,7 +1,7 @@
 """CPU decoders: integers, dense weights, or a product that never writes the weights down.
 
-Each public function's twin in `qmoe.codec.reference` is its definition. Work is cut by rows over a
-few threads; the compiled loops release the interpreter lock and hold no shared state.
+Each public function's twin in `reference` is its definition. Work is cut by rows over a few
+threads; the compiled loops release the interpreter lock and hold no shared state.
 """
 
 import itertools
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe.codec.layout import PADDING_WORDS, Layout
-from qmoe.codec.loops import decode_rows, dense_rows
-from qmoe.codec.pairs import matvec_pairs
-from qmoe.codec.products import matvec_rows_batch
-from qmoe.codec.tables import Tables
+from qmoe.codec.decoder.loops import decode_rows, dense_rows
+from qmoe.codec.decoder.matrix import PADDING_WORDS, Layout
+from qmoe.codec.decoder.matvec import matvec_pairs
+from qmoe.codec.decoder.matvec_loops import matvec_rows_batch
+from qmoe.codec.format.tables import Tables
 from qmoe.types import QuantizedMatrix
 
 _ROWS_PER_THREAD = 1 << 18  # weights; below this a thread costs more than it saves

@@ -8,7 +8,7 @@ a mask, here or in a kernel.
 import numba as nb
 import numpy as np
 
-from qmoe.codec.arrays import F32, I8, I32, U8, U32
+from qmoe.codec.format.arrays import F32, I8, I32, U8, U32
 
 ONE, LENGTH, ADVANCE, BYTE = np.uint64(1), np.uint64(15), np.uint64(63), np.uint64(8)
 

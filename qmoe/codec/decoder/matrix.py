@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe.codec.arrays import F32, I32, I64, U8, U32
-from qmoe.codec.classes import CONTEXTS
-from qmoe.codec.geometry import geometry, piece_count
-from qmoe.codec.sidedata import Field, pack
-from qmoe.codec.tables import SEGMENT, Tables, from_blob, to_blob
-from qmoe.codec.walk import find_starts
+from qmoe.codec.decoder.starts import find_starts
+from qmoe.codec.format.arrays import F32, I32, I64, U8, U32
+from qmoe.codec.format.classes import CONTEXTS
+from qmoe.codec.format.geometry import geometry, piece_count
+from qmoe.codec.format.sidedata import Field, pack
+from qmoe.codec.format.tables import SEGMENT, Tables, from_blob, to_blob
 from qmoe.errors import CorruptError
 from qmoe.types import SCALE_MAX, SCALE_MIN, QuantizedMatrix, grid_scale
 

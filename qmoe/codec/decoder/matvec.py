@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe.codec.arrays import F32, I64
-from qmoe.codec.classes import CONTEXTS
-from qmoe.codec.layout import PADDING_WORDS, Layout
-from qmoe.codec.products import matvec_rows, place_inputs
-from qmoe.codec.tables import Tables
+from qmoe.codec.decoder.matrix import PADDING_WORDS, Layout
+from qmoe.codec.decoder.matvec_loops import matvec_rows, place_inputs
+from qmoe.codec.format.arrays import F32, I64
+from qmoe.codec.format.classes import CONTEXTS
+from qmoe.codec.format.tables import Tables
 
 MAX_ADVANCE = 63  # of a symbol: six bits
 _CHUNK = 32  # rows of a piece of work; a multiple of four, as `matvec_rows` takes four together

@@ -1,5 +1,5 @@
 """Compiled loops of products that never write the weights down, over streams as in
-`qmoe.codec.loops`.
+`qmoe.codec.decoder.loops`.
 """
 
 from typing import Any
@@ -7,8 +7,8 @@ from typing import Any
 import numba as nb
 import numpy as np
 
-from qmoe.codec.arrays import F32, I32, U8, U32, U64
-from qmoe.codec.loops import ADVANCE, BYTE, LENGTH, ONE, next_bits
+from qmoe.codec.decoder.loops import ADVANCE, BYTE, LENGTH, ONE, next_bits
+from qmoe.codec.format.arrays import F32, I32, U8, U32, U64
 
 # of 64-bit entries: a shift takes six bits of its count as it is, an advance fills a byte
 _SIX, _EIGHT, _SIGN = np.uint64(63), np.uint64(255), np.uint64(63)

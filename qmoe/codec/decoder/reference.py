@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe.codec.arrays import I64
+from qmoe.codec.format.arrays import I64
 from qmoe.types import QuantizedMatrix
 
 Code = dict[tuple[int, int], int]  # (length, code value with its first bit on top) -> symbol

@@ -3,9 +3,9 @@
 import numba as nb
 import numpy as np
 
-from qmoe.codec.arrays import I32, I64, U8, U32
-from qmoe.codec.geometry import Geometry
-from qmoe.codec.tables import SEGMENT, Tables
+from qmoe.codec.format.arrays import I32, I64, U8, U32
+from qmoe.codec.format.geometry import Geometry
+from qmoe.codec.format.tables import SEGMENT, Tables
 from qmoe.errors import CorruptError
 
 

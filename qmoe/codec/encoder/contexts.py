@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import numba as nb
 import numpy as np
 
-from qmoe.codec.arrays import F32, F64, I8, I64, U8, U16
-from qmoe.codec.classes import CONTEXTS, Classes, classify, energies
-from qmoe.codec.geometry import Geometry, geometry
-from qmoe.codec.model import cut
-from qmoe.codec.streams import count_contexts, nonzeros
+from qmoe.codec.encoder.loops import count_contexts, nonzeros
+from qmoe.codec.encoder.table_choice import cut
+from qmoe.codec.format.arrays import F32, F64, I8, I64, U8, U16
+from qmoe.codec.format.classes import CONTEXTS, Classes, classify, energies
+from qmoe.codec.format.geometry import Geometry, geometry
 
 _MAX_SHIFT = 12  # row classes 0..24
 _REACH = 2  # classes that a row may move in one round

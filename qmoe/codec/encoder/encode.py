@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from qmoe.codec.arrays import I8, I64, U8, U16, U32
-from qmoe.codec.classes import CONTEXTS
-from qmoe.codec.contexts import Prepared, prepare
-from qmoe.codec.geometry import MAX_COLS, MAX_ROWS
-from qmoe.codec.huffman import canonical_codes, code_lengths
-from qmoe.codec.layout import side_values, write_matrix
-from qmoe.codec.model import Model, choose, cut
-from qmoe.codec.sidedata import Field, fit_field
-from qmoe.codec.streams import emit, parse
-from qmoe.codec.symbols import symbol_count, symbol_effects
-from qmoe.codec.tables import FIELDS, write_tables
+from qmoe.codec.decoder.matrix import side_values, write_matrix
+from qmoe.codec.encoder.contexts import Prepared, prepare
+from qmoe.codec.encoder.loops import emit, parse
+from qmoe.codec.encoder.table_choice import Model, choose, cut
+from qmoe.codec.format.arrays import I8, I64, U8, U16, U32
+from qmoe.codec.format.classes import CONTEXTS
+from qmoe.codec.format.geometry import MAX_COLS, MAX_ROWS
+from qmoe.codec.format.huffman import canonical_codes, code_lengths
+from qmoe.codec.format.sidedata import Field, fit_field
+from qmoe.codec.format.symbols import symbol_count, symbol_effects
+from qmoe.codec.format.tables import FIELDS, write_tables
 from qmoe.types import SCALE_MAX, SCALE_MIN, QuantizedMatrix
 
 _SMALL = 1 << 22  # weights; in smaller groups time matters less and side data more

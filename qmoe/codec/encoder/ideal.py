@@ -6,8 +6,8 @@ import numba as nb
 import numpy as np
 import torch
 
-from qmoe.codec.arrays import F64, I8, I64
-from qmoe.codec.classes import CONTEXTS, classify, energies
+from qmoe.codec.format.arrays import F64, I8, I64
+from qmoe.codec.format.classes import CONTEXTS, classify, energies
 from qmoe.types import QuantizedMatrix
 
 BLOCK_ROWS, BLOCK_COLS, BLOCK_TABLES = 64, 16, 16

@@ -8,7 +8,7 @@ written.
 import numba as nb
 import numpy as np
 
-from qmoe.codec.arrays import I8, I64, U8, U16, U32
+from qmoe.codec.format.arrays import I8, I64, U8, U16, U32
 
 
 @nb.njit(cache=True, nogil=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numba as nb
 import numpy as np
 
-from qmoe.codec.arrays import F64, I64, U8
-from qmoe.codec.huffman import code_lengths
-from qmoe.codec.symbols import MAX_ESCAPES, symbol_count, value_bound
+from qmoe.codec.format.arrays import F64, I64, U8
+from qmoe.codec.format.huffman import code_lengths
+from qmoe.codec.format.symbols import MAX_ESCAPES, symbol_count, value_bound
 
 MAX_TABLES = 16
 RUNS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 62)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from qmoe.codec.arrays import U32
+from qmoe.codec.format.arrays import U32
 from qmoe.errors import CorruptError
 
 

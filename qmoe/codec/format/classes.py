@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numba as nb
 import numpy as np
 
-from qmoe.codec.arrays import F64, I8, I32, I64, U8
+from qmoe.codec.format.arrays import F64, I8, I32, I64, U8
 
 CONTEXTS = 63  # context numbers 0..62
 MAX_CLASS = 62

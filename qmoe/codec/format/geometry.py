@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qmoe.codec.arrays import I32, U8
-from qmoe.codec.classes import column_order
+from qmoe.codec.format.arrays import I32, U8
+from qmoe.codec.format.classes import column_order
 
 MAX_PIECE = 1024
 MAX_COLS = 65535

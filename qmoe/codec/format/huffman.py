@@ -10,7 +10,7 @@ the 2^L entries of a decoder's lookup table is valid whatever the stream holds.
 import numba as nb
 import numpy as np
 
-from qmoe.codec.arrays import I64, U8, U32
+from qmoe.codec.format.arrays import I64, U8, U32
 
 MAX_LENGTH = 12  # bits; lookup tables have at most 4096 entries
 

@@ -11,9 +11,15 @@ from dataclasses import dataclass
 import numba as nb
 import numpy as np
 
-from qmoe.codec.arrays import I64, U8, U32, U64
-from qmoe.codec.bits import BitReader, BitWriter
-from qmoe.codec.huffman import MAX_LENGTH, canonical_codes, code_lengths, fill_lookup, is_complete
+from qmoe.codec.format.arrays import I64, U8, U32, U64
+from qmoe.codec.format.bits import BitReader, BitWriter
+from qmoe.codec.format.huffman import (
+    MAX_LENGTH,
+    canonical_codes,
+    code_lengths,
+    fill_lookup,
+    is_complete,
+)
 from qmoe.errors import CorruptError
 
 _BASE, _STEP, _SLOPE, _RAW, _DIGITS, _TUPLE = 32, 12, 8, 5, 8, 3  # widths in the header, bits

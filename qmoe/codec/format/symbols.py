@@ -16,7 +16,7 @@ escapes of its own sign.
 
 import numpy as np
 
-from qmoe.codec.arrays import I32, I64
+from qmoe.codec.format.arrays import I32, I64
 
 MAX_RUN, MAX_VALUE, MAX_ESCAPES = 62, 127, 5
 SHORT_LIMIT, SHORT_VALUE = (

@@ -12,14 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe.codec.arrays import I64, U8, U16, U32, U64
-from qmoe.codec.bits import BitReader, BitWriter
-from qmoe.codec.classes import CONTEXTS
-from qmoe.codec.geometry import MAX_COLS, MAX_ROWS
-from qmoe.codec.huffman import MAX_LENGTH, canonical_codes, code_lengths, fill_lookup, is_complete
-from qmoe.codec.model import MAX_TABLES
-from qmoe.codec.sidedata import Field
-from qmoe.codec.symbols import (
+from qmoe.codec.encoder.table_choice import MAX_TABLES
+from qmoe.codec.format.arrays import I64, U8, U16, U32, U64
+from qmoe.codec.format.bits import BitReader, BitWriter
+from qmoe.codec.format.classes import CONTEXTS
+from qmoe.codec.format.geometry import MAX_COLS, MAX_ROWS
+from qmoe.codec.format.huffman import (
+    MAX_LENGTH,
+    canonical_codes,
+    code_lengths,
+    fill_lookup,
+    is_complete,
+)
+from qmoe.codec.format.sidedata import Field
+from qmoe.codec.format.symbols import (
     MAX_ESCAPES,
     MAX_RUN,
     SHORT_LIMIT,

@@ -11,11 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qmoe.kernels.layout import LANES, NO_ROW, Projection
+from qmoe.kernels.launch import BATCHES, Plan, plan_of, segments
 from qmoe.kernels.ops import ExpertsPack, experts_forward, silu_gate
-from qmoe.kernels.plan import BATCHES, Plan, plan_of, segments
+from qmoe.kernels.pack import LANES, NO_ROW, Projection
 from qmoe.kernels.project import project, project_torch, weights, weights_torch
-from qmoe.kernels.sample import packed, sample_matrix
+from qmoe.measure.kernels.sample import packed, sample_matrix
 
 DEVICE = "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # relative rms

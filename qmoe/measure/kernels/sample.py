@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from qmoe.codec import Layout, Tables, encode_group, parse_matrix, parse_tables
-from qmoe.kernels.layout import Projection, pack_projection
+from qmoe.kernels.pack import Projection, pack_projection
 from qmoe.types import QuantizedMatrix
 
 SPREAD_COLS, SPREAD_ROWS = 1.6, 0.25  # standard deviations of the log energy

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from qmoe.codec import encode_group
-from qmoe.kernels import dense, grouped, groups, matvec, shared
-from qmoe.kernels.plan import PLANS
-from qmoe.kernels.sample import packed, sample_matrix
-from qmoe.kernels.sass import Compiled, compile_for
-from qmoe.kernels.trace import LINE, Touched, mean, trace
+from qmoe.kernels import decode, grouped, matvec, pair_groups, shared
+from qmoe.kernels.launch import PLANS
+from qmoe.measure.kernels.sample import packed, sample_matrix
+from qmoe.measure.kernels.sass import Compiled, compile_for
+from qmoe.measure.kernels.trace import LINE, Touched, mean, trace
 from qmoe.types import QuantizedMatrix
 
 TARGETS: tuple[int | str, ...] = (80, 89, 90, 100, "gfx942")
@@ -100,8 +100,13 @@ def kernels(
                 constants,
                 {"num_warps": WARPS},
             )
-    decode = {"L": 7, "S": 1, "WIDE": False, "NEG": False, "ASM": asm}
-    out["decode"] = dense.decode_active, _DECODER | {"out": "*bf16", "counts": "*i32"}, decode, warp
+    options = {"L": 7, "S": 1, "WIDE": False, "NEG": False, "ASM": asm}
+    out["decode"] = (
+        decode.decode_active,
+        _DECODER | {"out": "*bf16", "counts": "*i32"},
+        options,
+        warp,
+    )
     block = {"BLOCK": 256}
     out["inputs"] = (
         matvec.gather_inputs,
@@ -123,7 +128,12 @@ def kernels(
     )
     sums = {"K": 8, "SLOTS": 1, "B": 1} | block
     out["sum tokens"] = matvec.sum_tokens, _ROUTING | {"weights": "*bf16", "out": "*bf16"}, sums, {}
-    out["groups"] = groups.group_small, _ROUTING | {"index": "*i64"}, {"B": 8, "BLOCK": 256}, {}
+    out["groups"] = (
+        pair_groups.group_small,
+        _ROUTING | {"index": "*i64"},
+        {"B": 8, "BLOCK": 256},
+        {},
+    )
     plan = PLANS[90]
     dot = {
         "TOKENS": plan.token_tile,
@@ -146,7 +156,7 @@ def kernels(
         dot,
         {"num_warps": PLANS[90].dot_warps, "num_stages": PLANS[90].dot_stages},
     )
-    out["zero"] = dense.zero_active, {"out": "*bf16", "counts": "*i32"}, {"BLOCK": 2048}, {}
+    out["zero"] = decode.zero_active, {"out": "*bf16", "counts": "*i32"}, {"BLOCK": 2048}, {}
     return out
 
 

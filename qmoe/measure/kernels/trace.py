@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from qmoe.kernels.layout import NO_ROW, Projection
+from qmoe.kernels.pack import NO_ROW, Projection
 
 LINE = 128
 

@@ -1,5 +1,5 @@
 """Which modules of a model hold experts, and how to run one expert. The one entry point to
-`qmoe.families`.
+`qmoe.models.families`.
 
 Knows nothing about files, quantization or codecs.
 """
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qmoe.errors import UnsupportedModelError
-from qmoe.families.base import ExpertsLayout, Kind, Record, Routed
-from qmoe.families.fused import FUSED
-from qmoe.families.modules import NLLB, SWITCH
-from qmoe.families.odd import DBRX, LINEAR, LLAMA4
+from qmoe.models.families.fused import FUSED
+from qmoe.models.families.kind import Kind, Record, Routed
+from qmoe.models.families.module_dicts import NLLB, SWITCH
+from qmoe.models.families.others import DBRX, LINEAR, LLAMA4
+from qmoe.types import ExpertsLayout
 
 KINDS: dict[str, Kind] = {k.name: k for k in (FUSED, SWITCH, NLLB, LLAMA4, DBRX, LINEAR)}
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmoe.families.base import Kind, Linear, Projection, Record, Routed
+from qmoe.models.families.kind import Kind, Linear, Record, Routed
+from qmoe.types import Projection
 
 
 def _flag(module: Any, name: str, default: bool = False) -> bool:

@@ -15,26 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qmoe.types import Projection
+
 Linear = Callable[[str, Tensor], Tensor]  # (projection name, x [n, cols]) -> [n, rows], no bias
 Record = Callable[[Tensor], None]  # receives the input of the down projection, [n, intermediate]
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One matrix that every expert of a module has.
-
-    Attributes:
-        name: "gate_up", "up", "down", or "weight" for modules that hold a single projection.
-        rows: outputs.
-        cols: inputs.
-        inner: True if its input is the expert's activation (the recorded value), False if it is
-            the expert's input.
-    """
-
-    name: str
-    rows: int
-    cols: int
-    inner: bool
 
 
 @dataclass(frozen=True)
@@ -129,28 +113,6 @@ class Kind:
     route: Callable[..., Routed]
     repair: bool = False
     turn: Callable[[str], int] = lambda path: 0
-
-
-@dataclass(frozen=True)
-class ExpertsLayout:
-    """One experts module of one model.
-
-    Attributes:
-        path: module path in the transformers model, e.g. "model.layers.0.mlp.experts".
-        kind: name of its `Kind`.
-        experts: number of experts.
-        projections: the matrices of every expert, in the order in which they are stored.
-    """
-
-    path: str
-    kind: str
-    experts: int
-    projections: tuple[Projection, ...]
-
-    @property
-    def weights(self) -> int:
-        """Number of expert weights in this module."""
-        return self.experts * sum(p.rows * p.cols for p in self.projections)
 
 
 def no_biases(module: Any, owner: Any, expert: int) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.families.base import Bias, Kind, Linear, Projection, Record, Routed, no_biases
+from qmoe.models.families.kind import Bias, Kind, Linear, Record, Routed, no_biases
+from qmoe.types import Projection
 
 
 def _kind(

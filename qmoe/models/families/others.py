@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.families.base import Kind, Linear, Projection, Record, Routed, no_biases
+from qmoe.models.families.kind import Kind, Linear, Record, Routed, no_biases
+from qmoe.types import Projection
 
 
 def _gated(module: Any, linear: Linear, act: Any, x: Tensor, record: Record | None) -> Tensor:

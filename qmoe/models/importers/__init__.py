@@ -7,10 +7,10 @@ tokenizer, in the source's dtypes and without holding more than one expert's mat
 from collections.abc import Callable
 from pathlib import Path
 
-from qmoe.importers.fairseq import import_fairseq
-from qmoe.importers.megablocks import import_megablocks
-from qmoe.importers.openmoe import import_openmoe
-from qmoe.importers.writing import Imported
+from qmoe.models.importers.fairseq import import_fairseq
+from qmoe.models.importers.megablocks import import_megablocks
+from qmoe.models.importers.openmoe import import_openmoe
+from qmoe.models.importers.writing import Imported
 
 IMPORTERS: dict[str, Callable[[str | Path, str | Path], Imported]] = {
     "openmoe": import_openmoe,

@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from qmoe.errors import SourceError
-from qmoe.importers.gpt2_bpe import read_tokenizer
-from qmoe.importers.pickles import load_pickle, settings_of
-from qmoe.importers.writing import Imported, Part, whole, write_model
-from qmoe.models import register
-from qmoe.models.fairseq_moe import FairseqMoeConfig
+from qmoe.models.importers.gpt2_bpe import read_tokenizer
+from qmoe.models.importers.pickles import load_pickle, settings_of
+from qmoe.models.importers.writing import Imported, Part, whole, write_model
+from qmoe.models.projects import register
+from qmoe.models.projects.fairseq_moe import FairseqMoeConfig
 
 IGNORED = r"decoder\.version|decoder\.embed_positions\._float_tensor"
 EXPERT = r"decoder\.layers\.(\d+)\.moe_layer\.experts\.(\d+)\.(fc[12])\.(weight|bias)"

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
-from qmoe.importers.pickles import load_pickle, settings_of
-from qmoe.importers.writing import Imported, Part, whole, write_model
-from qmoe.models import register
-from qmoe.models.megatron_moe import MegatronMoeConfig
+from qmoe.models.importers.pickles import load_pickle, settings_of
+from qmoe.models.importers.writing import Imported, Part, whole, write_model
+from qmoe.models.projects import register
+from qmoe.models.projects.megatron_moe import MegatronMoeConfig
 
 FILE = "model_optim_rng.pt"
 LAYER = {

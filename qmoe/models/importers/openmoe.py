@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qmoe.checkpoint import Checkpoint, open_checkpoint
 from qmoe.errors import SourceError
-from qmoe.importers.writing import Imported, Part, write_model
-from qmoe.models import register
-from qmoe.models.openmoe import OpenMoeConfig
+from qmoe.models.importers.writing import Imported, Part, write_model
+from qmoe.models.projects import register
+from qmoe.models.projects.openmoe import OpenMoeConfig
+from qmoe.source.checkpoint import Checkpoint, open_checkpoint
 
 TOKENIZER = (
     "tokenizer.json",

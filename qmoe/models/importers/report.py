@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qmoe.importers.writing import Imported
+from qmoe.models.importers.writing import Imported
 
 
 def as_dict(done: Imported) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qmoe.errors import OutputError, SourceError
-from qmoe.tensorfile import DTYPE_NAMES
+from qmoe.system.tensors import DTYPE_NAMES
 
 SHARD_BYTES = 4 << 30
 

@@ -1,16 +1,16 @@
 """Small model classes for training projects that transformers does not cover.
 
 Each is a transformers model with experts under ``@use_experts_implementation``, so that everything
-else in this package treats it like any other. Knows nothing about source files: qmoe.importers.
+else in this package treats it like any other. Source files: `qmoe.models.importers`.
 """
 
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qmoe.models.fairseq_moe import FairseqMoeConfig, FairseqMoeForCausalLM
-from qmoe.models.megatron_moe import MegatronMoeConfig, MegatronMoeForCausalLM
-from qmoe.models.openmoe import OpenMoeConfig, OpenMoeForCausalLM
+from qmoe.models.projects.fairseq_moe import FairseqMoeConfig, FairseqMoeForCausalLM
+from qmoe.models.projects.megatron_moe import MegatronMoeConfig, MegatronMoeForCausalLM
+from qmoe.models.projects.openmoe import OpenMoeConfig, OpenMoeForCausalLM
 
 MODELS: dict[Any, Any] = {
     OpenMoeConfig: OpenMoeForCausalLM,

@@ -21,7 +21,7 @@ from transformers.models.xglm.modeling_xglm import (
     XGLMSinusoidalPositionalEmbedding,
 )
 
-from qmoe.models.sparse import Experts, Router, SparseInit, SparseLayer
+from qmoe.models.projects.sparse import Experts, Router, SparseInit, SparseLayer
 
 
 class FairseqMoeConfig(XGLMConfig):

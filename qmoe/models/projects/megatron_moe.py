@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
 
-from qmoe.models.sparse import Experts, Router, SparseInit, SparseLayer
+from qmoe.models.projects.sparse import Experts, Router, SparseInit, SparseLayer
 
 
 class MegatronMoeConfig(GPT2Config):

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from qmoe.models.sparse import Experts, Router, SparseInit, SparseLayer
+from qmoe.models.projects.sparse import Experts, Router, SparseInit, SparseLayer
 
 
 @strict  # collects the validators anew, so that the one below replaces Llama's

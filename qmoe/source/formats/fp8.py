@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
-from qmoe.sources import loops
-from qmoe.sources.virtual import Raw, Virtual
+from qmoe.source.formats import loops
+from qmoe.source.formats.virtual import Raw, Virtual
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SUFFIXES = ("_scale_inv", "_scale")  # appended to the weight's name

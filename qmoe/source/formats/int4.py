@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
-from qmoe.sources import loops
-from qmoe.sources.virtual import Raw, Virtual
+from qmoe.source.formats import loops
+from qmoe.source.formats.virtual import Raw, Virtual
 
 WIDTHS = (2, 4, 8)  # divisors of 32: no integer straddles two words
 

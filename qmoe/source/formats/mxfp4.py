@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
-from qmoe.sources import loops
-from qmoe.sources.virtual import Raw, Virtual
+from qmoe.source.formats import loops
+from qmoe.source.formats.virtual import Raw, Virtual
 
 BLOCKS, SCALES = "_blocks", "_scales"
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])

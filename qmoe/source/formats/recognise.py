@@ -3,8 +3,8 @@
 from typing import Any
 
 from qmoe.errors import SourceError
-from qmoe.sources import fp8, int4, mxfp4
-from qmoe.sources.virtual import Raw, Virtual
+from qmoe.source.formats import fp8, int4, mxfp4
+from qmoe.source.formats.virtual import Raw, Virtual
 
 KNOWN = "fp8, fbgemm_fp8, mxfp4, gptq, compressed-tensors (pack-quantized, float-quantized)"
 

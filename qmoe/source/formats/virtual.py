@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qmoe.sources.selection import Selection, cut, leading
+from qmoe.source.selection import Selection, cut, leading
 
 
 class Raw(Protocol):

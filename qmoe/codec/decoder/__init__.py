@@ -1,0 +1,1 @@
+"""Words -> integers, dense weights, or a product that never writes the weights down."""

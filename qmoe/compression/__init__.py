@@ -1,0 +1,1 @@
+"""The write path from end to end: plan, probe, one block after another, resume."""

@@ -1,0 +1,1 @@
+"""Quality, size and speed: perplexity and KL, sweeps, benchmarks of codec and kernels."""

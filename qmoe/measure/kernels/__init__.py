@@ -1,0 +1,1 @@
+"""Benchmarks and static counts of the kernels."""

@@ -1,0 +1,1 @@
+"""What is done with a finished checkpoint: verify, export, push with a card."""

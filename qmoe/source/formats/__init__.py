@@ -1,0 +1,1 @@
+"""Number formats in which checkpoints are published -> dense tensors."""

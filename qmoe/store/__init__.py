@@ -1,0 +1,1 @@
+"""The compressed directory: written whole or not at all, read without trust."""
