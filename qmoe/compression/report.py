@@ -6,6 +6,7 @@ from typing import Any
 
 from qmoe.store.inspect import FEW_TOKENS, inspect
 from qmoe.store.manifest import read_manifest
+from qmoe.system.text import size
 
 _SIZES = (
     "bits_per_weight",
@@ -71,12 +72,11 @@ class CompressReport:
         """The result for people."""
         s = self.sizes
         lines = [
-            f"{self.out}: {s['stored_bytes'] / 2**20:.2f} MiB "
-            f"from {s['source_bytes'] / 2**20:.2f} MiB",
+            f"{self.out}: {size(s['stored_bytes'])} from {size(s['source_bytes'])}",
             f"experts {s['bits_per_weight']:.3f} stored bits per weight "
             f"(ideal {s['ideal_bits_per_weight']:.3f}), "
             f"whole model {s['model_bits_per_weight']:.3f}",
-            f"{self.seconds:.0f} s, peak memory {self.peak_rss_bytes / 2**20:.0f} MiB",
+            f"{self.seconds:.0f} s, peak memory {size(self.peak_rss_bytes)}",
             f"coverage: {self.experts} experts, {self.without_tokens} saw no token, "
             f"{self.starved} fewer than {FEW_TOKENS}",
         ]
@@ -105,8 +105,7 @@ def inspect_text(found: dict[str, Any]) -> str:
         f"(ideal {found['ideal_bits_per_weight']:.3f}, {100 * found['zeros']:.1f} % zeros)",
         *_dense_line(found),
         f"whole model  {found['model_bits_per_weight']:.3f} bits per weight",
-        f"on disk      {found['stored_bytes'] / 2**20:.2f} MiB, {ratio:.1f} times smaller "
-        "than the source",
+        f"on disk      {size(found['stored_bytes'])}, {ratio:.1f} times smaller than the source",
     ]
     if found["tensors"]:
         fates = ", ".join(f"{n} {fate}" for fate, n in found["tensors"].items() if n)

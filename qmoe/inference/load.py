@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qmoe.errors import CorruptError, QmoeError
+from qmoe.errors import CorruptError, QmoeError, reason
 from qmoe.inference.dense import Decode, converters
 from qmoe.inference.experts import Caches, EncodedExperts
 from qmoe.inference.save import save_pretrained
@@ -224,7 +224,6 @@ def _download(name: str, revision: str | None) -> str:
     try:
         return str(snapshot_download(repo, revision=revision or at))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise QmoeError(
-            f"{name} is no directory and cannot be fetched from the hub: {reason}"
+            f"{name} is no directory and cannot be fetched from the hub: {reason(e)}"
         ) from e

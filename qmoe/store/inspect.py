@@ -15,6 +15,7 @@ from qmoe import codec
 from qmoe.store.manifest import MANIFEST
 from qmoe.store.reader import Container
 from qmoe.store.writer import INDEX
+from qmoe.system.tensors import DTYPE_NAMES
 from qmoe.types import QuantizedMatrix
 
 FEW_TOKENS = 64  # below this an expert is called starved in the report
@@ -165,7 +166,7 @@ def _stored(container: Container, name: str) -> int:
     """Bytes of a tensor and of its entry in the header."""
     entry = container.tensors[name][2]
     header = {
-        "dtype": entry.dtype,
+        "dtype": DTYPE_NAMES[entry.dtype],
         "shape": list(entry.shape),
         "data_offsets": [entry.begin, entry.end],
     }
