@@ -253,7 +253,7 @@ def compress_checkpoint(
         world.meet("end of the run")
     report = CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
     if settings.bits is not None and (
-        sentence := missed(settings.bits, report.sizes["bits_per_weight"])
+        sentence := missed(settings.bits, report.sizes.bits_per_weight)
     ):
         say(sentence)
     return report
