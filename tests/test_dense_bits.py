@@ -144,13 +144,11 @@ def test_tied_embeddings_are_stored_once_and_stay_tied(work):
 def test_stored_bits_are_those_asked_for(bits, work):
     source, out = work("mixtral", bits)
     found = inspect(out)
-    assert found["coded_dense_bits_per_weight"] == pytest.approx(bits, rel=0.03)
-    sizes = found["expert_bytes"] + found["coded_dense_weights"] * bits / 8
-    assert found["model_bits_per_weight"] > 8 * sizes / (
-        found["expert_weights"] + found["dense_weights"]
-    )
+    assert found.coded_dense_bits_per_weight == pytest.approx(bits, rel=0.03)
+    sizes = found.expert_bytes + found.coded_dense_weights * bits / 8
+    assert found.model_bits_per_weight > 8 * sizes / (found.expert_weights + found.dense_weights)
     report = read_manifest(out)["report"]["dense"]
-    assert sum(r["weights"] for r in report.values()) == found["coded_dense_weights"]
+    assert sum(r["weights"] for r in report.values()) == found.coded_dense_weights
     original = AutoModelForCausalLM.from_pretrained(source).state_dict()
     container = Container.open(out)
     for name in container.dense:

@@ -42,7 +42,7 @@ def test_targets_are_met(uneven, tmp_path, bits):
     source, text = uneven
     settings = Settings("rd", str(text), 3000, bits=bits, ctx=128)
     compress_checkpoint(str(source), tmp_path / "out", settings)
-    assert inspect(tmp_path / "out")["bits_per_weight"] == pytest.approx(bits, rel=0.01)
+    assert inspect(tmp_path / "out").bits_per_weight == pytest.approx(bits, rel=0.01)
 
 
 def test_a_target_that_side_data_exceed_is_said_to_be_missed(tiny, tmp_path):
@@ -51,8 +51,8 @@ def test_a_target_that_side_data_exceed_is_said_to_be_missed(tiny, tmp_path):
     text, heard = tiny.save_text(tmp_path / "text.txt", 2000), []
     settings = Settings("rd", str(text), 1024, bits=0.25, ctx=128)
     report = compress_checkpoint(str(source), tmp_path / "out", settings, say=heard.append)
-    assert report.sizes["bits_per_weight"] > 0.26
-    assert heard[-1] == missed(0.25, report.sizes["bits_per_weight"])
+    assert report.sizes.bits_per_weight > 0.26
+    assert heard[-1] == missed(0.25, report.sizes.bits_per_weight)
     assert heard[-1].startswith("--bits 0.25 is missed by +")
     assert not missed(0.8, 0.807)
 

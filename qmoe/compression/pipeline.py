@@ -84,7 +84,7 @@ def compress_checkpoint(
     run.to_the_end()
     report = CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
     if settings.bits is not None and (
-        sentence := missed(settings.bits, report.sizes["bits_per_weight"])
+        sentence := missed(settings.bits, report.sizes.bits_per_weight)
     ):
         say(sentence)
     return report

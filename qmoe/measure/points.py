@@ -113,7 +113,7 @@ class Points:
             "ctx": self.ctx,
             "text": Path(self.text).name,
             "seconds": seconds,
-            **{k: found[k] for k in _SIZES},
+            **{k: getattr(found, k) for k in _SIZES},
             "nominal_bits": nominal_bits(directory, settings.method),
             **score,
             "rise_percent": 100 * (score["perplexity"] / score["reference_perplexity"] - 1),
