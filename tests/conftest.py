@@ -187,7 +187,7 @@ def _write(model: PreTrainedModel, out: Path, **options: object) -> PreTrainedMo
             settings={"method": "round"},
             versions={"qmoe": "test"},
             source={"name": "random", "bytes": 1000},
-            extra_files={
+            files={
                 "generation_config.json": model.generation_config.to_json_string().encode(),
                 "tokenizer_config.json": b"{}\n",
             },

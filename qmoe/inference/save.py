@@ -95,7 +95,7 @@ def save_pretrained(
                 report={
                     k: v for k, v in manifest["report"].items() if k not in ("modules", "dense")
                 },
-                extra_files=small,
+                files=small,
             )
         except BaseException:
             writer.discard()  # a copy is begun anew rather than resumed

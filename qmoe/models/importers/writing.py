@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qmoe.errors import OutputError, SourceError
+from qmoe.errors import SourceError
+from qmoe.system.files import check_vacant, staged, writing
 from qmoe.system.tensors import Streamed, tensor_bytes, write_tensors
 
 SHARD_BYTES = 4 << 30
@@ -85,26 +87,16 @@ def write_model(
         OutputError: the destination exists or cannot be written.
         SourceError: the parts are not exactly the model's parameters, or leave source tensors over.
     """
-    target = Path(destination)
-    if target.exists():
-        raise OutputError(f"{target} exists; remove it or choose another directory")
+    target = Path(os.path.abspath(destination))
+    check_vacant(target)
     _check(config, parts, stored, ignored)
-    work = target.with_name(target.name + ".partial")
-    try:
-        if work.exists():
-            shutil.rmtree(work)
-        work.mkdir(parents=True)
+    with staged(target, "import") as work, writing(target):
         config.save_pretrained(work)
         for name, path in files.items():
             shutil.copyfile(path, work / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         _write_shards(work, parts)
-        work.rename(target)
-    except OSError as e:
-        raise OutputError(
-            f"{target} cannot be written ({e.strerror or e}); is the disk full?"
-        ) from e
     used = sorted({s for p in parts.values() for s in p.sources})
     total = sum(math.prod(p.shape) for p in parts.values())
     return Imported(target, total, tuple(used), tuple(sorted(ignored & stored)), notes)
