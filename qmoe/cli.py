@@ -239,14 +239,20 @@ def sweep(source: str, out: Path, bits: str, methods: str, as_json: bool, **opti
 
     Everything goes to OUT: points.jsonl, sweep.md, sweep.png. The same command resumes.
     """
-    from qmoe.measure.sweep import parse_bits, parse_methods, run
+    from qmoe.compression.settings import Settings
+    from qmoe.measure.points import Points
+    from qmoe.measure.sweep import parse_bits, parse_methods
+    from qmoe.measure.sweep import sweep as run
 
     targets, others = parse_bits(bits), parse_methods(methods)
+    chosen = {k: options.pop(k) for k in ("calib", "calib_tokens", "seed", "device")}
+    base = Settings("rd", ctx=options["ctx"], **chosen)
 
     def say(text: str) -> None:
         click.echo(text, err=True)
 
-    found = run(source, out, targets, others, progress=sys.stderr.isatty(), say=say, **options)
+    points = Points(source, out, progress=sys.stderr.isatty(), say=say, **options)
+    found = run(points, base, targets, others)
     _show(found.as_dict(), as_json, found.text())
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qmoe.compression.pipeline import Say
 from qmoe.compression.rate import check_target
 from qmoe.compression.settings import Settings
 from qmoe.errors import QmoeError
@@ -124,28 +123,6 @@ def sweep(
         with writing(picture):
             draw(records, picture)
     return Sweep(records, text, picture)
-
-
-def run(
-    source: str,
-    out: Path,
-    bits: Sequence[float],
-    methods: Sequence[str],
-    calib: str,
-    text: str,
-    calib_tokens: int,
-    ctx: int,
-    tokens: int | None,
-    seed: int,
-    device: str,
-    keep: bool,
-    progress: bool = False,
-    say: Say = lambda text: None,
-) -> Sweep:
-    """`sweep` with the options of the command line."""
-    base = Settings("rd", calib, calib_tokens=calib_tokens, ctx=ctx, seed=seed, device=device)
-    points = Points(source, out, text, tokens, ctx, keep, progress, say)
-    return sweep(points, base, bits, methods)
 
 
 def table(records: Sequence[Record]) -> str:

@@ -242,10 +242,7 @@ class ContainerWriter:
             "config.json": canonical_json(_with_modules(config, whole["modules"], whole["dense"])),
             INDEX: canonical_json(_index(whole["files"], [records[name] for name in blocks])),
         }
-        for name, data in sorted(small.items()):
-            write_file(self._data / name, data)
-            digest = hashlib.sha256(data).hexdigest()
-            whole["files"][name] = {"bytes": len(data), "sha256": digest}
+        whole["files"] |= {name: self._put(name, data) for name, data in sorted(small.items())}
         manifest = {
             "format_version": FORMAT_VERSION,
             "files": whole["files"],
@@ -263,6 +260,11 @@ class ContainerWriter:
         write_sealed(self._data / MANIFEST, manifest)
         self._publish()
         return self.out
+
+    def _put(self, name: str, data: bytes) -> dict[str, Any]:
+        """Writes a small file; returns its entry of the manifest."""
+        write_file(self._data / name, data)
+        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def _publish(self) -> None:
         self._check_free()

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -67,9 +66,8 @@ def write_model(
     parts: dict[str, Part],
     stored: set[str],
     ignored: set[str],
-    files: dict[str, Path],
     notes: tuple[str, ...] = (),
-    tokenizer: Any = None,
+    more: Callable[[Path], object] = lambda directory: None,
 ) -> Imported:
     """Write a checkpoint under a temporary name and rename it when complete.
 
@@ -79,9 +77,8 @@ def write_model(
         parts: by parameter name of the model.
         stored: names of all tensors of the source.
         ignored: those of them that no parameter needs.
-        files: further files by name (tokenizer), copied.
         notes: passed on.
-        tokenizer: written if given.
+        more: puts further files (tokenizer) into the directory that it is given.
 
     Raises:
         OutputError: the destination exists or cannot be written.
@@ -92,10 +89,7 @@ def write_model(
     _check(config, parts, stored, ignored)
     with staged(target, "import") as work, writing(target):
         config.save_pretrained(work)
-        for name, path in files.items():
-            shutil.copyfile(path, work / name)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(work)
+        more(work)
         _write_shards(work, parts)
     used = sorted({s for p in parts.values() for s in p.sources})
     total = sum(math.prod(p.shape) for p in parts.values())
