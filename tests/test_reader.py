@@ -14,7 +14,8 @@ from qmoe.store.reader import Container
 from qmoe.store.stored_experts import StoredExperts
 from qmoe.store.writer import INDEX
 from qmoe.system.files import canonical_json
-from qmoe.system.tensors import DTYPES, Spill, read_header, read_tensor
+from qmoe.system.spill import Spill
+from qmoe.system.tensors import DTYPES, read_header, read_tensor
 
 
 def test_manifest_notices_a_bit_in_every_byte(tmp_path):

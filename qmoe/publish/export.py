@@ -23,7 +23,7 @@ from qmoe.store.reader import Container
 from qmoe.store.stored_dense import STREAM
 from qmoe.store.writer import CARRIED_BLOCK, carried_files
 from qmoe.system.files import canonical_json, sync_directory, write_file, writing
-from qmoe.system.tensors import Spill
+from qmoe.system.spill import Spill
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
