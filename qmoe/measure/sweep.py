@@ -17,6 +17,7 @@ from qmoe.measure.points import Points, Record
 from qmoe.system.files import write_file, writing
 from qmoe.system.text import markdown_table
 
+TARGETS = (0.4, 0.6, 0.8, 1, 1.5, 2, 3)  # stored bits per expert weight
 METHODS = ("rtn", "qmoe", "gptq2", "gptq3", "gptq4")
 TABLE, PICTURE = "sweep.md", "sweep.png"
 NO_MATPLOTLIB = (
@@ -93,7 +94,10 @@ def parse_methods(text: str) -> list[str]:
 
 
 def sweep(
-    points: Points, base: Settings, bits: Sequence[float], methods: Sequence[str] = METHODS
+    points: Points,
+    base: Settings,
+    bits: Sequence[float] = TARGETS,
+    methods: Sequence[str] = METHODS,
 ) -> Sweep:
     """Measures rd at every target and the other methods, and writes table and picture to
     `points.out`. A point that is known already is not run again.
