@@ -118,6 +118,7 @@ def test_openmoe_bad_sources(tmp_path):
     run, d = IMPORTERS["openmoe"], tmp_path / "src"
     t = openmoe_source(d)
     (tmp_path / "out").mkdir()
+    (tmp_path / "out/x").write_text("")
     with pytest.raises(OutputError, match="exists"):
         run(d, tmp_path / "out")
     save_file({**t, "model.layers.0.odd": torch.ones(2)}, d / "model.safetensors")
