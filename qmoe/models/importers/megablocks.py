@@ -253,8 +253,9 @@ def _experts(
     for r, tree in enumerate(trees):
         if tree[names[0]].ndim == 3:
             raise SourceError(
-                f"{names[0]!r} has the shape {list(tree[names[0]].shape)}: experts with a capacity, "
-                "which drop tokens; only dropless experts ([experts * width, hidden]) are supported"
+                f"{names[0]!r} has the shape {list(tree[names[0]].shape)}: experts with a "
+                "capacity, which drop tokens; only dropless experts ([experts * width, hidden]) "
+                "are supported"
             )
         shapes = {n: list(tree[n].shape) if n in tree else None for n in names}
         if any(
