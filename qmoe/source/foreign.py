@@ -54,7 +54,8 @@ def refuse_foreign(directory: Path, files: Iterable[str]) -> None:
             "(PeftModel.merge_and_unload, then save_pretrained)"
         )
     own = sorted(f for f in files if MISTRAL.fullmatch(f))
-    if own and not any(f.startswith(("model", "pytorch_model")) and "." in f for f in files):
+    named = _read(directory / "config.json").get("transformers_weights")
+    if own and named is None and not any(f.startswith(("model", "pytorch_model")) and "." in f for f in files):
         raise SourceError(
             f"{directory} holds {own[0]}, weights under Mistral's own names, and none for "
             "transformers; get the files model*.safetensors and config.json of the same model, or "

@@ -4,8 +4,8 @@ single matrices.
 Two values lie in a byte, the even column in the low half. Every block of a row has a scale:
 
 - NVFP4, blocks of 16, scales F8_E4M3 [R, C / 16], and one float32 number g of the whole matrix.
-  ModelOpt: ``X.weight`` U8 [R, C / 2], ``X.weight_scale``, ``X.weight_scale_2`` = g, W = q * (scale * g).
-  compressed-tensors (nvfp4-pack-quantized): ``X.weight_packed``, ``X.weight_scale``,
+  ModelOpt: ``X.weight`` U8 [R, C / 2], ``X.weight_scale``, ``X.weight_scale_2`` = g, W = q *
+  (scale * g). compressed-tensors (nvfp4-pack-quantized): ``X.weight_packed``, ``X.weight_scale``,
   ``X.weight_global_scale`` = g, W = q * (scale / g).
   ModelOpt's stacks of experts X [E, C / 2, R] (Llama 4, gpt-oss) have ``X_weight_scale`` [E, C /
   16, R] and ``X_weight_scale_2``: matrices are transposed, the packed dimension is the first.
