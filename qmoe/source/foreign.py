@@ -39,10 +39,10 @@ def refuse_foreign(directory: Path, files: Iterable[str]) -> None:
         SourceError: it is one of these; what to do is said.
     """
     files = set(files)
+    whole = any(f.startswith(("model.", "model-", "pytorch_model")) for f in files)
     if ADAPTER in files:
         base = _read(directory / ADAPTER).get("base_model_name_or_path")
         of = f" of {base}" if isinstance(base, str) and base else ""
-        whole = any(f.startswith(("model", "pytorch_model")) for f in files)
         beside = (
             "beside other weights: transformers would load the base model and apply it. Remove "
             f"{ADAPTER} and the adapter's weights if they are merged already, or else merge them"
@@ -55,7 +55,11 @@ def refuse_foreign(directory: Path, files: Iterable[str]) -> None:
         )
     own = sorted(f for f in files if MISTRAL.fullmatch(f))
     named = _read(directory / "config.json").get("transformers_weights")
-    if own and named is None and not any(f.startswith(("model", "pytorch_model")) and "." in f for f in files):
+    if (
+        own
+        and named is None
+        and not any(f.startswith(("model", "pytorch_model")) and "." in f for f in files)
+    ):
         raise SourceError(
             f"{directory} holds {own[0]}, weights under Mistral's own names, and none for "
             "transformers; get the files model*.safetensors and config.json of the same model, or "

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qmoe.errors import SourceError
+from qmoe.errors import SourceError, reason
 
 NUMPY_TYPES = [type(np.dtype(c)) for c in "?bBhHiIlLqQefdFDSU"]
 
@@ -64,9 +64,8 @@ def load_pickle(path: Path) -> dict[str, Any]:
         raise
     # an unpickler fed with damaged bytes may raise anything
     except Exception as e:
-        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise SourceError(
-            f"{path} cannot be read as a torch checkpoint ({reason}): missing, damaged, or with "
+            f"{path} cannot be read as a torch checkpoint ({reason(e)}): missing, damaged, or with "
             "objects that run code"
         ) from e
     if not isinstance(value, dict):
