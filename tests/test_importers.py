@@ -19,7 +19,7 @@ from equations import (
     save_as_megatron,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qmoe.errors import OutputError, SourceError
 from qmoe.models.importers import IMPORTERS, writing
@@ -108,6 +108,7 @@ def test_fairseq_bad_sources(tmp_path):
     for options, words in (
         ({"decoder_learned_pos": True}, "decoder_learned_pos=True is not supported"),
         ({"activation_fn": "swish"}, "activation 'swish'"),
+        ({"alternate_decoder_ffn_embed_dim": 64}, "alternate_decoder_ffn_embed_dim=64 is not"),
     ):
         fairseq_source(d, **options)
         with pytest.raises(SourceError, match=words):
@@ -116,6 +117,11 @@ def test_fairseq_bad_sources(tmp_path):
     _replace(d / "model-shared.pt", lambda s: s["model"].update({"decoder.x": torch.ones(1)}))
     with pytest.raises(SourceError, match=r"'decoder.x' has no place"):
         run(d, tmp_path / "out")
+    (tmp_path / "split").mkdir()
+    for name in ("model-shared-shard0.pt", "model-rank-0-shard0.pt"):
+        (tmp_path / "split" / name).write_bytes(b"")
+    with pytest.raises(SourceError, match=r"model-rank-0-shard0.pt, a part .* merge them first"):
+        run(tmp_path / "split", tmp_path / "out")
     fairseq_source(d)
     name = "decoder.layers.3.moe_layer.experts.1.fc1.weight"
     _replace(d / "model-rank-1.pt", lambda s: s["model"].pop(name))
@@ -223,6 +229,12 @@ def test_pickles_run_no_code(tmp_path):
     assert not marker.exists()
 
 
+def test_fairseq_with_a_token_of_its_own_before_texts(tmp_path):
+    fairseq_source(tmp_path / "src", add_bos_token=True)
+    done = IMPORTERS["fairseq"](tmp_path / "src", tmp_path / "out")
+    assert AutoConfig.from_pretrained(done.directory).bos_token_id == 0
+
+
 def test_fairseq_tokenizer(tmp_path):
     d = tmp_path / "src"
     fairseq_source(d)
@@ -237,7 +249,9 @@ def test_fairseq_tokenizer(tmp_path):
     ids = tokenizer("ab ab\nba c", add_special_tokens=False).input_ids
     assert ids == [8, 4, 2, 6, 5, 7, 3]
     assert tokenizer.decode(ids[:2]) == "ab ab"
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (2, 1, 0)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (2, 1, 2)
+    assert tokenizer("ab").input_ids == [2, 8]  # as fairseq's task begins a text
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 2
     (d / "dict.txt").write_text("17 7\n")
     with pytest.raises(SourceError, match="GPT-2 has no token 17"):
         IMPORTERS["fairseq"](d, tmp_path / "new")

@@ -74,11 +74,21 @@ def load_pickle(path: Path) -> dict[str, Any]:
 
 
 def settings_of(value: Any) -> dict[str, Any]:
-    """The values of a Namespace or a dictionary, numpy's scalars as Python's; empty for None."""
+    """The values of a Namespace or a dictionary, empty for None; numpy's scalars as Python's, and
+    members of the program's own enumerations of strings as these strings.
+    """
     if value is None:
         return {}
     items = dict(vars(value)) if isinstance(value, Namespace) else dict(value)
-    return {k: v.item() if isinstance(v, np.generic) else v for k, v in items.items()}
+    return {k: _plain(v) for k, v in items.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Opaque) and len(value.values) == 1 and isinstance(value.values[0], str):
+        return value.values[0]
+    return value
 
 
 def _known() -> list[Any]:
