@@ -100,7 +100,7 @@ class QmoeQuantizer(HfQuantizer):
         return config
 
     def update_ep_plan(self, config: Any) -> Any:
-        """The same hook in transformers 5.17, which has no other at that place (5.23 lacks this)."""
+        """The same hook in transformers 5.17, which has no other there (5.23 lacks this one)."""
         return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(
