@@ -5,6 +5,7 @@ threads; the compiled loops release the interpreter lock and hold no shared stat
 """
 
 import itertools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,7 +22,23 @@ from qmoe.codec.format.tables import Tables
 from qmoe.types import QuantizedMatrix
 
 _ROWS_PER_THREAD = 1 << 18  # weights; below this a thread costs more than it saves
-_POOL = ThreadPoolExecutor(max_workers=64, thread_name_prefix="qmoe-codec")
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=64, thread_name_prefix="qmoe-codec")
+
+
+_POOL = _pool()
+
+
+def _start_pool() -> None:
+    global _POOL
+    _POOL = _pool()
+
+
+# A forked process has its parent's pool, but not its threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_pool)
 
 
 def decode_codes(tables: Tables, layout: Layout) -> QuantizedMatrix:
@@ -35,9 +52,8 @@ def decode_codes(tables: Tables, layout: Layout) -> QuantizedMatrix:
 def decode_dense(tables: Tables, layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weights [rows, cols]: `QuantizedMatrix.dequantize` in float32, or rounded from it."""
     weights = torch.empty(layout.rows, layout.cols, dtype=torch.float32)
-    row = layout.row_scale.numpy()
-    negative = row if layout.row_scale_neg is None else layout.row_scale_neg.numpy()
-    out, shared, col = weights.numpy(), _shared(tables, layout), layout.col_scale.numpy()
+    col, row, negative = layout.scales
+    out, shared = weights.numpy(), _shared(tables, layout)
     _over_rows(layout, lambda lo, hi: dense_rows(*shared, lo, hi, row, negative, col, out))
     return weights.to(dtype)
 
@@ -75,7 +91,7 @@ def matvec(tables: Tables, layout: Layout, x: Tensor) -> Tensor:
 def _shared(tables: Tables, layout: Layout) -> tuple[Any, ...]:
     """Arguments common to the loops; the last is `slots`."""
     words, start, row_class, slot_class, slots = layout.arrays
-    last = words.size - PADDING_WORDS
+    last = words.size - PADDING_WORDS - 1
     lookup = tables.lookup.reshape(-1)
     return words, last, start, row_class, slot_class, tables.table_of, lookup, tables.limit, slots
 
