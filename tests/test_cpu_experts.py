@@ -6,7 +6,7 @@ from torch import nn
 
 import qmoe
 from qmoe.inference.experts import Caches, EncodedExperts
-from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.stored_experts import StoredExperts
 
 
 @pytest.fixture
@@ -57,13 +57,13 @@ def test_one_checkpoint_loaded_twice_is_parsed_once(written, model_inputs, monke
 
 def counted(monkeypatch):
     calls = []
-    parse = ExpertStream.matrix
+    parse = StoredExperts.matrix
 
     def matrix(self, expert, projection, tables):
         calls.append((expert, projection))
         return parse(self, expert, projection, tables)
 
-    monkeypatch.setattr(ExpertStream, "matrix", matrix)
+    monkeypatch.setattr(StoredExperts, "matrix", matrix)
     return calls
 
 

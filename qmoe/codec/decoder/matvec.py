@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qmoe.codec.decoder import lanes
-from qmoe.codec.decoder.matrix import MOST_ORDERED, PADDING_WORDS, Layout
+from qmoe.codec.decoder.matrix import MOST_ORDERED, PADDING_WORDS, ParsedMatrix
 from qmoe.codec.decoder.matvec_loops import add_up, matvec_rows, place_classes, place_inputs
 from qmoe.codec.decoder.vector_loops import BLOCK, block_sums
 from qmoe.codec.format.arrays import F32, I32, I64
@@ -33,7 +33,7 @@ _BITS, _TABLES, _TABLE_OF, _ENTRIES, _LANE_ENTRIES = range(12, 17)
 VECTORS = lanes.AVAILABLE
 
 
-def matvec_pairs(matrices: Sequence[tuple[Tables, Layout]], x: Tensor) -> Tensor:
+def matvec_pairs(matrices: Sequence[tuple[Tables, ParsedMatrix]], x: Tensor) -> Tensor:
     """``x[i] @ W[i].T`` for k matrices of one shape, decoded inside the products.
 
     A row's sum has one order, whatever the number of threads and the other matrices.
