@@ -152,6 +152,26 @@ def test_vector_code_equals_the_plain_loops_bit_for_bit(monkeypatch, rows, limit
     assert torch.equal(y, matvec_pairs(matrices, x))
 
 
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize(
+    ("limit", "negative", "cols"), [(8, False, 1500), (8, True, 300), (11, True, 1100)]
+)
+def test_many_activations_are_each_alone_bit_for_bit(
+    threads, monkeypatch, vectors, limit, negative, cols
+):
+    if vectors and not lanes.AVAILABLE:
+        pytest.skip("no AVX-512, or slow gathers")
+    monkeypatch.setattr(pairs, "VECTORS", vectors)
+    ((tables, matrix),) = parsed([random_matrix(71, cols, step=0.4, negative=negative)], limit)
+    x = torch.randn(300, cols, generator=torch.Generator().manual_seed(7))
+    threads(2)
+    alone = matvec_pairs([(tables, matrix)] * len(x), x)
+    for count in (1, 2):
+        threads(count)
+        for n in (0, 1, 2, 5, 16, 17, 33, 64, 100, 300):
+            assert torch.equal(matvec(tables, matrix, x[:n]), alone[:n])
+
+
 def test_payloads_are_views_of_the_blob():
     group = encode_group([random_matrix(64, 100)])
     tables = parse_tables(group.tables)

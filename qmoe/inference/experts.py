@@ -25,8 +25,6 @@ from qmoe.models.families.kind import Bias, Routed
 from qmoe.store.stored_experts import StoredExperts
 from qmoe.types import ExpertsLayout
 
-# Up to so many rows a product decodes as it goes; above, decoding once into a dense matrix wins.
-SMALL = 8
 # Bound of all parsed side data of one model: so much, and a share of the bytes of its streams. Side
 # data takes about a tenth of them, so that all of it is kept.
 PARSED_BYTES, PARSED_SHARE = 64 << 20, 0.25
@@ -183,10 +181,11 @@ class EncodedExperts(nn.Module):
             [n, rows], dtype and device of `x`.
         """
         projection = self._projection[name]
-        if x.shape[0] <= SMALL and self._decodes_inside(x):
+        if self._decodes_inside(x):
             tables, matrix = self.parsed(streams, expert, projection)
-            y = codec.matvec(tables, matrix, x.detach().float().cpu().contiguous())
-            return y.to(x.device, x.dtype)
+            if codec.decodes_inside(matrix, len(x)):
+                y = codec.matvec(tables, matrix, x.detach().float().cpu().contiguous())
+                return y.to(x.device, x.dtype)
 
         def decode() -> Tensor:
             exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
@@ -208,7 +207,7 @@ class EncodedExperts(nn.Module):
         return codec.matvec_pairs(matrices, x.detach().float().cpu()).to(x.device, x.dtype)
 
     def _decodes_inside(self, x: Tensor) -> bool:
-        """Whether a product with x is to decode as it goes. It has no gradient; a dense one passes
+        """Whether a product with x may decode as it goes. It has no gradient; a dense one passes
         it on to x.
         """
         learns = x.requires_grad and torch.is_grad_enabled()

@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba.extending import intrinsic, models, register_model
 
 COUNT = 16
+LIST = 2 * COUNT  # columns of the lists of `accumulate`
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 _F32 = ir.FloatType()
 
@@ -199,7 +200,19 @@ def _binary(name: str, kind: Any) -> Any:
 
 
 add, both = _binary("add", LANES), _binary("and_", LANES)
-plus, times = _binary("fadd", FLOATS), _binary("fmul", FLOATS)
+times = _binary("fmul", FLOATS)
+
+
+@intrinsic
+def fused(context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c with one rounding, for three `FLOATS` or three float32."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = arguments[0].type
+        name = "llvm.fma.v16f32" if isinstance(kind, ir.VectorType) else "llvm.fma.f32"
+        return _call(builder, name, kind, *arguments)
+
+    return a(a, b, c), code
 
 
 @intrinsic
@@ -273,3 +286,64 @@ def any_less(context: Any, a: Any, b: Any) -> Any:
         return builder.icmp_unsigned("!=", mask, _I16(0))
 
     return nb.types.boolean(a, b), code
+
+
+@intrinsic
+def accumulate(
+    context: Any, places: Any, values: Any, count: Any, x: Any, sums: Any, blocks: Any
+) -> Any:
+    """``sums[s, b] = sum over k of values[k, s] * x[places[k, s], b]`` for the first 16 / blocks
+    columns s of the lists and all b < blocks, where sums[s, b] and x[t, b] are 16 float32. Each sum
+    is fused and in order of k. The sixteen sums stay in registers.
+
+    Args:
+        places, values: pointers into arrays of 32-bit elements, rows of `LIST` elements.
+        count: rows, int64.
+        x: pointer to float32 [., blocks, 16].
+        sums: pointer to float32 [16 / blocks, blocks, 16], written.
+        blocks: literal 1, 2 or 4.
+    """
+    if not isinstance(blocks, nb.types.IntegerLiteral):
+        return None
+    n, streams = blocks.literal_value, COUNT // blocks.literal_value
+    vector = FLOATS.vector
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = (_I32, _F32, None, _F32, _F32)
+        pairs = zip(arguments, kinds, strict=False)
+        at = [a if k is None else builder.bitcast(a, k.as_pointer()) for a, k in pairs]
+        held = [nb.core.cgutils.alloca_once(builder, vector) for _ in range(COUNT)]
+        for slot in held:
+            builder.store(ir.Constant(vector, [0.0] * COUNT), slot)
+        with nb.core.cgutils.for_range(builder, at[2]) as loop:
+            row = builder.mul(loop.index, _I64(LIST))
+            for s in range(streams):
+                k = builder.add(row, _I64(s))
+                place = builder.sext(builder.load(builder.gep(at[0], [k])), _I64)
+                value = _all(builder, builder.load(builder.gep(at[1], [k])))
+                start = builder.mul(place, _I64(COUNT * n))
+                for b in range(n):
+                    here = builder.gep(at[3], [builder.add(start, _I64(COUNT * b))])
+                    here = builder.bitcast(here, vector.as_pointer())
+                    slot = held[s * n + b]
+                    old, term = builder.load(slot), builder.load(here, align=4)
+                    new = _call(builder, "llvm.fma.v16f32", vector, value, term, old)
+                    builder.store(new, slot)
+        for i, slot in enumerate(held):
+            place = builder.bitcast(builder.gep(at[4], [_I64(COUNT * i)]), vector.as_pointer())
+            builder.store(builder.load(slot), place, align=4)
+        return context.get_dummy_value()
+
+    pointer = nb.types.voidptr
+    return nb.types.void(pointer, pointer, nb.types.int64, pointer, pointer, blocks), code
+
+
+@intrinsic
+def pointer_to(context: Any, array: Any, at: Any) -> Any:
+    """Where array[at] of a flat array of 32-bit elements lies."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        base = _data(context, builder, signature.args[0], arguments[0], _I32)
+        return builder.bitcast(builder.gep(base, [arguments[1]]), nb.core.cgutils.voidptr_t)
+
+    return nb.types.voidptr(array, at), code

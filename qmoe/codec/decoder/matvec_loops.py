@@ -7,6 +7,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 
+from qmoe.codec.decoder.lanes import fused
 from qmoe.codec.decoder.loops import ADVANCE, BYTE, LENGTH, ONE, next_bits
 from qmoe.codec.format.arrays import F32, I16, I32, U8, U32, U64
 
@@ -108,7 +109,7 @@ def matvec_rows(
     """Sums of value * x over the streams of rows first..end - 1, into sums [pieces, rows] and, if
     `split`, those of the negative values alone into negative [pieces, rows].
 
-    Each sum adds in the order of its stream, starting from 0.
+    Each sum adds (fused, one rounding) in the order of its stream, starting from 0.
 
     entries: uint64 [tables << bits], `Tables.entries`. x: float32 [pieces, span + 1 + 63 * symbols
     of a group], from `place_inputs`: a group may pass the end, and is clamped behind it.
@@ -161,17 +162,15 @@ def _matvec_rows(
                     at1 += (entry1 >> BYTE) & _EIGHT
                     at2 += (entry2 >> BYTE) & _EIGHT
                     at3 += (entry3 >> BYTE) & _EIGHT
-                    term0, term1 = _value(entry0) * xs[at0], _value(entry1) * xs[at1]
-                    term2, term3 = _value(entry2) * xs[at2], _value(entry3) * xs[at3]
-                    sum0 += term0
-                    sum1 += term1
-                    sum2 += term2
-                    sum3 += term3
+                    value0, value1 = _value(entry0), _value(entry1)
+                    value2, value3 = _value(entry2), _value(entry3)
+                    sum0, sum1 = fused(value0, xs[at0], sum0), fused(value1, xs[at1], sum1)
+                    sum2, sum3 = fused(value2, xs[at2], sum2), fused(value3, xs[at3], sum3)
                     if split:
-                        neg0 += term0 if entry0 >> _SIGN else zero
-                        neg1 += term1 if entry1 >> _SIGN else zero
-                        neg2 += term2 if entry2 >> _SIGN else zero
-                        neg3 += term3 if entry3 >> _SIGN else zero
+                        neg0 = fused(value0 if entry0 >> _SIGN else zero, xs[at0], neg0)
+                        neg1 = fused(value1 if entry1 >> _SIGN else zero, xs[at1], neg1)
+                        neg2 = fused(value2 if entry2 >> _SIGN else zero, xs[at2], neg2)
+                        neg3 = fused(value3 if entry3 >> _SIGN else zero, xs[at3], neg3)
                 bit0, bit1 = bit0 + _used(window0), bit1 + _used(window1)
                 bit2, bit3 = bit2 + _used(window2), bit3 + _used(window3)
                 at0, at1 = min(at0, span), min(at1, span)
@@ -214,15 +213,15 @@ def matvec_rows_batch(
     out: F32,
 ) -> None:
     """As `matvec_rows` for several activations: x float32 [pieces, span + 1, n], out float32 [2,
-    rows, n], zeroed."""
+    pieces, rows, n], zeroed."""
     pieces, span = slot_class.shape[0], np.uint64(slot_class.shape[1] - 1)
     shift, last = np.uint64(bits), np.uint64(limit)
     mask = (ONE << shift) - ONE
     for row in range(first, end):
         a = np.uint64(row_class[row])
-        total, below = out[0, row], out[1, row]
         for p in range(pieces):
             classes, xs = slot_class[p], x[p]
+            total, below = out[0, p, row], out[1, p, row]
             bit, at = np.uint64(starts[row * pieces + p]), np.uint64(0)
             while at < span:
                 base = np.uint64(table_of[a + np.uint64(classes[at])]) << shift
@@ -235,7 +234,7 @@ def matvec_rows_batch(
                     value = np.float32(np.int8(entry >> np.uint64(16)))
                     if value != 0:
                         for k in range(total.size):
-                            total[k] += value * xs[at, k]
+                            total[k] = fused(value, xs[at, k], total[k])
                         if split and value < 0:
                             for k in range(total.size):
-                                below[k] += value * xs[at, k]
+                                below[k] = fused(value, xs[at, k], below[k])
