@@ -18,7 +18,7 @@ from qmoe.store.manifest import write_sealed
 from qmoe.store.stored_dense import DenseGeometry, StoredMatrix
 from qmoe.store.stored_experts import StoredExperts
 from qmoe.system.files import writing
-from qmoe.system.tensors import Spill
+from qmoe.system.spill import Spill
 from qmoe.types import ExpertsLayout
 
 
