@@ -6,10 +6,10 @@ import torch
 
 from qmoe.store.manifest import MANIFEST, read_sealed, write_sealed
 from qmoe.store.writer import ContainerWriter
-from qmoe.types import ExpertsLayout, Projection, QuantizedMatrix
+from qmoe.types import ExpertsLayout, ProjectionShape, QuantizedMatrix
 
 FINISH = {"config": {"model_type": "x"}, "settings": {}, "versions": {}, "source": {}}
-LAYOUT = ExpertsLayout("m.experts", "fused", 2, (Projection("up", 8, 16, False),))
+LAYOUT = ExpertsLayout("m.experts", "fused", 2, (ProjectionShape("up", 8, 16, False),))
 
 
 def matrix(seed):

@@ -21,7 +21,7 @@ from qmoe.store.block import BlockWriter
 from qmoe.store.inspect import inspect
 from qmoe.store.manifest import MANIFEST, read_manifest, read_sealed, write_sealed
 from qmoe.store.reader import Container
-from qmoe.store.stored_dense import DenseGeometry, DenseStream, parse_dense
+from qmoe.store.stored_dense import DenseGeometry, StoredMatrix, parse_dense
 from qmoe.system.files import canonical_json, file_sha256
 
 # shapes large enough that side data does not eat the rate
@@ -309,7 +309,7 @@ def test_bands_and_planes_through_a_block(rows, band, bits, known, tmp_path):
     ends = sizes.cumsum(0).reshape(*geometry.offsets_shape[:2], 2)
     begins = ends - sizes.reshape(ends.shape)
     offsets = torch.stack([begins, ends], -1).flatten(2)
-    decoded = DenseStream(geometry, blobs, offsets).decode()
+    decoded = StoredMatrix(geometry, blobs, offsets).decode()
     exact = torch.cat([sum(m.dequantize() for m in planes) for planes in bands])
     assert torch.equal(decoded, exact)
     error = (decoded - weight).norm() / weight.norm()
@@ -317,7 +317,7 @@ def test_bands_and_planes_through_a_block(rows, band, bits, known, tmp_path):
     bad = offsets.clone()
     bad[-1, -1, 3] += 4
     with pytest.raises(CorruptError, match="of a stream of"):
-        DenseStream(geometry, blobs, bad)
+        StoredMatrix(geometry, blobs, bad)
 
 
 def test_the_hessian_guides_the_error():

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qmoe.compression.pipeline import Settings, compress_checkpoint
-from qmoe.compression.rate import CLOSE, Controller, Curve, check_target, missed
+from qmoe.compression.rate import REHEARSAL_TOLERANCE, Controller, Curve, check_target, missed
 from qmoe.errors import QmoeError
 from qmoe.store.inspect import inspect
 
@@ -101,7 +101,7 @@ def test_last_module_is_tried_until_it_fits():
         if better is None:
             break
         delta = better
-    assert abs(60 + real(delta) - 100) <= CLOSE * 100
+    assert abs(60 + real(delta) - 100) <= REHEARSAL_TOLERANCE * 100
 
 
 def test_small_last_module_is_not_tried():

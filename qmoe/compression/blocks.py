@@ -20,11 +20,11 @@ from qmoe.calib.routing import Parked, park, plugged
 from qmoe.calib.walk import Walk
 from qmoe.codec import encode_group
 from qmoe.compression.dense import DenseCoder
-from qmoe.compression.layer import Coverage, Sink, Stream, groups, quantize_layer
+from qmoe.compression.layer import Calibrated, Coverage, OnSolved, groups, quantize_layer
 from qmoe.compression.rate import Controller, module_bits, offsets_bits
-from qmoe.models.streamed import BlockRef, Host
+from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.quantize import Method
-from qmoe.store.block import BlockWriter, ExpertsWriter, Piece
+from qmoe.store.block import BlockWriter, EncodedBatch, ExpertsWriter
 from qmoe.system import heap
 from qmoe.system.processes import World
 from qmoe.types import ExpertsLayout, QuantizedMatrix
@@ -32,7 +32,7 @@ from qmoe.types import ExpertsLayout, QuantizedMatrix
 _REHEARSALS = 4
 
 
-class Run:
+class BlockLoop:
     """The state of one compression between blocks.
 
     Attributes:
@@ -43,7 +43,7 @@ class Run:
 
     def __init__(
         self,
-        host: Host,
+        streamed: StreamedModel,
         method: Method,
         batches: Sequence[dict[str, Tensor]],
         outputs: Sequence[Outputs],
@@ -55,7 +55,7 @@ class Run:
         pieces: Path | None,
     ) -> None:
         """Args:
-        host: the streamed model, with everything outside its blocks resident.
+        streamed: the streamed model, with everything outside its blocks resident.
         method: the solver.
         batches: calibration inputs.
         outputs: keep the activations: of the quantized stream, and if the method has drift
@@ -67,16 +67,21 @@ class Run:
         world: the processes that share the work.
         pieces: folder in which processes exchange encoded groups; None stores nothing at all.
         """
-        self.host, self.method, self.batches, self.tokenizer = host, method, batches, tokenizer
+        self.streamed, self.method, self.batches, self.tokenizer = (
+            streamed,
+            method,
+            batches,
+            tokenizer,
+        )
         self.device, self.store, self.progress = device, store, progress
         self.world, self.pieces = world, pieces
         mine = world.mine(len(batches))
-        self.walks = [Walk(host, batches, kept, mine) for kept in outputs]
+        self.walks = [Walk(streamed, batches, kept, mine) for kept in outputs]
         self.rate: Controller | None = None
         self.dense: DenseCoder | None = None
         self.importance: dict[str, float] = {}
 
-    def go_on(self, done: Sequence[BlockRef]) -> None:
+    def skip(self, done: Sequence[BlockRef]) -> None:
         """Puts the streams behind blocks whose outputs are kept already."""
         for walk in self.walks:
             walk.finished = {b.list_name: b.name for b in done}
@@ -107,29 +112,29 @@ class Run:
             ahead: blocks to read ahead while this one is completed.
             finished: called after every experts module.
         """
-        host = self.host
-        encoded_names = host.encoded_names(block)
-        host.load_block(block, encoded_names)
+        streamed = self.streamed
+        encoded_names = streamed.encoded_names(block)
+        streamed.load_block(block, encoded_names)
         inside = f"{block.name}."
         if self.dense is not None:
             coded = self.dense.block(block, self.whole_walk(), encoded_names, target)
             encoded_names = encoded_names | coded
         if target is not None:
-            dense = host.dense(lambda n: n.startswith(inside) and n not in encoded_names)
+            dense = streamed.dense(lambda n: n.startswith(inside) and n not in encoded_names)
             target.add_tensors(dense)
         done: list[list[tuple[nn.Module, Parked]]] = [[] for _ in self.walks]
-        for layout, module in host.experts_of(block):
+        for layout, module in streamed.experts_of(block):
             streams = []
             width = layout.projections[-1].rows
             for walk, plugs in zip(self.walks, done, strict=True):
                 with self._weights(walk), _plugged(walk, plugs):
                     parked = park(walk, block, layout.path, module, width, self.store, self.world)
                 plugs.append((module, parked))
-                streams.append(Stream(parked, self._keep(block, parked)))
+                streams.append(Calibrated(parked, self._keep(block, parked)))
             self._quantize(layout, module, streams, target)
             finished(layout)
         for following in ahead:
-            host.prefetch_block(following)
+            streamed.prefetch_block(following)
         for walk, plugs in zip(self.walks, done, strict=True):
             with self._weights(walk), _plugged(walk, plugs):
                 walk.run(block)
@@ -137,7 +142,7 @@ class Run:
                 parked.release(self.store)
         if self.dense is not None:
             self.dense.leave()
-        host.free(block)
+        streamed.free(block)
         heap.trim()
 
     def whole_walk(self) -> Walk:
@@ -145,7 +150,7 @@ class Run:
         walk = self.walks[0]
         if self.world.size == 1:
             return walk
-        whole = Walk(self.host, self.batches, walk.outputs)
+        whole = Walk(self.streamed, self.batches, walk.outputs)
         whole.finished = walk.finished
         return whole
 
@@ -159,22 +164,22 @@ class Run:
         self,
         layout: ExpertsLayout,
         module: nn.Module,
-        streams: list[Stream],
+        streams: list[Calibrated],
         target: BlockWriter | None,
     ) -> None:
         original = streams[1] if len(streams) > 1 else None
         writer = target.experts(layout) if target is not None else None
 
-        def sink(projection: str, experts: range, matrices: list[QuantizedMatrix]) -> None:
+        def on_solved(projection: str, experts: range, matrices: list[QuantizedMatrix]) -> None:
             if self.pieces is not None:
-                piece = Piece.of(projection, experts, matrices)
+                piece = EncodedBatch.of(projection, experts, matrices)
                 if writer is not None and self.world.size == 1:
-                    writer.add_piece(piece)
+                    writer.add_batch(piece)
                 else:
                     piece.save(self._piece(projection, experts))
             self.store.trim()
 
-        def solve(method: Method, sink: Sink, what: str = layout.path) -> Coverage:
+        def solve(method: Method, on_solved: OnSolved, what: str = layout.path) -> Coverage:
             with tqdm(
                 total=layout.experts,
                 desc=what,
@@ -183,14 +188,14 @@ class Run:
                 disable=not self.progress,
             ) as bar:
                 return quantize_layer(
-                    self.host,
+                    self.streamed,
                     layout,
                     module,
                     method,
                     streams[0],
                     original,
                     self.device,
-                    sink,
+                    on_solved,
                     lambda experts: bar.update(experts * self.world.size),
                     self.world,
                     self.importance.get(layout.path, 1.0),
@@ -200,7 +205,7 @@ class Run:
         method = self.method
         if self.rate is not None and delta is not None:
             method = self.rate.method(delta)
-        coverage = solve(method, sink)
+        coverage = solve(method, on_solved)
         if self.pieces is None:
             return
         if target is not None and writer is not None:
@@ -245,7 +250,7 @@ class Run:
         for group in groups(layout):
             for projection in layout.projections:
                 path = self._piece(projection.name, group)
-                writer.add_piece(Piece.load(path))
+                writer.add_batch(EncodedBatch.load(path))
                 path.unlink()
 
     def _piece(self, projection: str, experts: range) -> Path:
@@ -256,7 +261,7 @@ class Run:
         """Which of the parked rows statistics are taken from; rows that are no tokens in order are
         all kept.
         """
-        config = self.host.config
+        config = self.streamed.config
         decoder = config.is_encoder_decoder and "decoder" in block.list_name
         masks = learnable(self.batches, self.tokenizer, decoder)
         parts = []

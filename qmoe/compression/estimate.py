@@ -19,7 +19,7 @@ from qmoe.codec import encode_group, ideal_bits
 from qmoe.compression import rate
 from qmoe.compression.layer import groups
 from qmoe.quantize import Method, Problem
-from qmoe.types import ExpertsLayout, Projection
+from qmoe.types import ExpertsLayout, ProjectionShape
 
 START = 8.0  # seconds: libraries, compiled loops, the empty model
 _DISK = 200e6  # bytes per second, a slow disk
@@ -146,7 +146,7 @@ def _operations(rows: int, cols: int) -> float:
     return cols**2 * (_FACTOR * cols + _FEEDBACK * rows)
 
 
-def _solved(projection: Projection, speed: Speeds) -> float:
+def _solved(projection: ProjectionShape, speed: Speeds) -> float:
     """Seconds for one expert's matrix, solved and coded."""
     rows, cols = projection.rows, projection.cols
     return _operations(rows, cols) / speed.solver + rows * cols / speed.coder

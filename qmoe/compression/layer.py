@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from qmoe.calib.routing import Parked, second_moment
 from qmoe.errors import NonFiniteError
 from qmoe.models.families.find import expert_forward
-from qmoe.models.streamed import Host
+from qmoe.models.streamed import StreamedModel
 from qmoe.quantize import Method, Problem, Solution
 from qmoe.system.processes import World
-from qmoe.types import ExpertsLayout, Projection, QuantizedMatrix
+from qmoe.types import ExpertsLayout, ProjectionShape, QuantizedMatrix
 
 ROWS = 4096  # rows of activations at once; fixed, since it decides the rounding of sums
 _GROUP_CELLS = 2**24  # Hessian cells of a group: 128 MiB in float64, of which eight are alive
@@ -33,7 +33,7 @@ _STRIPE = 512  # rows of the layer's Hessian that are computed as one piece of w
 
 
 @dataclass(frozen=True)
-class Stream:
+class Calibrated:
     """Tokens of one stream at the experts, and which of them may be learned from.
 
     Attributes:
@@ -48,7 +48,7 @@ class Stream:
 
 
 # receives (projection name, experts, their matrices): a group to be encoded with shared tables
-Sink = Callable[[str, range, list[QuantizedMatrix]], None]
+OnSolved = Callable[[str, range, list[QuantizedMatrix]], None]
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def groups(layout: ExpertsLayout) -> Iterator[range]:
 
 @torch.no_grad()
 def quantize_layer(
-    host: Host,
+    streamed: StreamedModel,
     layout: ExpertsLayout,
     module: nn.Module,
     method: Method,
-    quantized: Stream,
-    original: Stream | None,
+    quantized: Calibrated,
+    original: Calibrated | None,
     device: torch.device,
-    sink: Sink,
+    on_solved: OnSolved,
     progress: Callable[[int], object] = lambda experts: None,
     world: World | None = None,
     importance: float = 1.0,
@@ -93,14 +93,14 @@ def quantize_layer(
     change a bit.
 
     Args:
-        host: where the experts' matrices are read from, each once.
+        streamed: where the experts' matrices are read from, each once.
         layout: of the module.
         module: the experts, its matrices on meta, everything else (biases, norms) resident.
         method: the solver.
         quantized: the stream whose inputs come from the quantized layers before this one.
         original: the source model's stream, needed if `method.drift` > 0.
         device: where solvers and Hessians run.
-        sink: receives every group of every projection.
+        on_solved: receives every group of every projection.
         progress: called with the number of experts done, after every group.
         world: the processes that share the groups.
 
@@ -108,16 +108,16 @@ def quantize_layer(
         NonFiniteError: NaN or Inf in weights, activations or Hessians; the text names the tensor.
     """
     world = world or World()
-    work = _Work(host, layout, module, method, quantized, original, device, world, importance)
+    work = _Work(streamed, layout, module, method, quantized, original, device, world, importance)
     tokens: dict[int, int] = {}
     notes: dict[int, str] = {}
     todo = list(groups(layout))
     for i in world.mine(len(todo)):
         group = todo[i]
         if i + world.size < len(todo):
-            host.prefetch(layout, module, todo[i + world.size])
+            streamed.prefetch(layout, module, todo[i + world.size])
         for projection, seen, solution in work.solve(group):
-            sink(projection.name, group, solution.matrices)
+            on_solved(projection.name, group, solution.matrices)
             tokens |= dict(zip(group, seen, strict=True))
             for e, note in zip(group, solution.notes, strict=True):
                 known = notes.setdefault(e, _ONLY_SPECIAL if e in work.only_special else "")
@@ -140,17 +140,17 @@ class _Work:
 
     def __init__(
         self,
-        host: Host,
+        streamed: StreamedModel,
         layout: ExpertsLayout,
         module: nn.Module,
         method: Method,
-        quantized: Stream,
-        original: Stream | None,
+        quantized: Calibrated,
+        original: Calibrated | None,
         device: torch.device,
         world: World,
         importance: float,
     ) -> None:
-        self.host, self.layout, self.module, self.method = host, layout, module, method
+        self.streamed, self.layout, self.module, self.method = streamed, layout, module, method
         self.quantized, self.original, self.device = quantized, original, device
         self.importance = importance
         self.only_special: set[int] = set()  # experts that ordinary tokens never reached
@@ -182,13 +182,13 @@ class _Work:
                 total[stripes[i]] = part
         return total, int(used.sum())
 
-    def solve(self, group: range) -> Iterator[tuple[Projection, list[int], Solution]]:
+    def solve(self, group: range) -> Iterator[tuple[ProjectionShape, list[int], Solution]]:
         """Yields every projection of a group with the tokens that each expert saw, solved; then the
         group's outputs are in the streams.
         """
         weights = [
             {k: w.float().to(self.device) for k, w in read.items()}
-            for read in (self.host.read_expert(self.layout, self.module, e) for e in group)
+            for read in (self.streamed.read_expert(self.layout, self.module, e) for e in group)
         ]
         decoded: list[dict[str, Tensor]] = [{} for _ in group]
         for projection in self.layout.projections:
@@ -207,7 +207,7 @@ class _Work:
     def _problem(
         self,
         group: range,
-        projection: Projection,
+        projection: ProjectionShape,
         weights: list[dict[str, Tensor]],
         decoded: list[dict[str, Tensor]],
     ) -> Problem:
@@ -248,11 +248,11 @@ class _Work:
 
     def _inputs(
         self,
-        stream: Stream,
+        stream: Calibrated,
         e: int,
         token: Tensor,
         slot: Tensor,
-        projection: Projection,
+        projection: ProjectionShape,
         matrices: dict[str, Tensor],
     ) -> Tensor:
         """Rows [n, cols] that a projection sees, times the quantized stream's routing weight if the
@@ -276,7 +276,7 @@ class _Work:
             expert_forward(self.module, matrices, e, _padded(x), record)
         return caught[0][: len(x)]
 
-    def _outputs(self, stream: Stream, e: int, matrices: dict[str, Tensor]) -> None:
+    def _outputs(self, stream: Calibrated, e: int, matrices: dict[str, Tensor]) -> None:
         p = stream.parked
         token, slot = p.slots(e)
         for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):

@@ -29,7 +29,7 @@ from qmoe.calib.activations import ActivationStore
 from qmoe.calib.batches import inputs_only, prepare, split_batches
 from qmoe.calib.importance import fits, layer_importance
 from qmoe.calib.outputs import Durable, Outputs, resume_point
-from qmoe.compression.blocks import Run
+from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.carried import account, write_carried
 from qmoe.compression.dense import HEAD, DenseCoder
 from qmoe.compression.plan import make_plan
@@ -39,7 +39,7 @@ from qmoe.compression.report import CompressReport
 from qmoe.errors import InterruptedRunError, QmoeError
 from qmoe.models.classes import plain_config, read_tokenizer
 from qmoe.models.downloads import begin_walk, leave
-from qmoe.models.streamed import BlockRef, Host
+from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.quantize import Method, get_method
 from qmoe.source.checkpoint import open_checkpoint
 from qmoe.store.writer import ContainerWriter, downloads_of
@@ -67,8 +67,8 @@ class Settings:
         calib_rows: how its documents are read: `pack`, `chat`, `column` of qmoe.calib.text.windows.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
-        knobs: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`, and
-            `gradient`, 0 for layers that count alike.
+        solver_options: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`,
+            and `gradient`, 0 for layers that count alike.
         memory: bytes that a process may use; what activations find no room for goes to mapped
             files.
         source_cache: "keep" or "drop" downloaded source files when no block needs them any more.
@@ -86,16 +86,16 @@ class Settings:
     dense_bits: int = 16
     ctx: int | None = None
     seed: int = 0
-    knobs: Mapping[str, float] = field(default_factory=dict)
+    solver_options: Mapping[str, float] = field(default_factory=dict)
     memory: int = 8 * 2**30
     source_cache: str = "keep"
     device: str = "auto"
     trust_remote_code: bool = False
     fresh: bool = False
 
-    def solver_knobs(self) -> dict[str, float]:
-        """The knobs that the solver has."""
-        return {name: value for name, value in self.knobs.items() if name != "gradient"}
+    def for_solver(self) -> dict[str, float]:
+        """The options that the solver itself takes."""
+        return {name: value for name, value in self.solver_options.items() if name != "gradient"}
 
     def recorded(self) -> dict[str, Any]:
         """The part that decides the bytes, for the manifest and for resuming."""
@@ -104,6 +104,7 @@ class Settings:
             del out[name]
         if not self.calib_rows:
             del out["calib_rows"]
+        out["knobs"] = out.pop("solver_options")  # the name under which manifests keep them
         out["calib"] = Path(self.calib).name
         return out
 
@@ -138,19 +139,21 @@ def compress_checkpoint(
     method = _method(settings)
     cache = downloads_of(out) if settings.source_cache == "drop" else None
     checkpoint = open_checkpoint(source, cache=cache)
-    host = Host(checkpoint, trust_remote_code=settings.trust_remote_code, device=device)
+    streamed = StreamedModel(
+        checkpoint, trust_remote_code=settings.trust_remote_code, device=device
+    )
     tokenizer = read_tokenizer(checkpoint.directory, settings.trust_remote_code)
-    ctx = _context(host.config, settings)
+    ctx = _context(streamed.config, settings)
     text = (settings.calib, settings.calib_tokens, ctx, settings.seed)
-    data = prepare(tokenizer, host.config, *text, **settings.calib_rows)
+    data = prepare(tokenizer, streamed.config, *text, **settings.calib_rows)
     batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
-    wanted = settings.method == "rd" and bool(settings.knobs.get("gradient", True))
-    by_gradient = wanted and fits(host, settings.memory)
+    wanted = settings.method == "rd" and bool(settings.solver_options.get("gradient", True))
+    by_gradient = wanted and fits(streamed, settings.memory)
     dense: DenseCoder | None = None
     if settings.dense_bits < 16:
-        dense = DenseCoder(host, settings.dense_bits, batches, tokenizer, device)
+        dense = DenseCoder(streamed, settings.dense_bits, batches, tokenizer, device)
     goal = (settings.memory, out, settings.bits, dense, by_gradient, world.size)
-    plan = make_plan(host, method, batches, *goal)
+    plan = make_plan(streamed, method, batches, *goal)
     say(plan.text())
     if wanted and not by_gradient:
         say("layers count alike: the gradients of the whole model do not fit in --memory")
@@ -163,7 +166,7 @@ def compress_checkpoint(
         "device": device.type,
         "layer_weights": "gradient" if by_gradient else "equal",
     }
-    blocks = list(host.blocks())
+    blocks = list(streamed.blocks())
     with ExitStack() as stack:
         writer = None
         if world.first:
@@ -175,15 +178,17 @@ def compress_checkpoint(
         names = ["quantized", "original"] if method.drift > 0 else ["quantized"]
         kept = [Durable(work / "state" / name, f"{run_id} {name}") for name in names]
 
-        def make_run(solver: Method, some: Batches, outputs: Sequence[Outputs], part: World) -> Run:
+        def make_run(
+            solver: Method, some: Batches, outputs: Sequence[Outputs], part: World
+        ) -> BlockLoop:
             pieces = work / "pieces" if outputs is kept else None
-            made = Run(
-                host, solver, some, outputs, tokenizer, device, store, progress, part, pieces
+            made = BlockLoop(
+                streamed, solver, some, outputs, tokenizer, device, store, progress, part, pieces
             )
             made.importance = importance
             return made
 
-        host.load_rest()
+        streamed.load_rest()
         world.meet("what is outside the blocks")  # nobody needs its files any more
         finished, done = world.share(
             lambda: _progress(writer, blocks, kept, len(batches), say), "what is finished"
@@ -192,34 +197,42 @@ def compress_checkpoint(
             importance: dict[str, float] = {}
             if by_gradient:
                 importance = finished.get("rest", {}).get("importance") or world.share(
-                    lambda: layer_importance(host, batches), "importance of the layers"
+                    lambda: layer_importance(streamed, batches), "importance of the layers"
                 )
             run = make_run(method, batches, kept, world)
             if settings.bits is not None:
-                knobs = settings.solver_knobs()
+                solver_options = settings.for_solver()
                 curves = finished.get("rest", {}).get("curves") or probed(
-                    host, blocks, batches, settings.bits, knobs, store, make_run, world, progress
+                    streamed,
+                    blocks,
+                    batches,
+                    settings.bits,
+                    solver_options,
+                    store,
+                    make_run,
+                    world,
+                    progress,
                 )
-                run.rate = Controller(settings.bits, [Curve(*c) for c in curves], knobs)
+                run.rate = Controller(settings.bits, [Curve(*c) for c in curves], solver_options)
                 run.rate_after([finished[b.name] for b in blocks[:done]])
             run.dense = dense
             if writer and "rest" not in finished:
                 with writer.block("rest") as rest:
                     coded = run.dense.outside(rest) if run.dense else set()
-                    inside = tuple(f"{name}." for name, _ in host.block_lists)
-                    outside = host.dense(lambda n: not n.startswith(inside) and n not in coded)
+                    inside = tuple(f"{name}." for name, _ in streamed.block_lists)
+                    outside = streamed.dense(lambda n: not n.startswith(inside) and n not in coded)
                     rest.add_tensors(outside)
                     rest.note["importance"] = importance
                     if run.rate is not None:
                         rest.note["curves"] = [c.as_list() for c in run.rate.curves]
             elif run.dense:
                 run.dense.outside(None)
-            carried = write_carried(writer, host, finished) if writer else []
+            carried = write_carried(writer, streamed, finished) if writer else []
         except KeyboardInterrupt:
             raise _interrupted(writer, blocks[done:]) from None
-        host.free_head()
-        run.go_on(blocks[:done])
-        begin_walk(host, blocks[done:], world)
+        streamed.free_head()
+        run.skip(blocks[:done])
+        begin_walk(streamed, blocks[done:], world)
         with tqdm(
             total=len(blocks), desc="blocks", unit="block", initial=done, disable=not progress
         ) as bar:
@@ -230,7 +243,7 @@ def compress_checkpoint(
                         run.block(block, target, blocks[i + 1 : i + 2])
                         _settle(kept, world)
                     if world.first:  # neither it nor activations before it are needed any more
-                        leave(host, block)
+                        leave(streamed, block)
                         for k in kept:
                             k.keep_only(list(run.last_blocks()))
                 except KeyboardInterrupt:
@@ -243,11 +256,11 @@ def compress_checkpoint(
                     run.dense.head(run.whole_walk(), head)
             writer.finish(
                 ["rest", *carried, *(b.name for b in blocks), *last],
-                config=_plain(host.config),
+                config=_plain(streamed.config),
                 settings={**settings.recorded(), "method": method.name, "ctx": ctx},
                 versions=_versions(),
                 source={**checkpoint.origin, **identity},
-                report=account(host),
+                report=account(streamed),
                 carry_from=checkpoint.directory,
             )
         world.meet("end of the run")
@@ -346,11 +359,13 @@ def _method(settings: Settings) -> Method:
             raise QmoeError("--bits and --delta exclude each other; give one of them")
         if settings.bits is not None:
             check_target(settings.bits)
-        params = settings.solver_knobs()
+        params = settings.for_solver()
         if settings.delta is not None:
             params["delta"] = settings.delta
-    elif settings.knobs:
-        raise QmoeError(f"--method {settings.method} has no knobs, got {dict(settings.knobs)}")
+    elif settings.solver_options:
+        raise QmoeError(
+            f"--method {settings.method} has no solver options, got {dict(settings.solver_options)}"
+        )
     elif settings.bits is not None or settings.delta is not None:
         raise QmoeError(
             f"--method {settings.method} has a fixed grid; --bits and --delta belong to --method rd"

@@ -20,7 +20,7 @@ from qmoe.compression import estimate
 from qmoe.compression.dense import BAND, DenseCoder
 from qmoe.compression.layer import groups
 from qmoe.errors import CapacityError
-from qmoe.models.streamed import Host
+from qmoe.models.streamed import StreamedModel
 from qmoe.quantize import Method
 from qmoe.types import ExpertsLayout
 
@@ -36,7 +36,7 @@ _GUESS = {"rd": 1.0, "qmoe": 1.0, "rtn": 1.6, "gptq2": 2.2, "gptq3": 3.2, "gptq4
 
 
 @dataclass(frozen=True)
-class Plan:
+class Needs:
     """Needs of a run, in bytes and seconds.
 
     Attributes:
@@ -76,7 +76,7 @@ class Plan:
 
 
 def make_plan(
-    host: Host,
+    streamed: StreamedModel,
     method: Method,
     batches: Sequence[dict[str, Tensor]],
     memory: int,
@@ -85,11 +85,11 @@ def make_plan(
     dense: DenseCoder | None = None,
     gradient: bool = False,
     processes: int = 1,
-) -> Plan:
+) -> Needs:
     """Computes the plan from shapes, and the time from speeds that it measures.
 
     Args:
-        host: the empty model.
+        streamed: the empty model.
         method: the solver.
         batches: calibration tokens.
         memory: bytes that a process may use.
@@ -103,19 +103,19 @@ def make_plan(
         CapacityError: `memory` is below what one group of experts needs, or the disk has less room
             than the run needs.
     """
-    shapes = {n: t.shape for n, t in host.model.state_dict().items()}
-    encoded = {n for b in host.blocks() for n in host.encoded_names(b)}
+    shapes = {n: t.shape for n, t in streamed.model.state_dict().items()}
+    encoded = {n for b in streamed.blocks() for n in streamed.encoded_names(b)}
     coded = dense.names() if dense is not None else set()
     sizes = {n: 4 * shape.numel() for n, shape in shapes.items() if n not in encoded}
-    names = [[n for n in sizes if n.startswith(f"{b.name}.")] for b in host.blocks()]
+    names = [[n for n in sizes if n.startswith(f"{b.name}.")] for b in streamed.blocks()]
     blocks = [sum(sizes[n] for n in block) for block in names]
     outside = sum(sizes.values()) - sum(blocks)
-    layouts = [layout for layout, _ in host.experts]
+    layouts = [layout for layout, _ in streamed.experts]
     tokens = [sum(t.numel() for k, t in b.items() if k.endswith("input_ids")) for b in batches]
     streams = 2 if method.drift > 0 else 1
     rows = sum(tokens)
 
-    head = host.head_name()
+    head = streamed.head_name()
     at_start = 1.25 * outside  # the stored form of one tensor comes on top while it is written
     solved = max(_group(layout) for layout in layouts)
     if coded:
@@ -134,7 +134,7 @@ def make_plan(
     )
     floor = int(_resident() + _CODE + _SLACK * max(at_start, on_the_way))
     widths = [(la.projections[0].cols, la.projections[-1].rows) for la in layouts]
-    slots = estimate.slots(host.config, layouts)
+    slots = estimate.slots(streamed.config, layouts)
     activations = streams * rows * max(4 * (2 * i + slots * o) + 8 * slots for i, o in widths)
     state = streams * rows * 4 * max(max(w) for w in widths)
     store = max(0, memory - floor)
@@ -143,10 +143,10 @@ def make_plan(
     per_weight = bits or _GUESS.get(method.name.split("(")[0], 4.0)
     rate = dense.bits if dense is not None else 0.0
     stored = {
-        n: int(shapes[n].numel() * rate / 8) if n in coded else _stored(host, n, size)
+        n: int(shapes[n].numel() * rate / 8) if n in coded else _stored(streamed, n, size)
         for n, size in sizes.items()
     }
-    write = int(weights * per_weight / 8) + sum(stored.values()) + _carried(host)
+    write = int(weights * per_weight / 8) + sum(stored.values()) + _carried(streamed)
     growing = max(sum(stored[n] for n in block) for block in names)
     largest = max(layout.weights for layout in layouts) * per_weight / 8 + growing
     in_files = activations if processes > 1 else max(0, activations - store)
@@ -161,26 +161,26 @@ def make_plan(
         streams=streams,
         dense=sum(blocks) / 4,
         outside=outside / 4,
-        source=host.checkpoint.source_bytes,
+        source=streamed.checkpoint.source_bytes,
         probed=bits is not None,
         gradient=gradient,
         coded=[(shapes[n][0], shapes[n][1]) for n in coded],
     )
-    plan = Plan(
-        read=host.checkpoint.source_bytes,
+    plan = Needs(
+        read=streamed.checkpoint.source_bytes,
         write=write,
         floor=floor,
         activations=activations,
         store=store,
         disk=disk,
         free=shutil.disk_usage(_existing(out)).free,
-        seconds=estimate.seconds(work, estimate.Speeds.measured(method, layouts, host.device)),
+        seconds=estimate.seconds(work, estimate.Speeds.measured(method, layouts, streamed.device)),
     )
     _refuse(plan, memory, out, max(blocks), outside, max(map(_group, layouts)))
     return plan
 
 
-def _refuse(plan: Plan, memory: int, out: Path, block: int, outside: int, group: int) -> None:
+def _refuse(plan: Needs, memory: int, out: Path, block: int, outside: int, group: int) -> None:
     """Raises CapacityError if the run cannot fit."""
     if memory < plan.floor:
         raise CapacityError(
@@ -218,16 +218,16 @@ def _widest(shapes: Shapes, names: Sequence[Sequence[str]]) -> int:
     return max((shape[0] for shape in inside if len(shape) == 2), default=1)
 
 
-def _stored(host: Host, name: str, size: int) -> int:
+def _stored(streamed: StreamedModel, name: str, size: int) -> int:
     """Bytes of a tensor that is stored as it is in the source; `size` in float32."""
-    disks = sorted(host.sources.get(name, ()))
-    return size // 4 * host.checkpoint.dtype(disks[0]).itemsize if disks else 0
+    disks = sorted(streamed.sources.get(name, ()))
+    return size // 4 * streamed.checkpoint.dtype(disks[0]).itemsize if disks else 0
 
 
-def _carried(host: Host) -> int:
+def _carried(streamed: StreamedModel) -> int:
     """Bytes of the tensors that no module takes."""
-    source = host.checkpoint
-    return sum(math.prod(source.shape(n)) * source.dtype(n).itemsize for n in host.unused)
+    source = streamed.checkpoint
+    return sum(math.prod(source.shape(n)) * source.dtype(n).itemsize for n in streamed.unused)
 
 
 def _resident() -> int:

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from qmoe.calib.activations import ActivationStore
 from qmoe.calib.outputs import Outputs, Resident
-from qmoe.compression.blocks import Run
-from qmoe.compression.rate import WALKS, Controller, Curve, Probe, share_of
+from qmoe.compression.blocks import BlockLoop
+from qmoe.compression.rate import MAX_WALKS, Controller, Curve, Probe, share_of
 from qmoe.models.downloads import begin_walk, leave
-from qmoe.models.streamed import BlockRef, Host
+from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.quantize import Method
 from qmoe.system.processes import World
 
@@ -23,24 +23,24 @@ Batches = Sequence[dict[str, Tensor]]
 
 
 def probed(
-    host: Host,
+    streamed: StreamedModel,
     blocks: Sequence[BlockRef],
     batches: Batches,
     target: float,
-    knobs: Mapping[str, float],
+    solver_options: Mapping[str, float],
     store: ActivationStore,
-    make_run: Callable[[Method, Batches, Sequence[Outputs], World], Run],
+    make_run: Callable[[Method, Batches, Sequence[Outputs], World], BlockLoop],
     world: World,
     progress: bool,
 ) -> list[list[Any]]:
     """Curves of all modules that enclose the target.
 
     Args:
-        host: the source, with everything outside its blocks resident.
+        streamed: the source, with everything outside its blocks resident.
         blocks: all of them, in order.
         batches: calibration inputs of the run; the probe sees a share of them.
         target: stored bits per expert weight.
-        knobs: of rd, beside the step.
+        solver_options: of rd, beside the step.
         store: room for activations.
         make_run: from a method, batches, outputs and the processes that divide experts.
         world: the processes; all call this with the same arguments.
@@ -52,18 +52,18 @@ def probed(
     tokens = sum(b["input_ids"].numel() for b in batches)
     some = share_of(batches, batches[0]["input_ids"].numel())
     seen = sum(b["input_ids"].numel() for b in some)
-    layouts = [la for b in blocks for la, _ in host.experts_of(b)]
+    layouts = [la for b in blocks for la, _ in streamed.experts_of(b)]
     curves: list[Curve] = []
     delta: float | None = None
-    for _ in range(WALKS):
-        probe = Probe(target, tokens / seen, layouts, knobs, delta, world)
+    for _ in range(MAX_WALKS):
+        probe = Probe(target, tokens / seen, layouts, solver_options, delta, world)
         outputs = Resident(store)
         run = make_run(probe.method, some, [outputs], World())
-        begin_walk(host, blocks, world)
+        begin_walk(streamed, blocks, world)
         for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=not progress)):
             run.block(block, None, blocks[i + 1 : i + 2], probe.finish)
             world.meet(f"probe of {block.name}")
-            leave(host, block)
+            leave(streamed, block)
         outputs.drop()
         pairs = zip(curves or probe.curves, probe.curves, strict=True)
         curves = [known.merged(found) for known, found in pairs]

@@ -29,13 +29,13 @@ from qmoe.types import ExpertsLayout, QuantizedMatrix
 # this many weights, within bounds. Experts differ: 8 of 32 miss the bits of a layer by up to 11 %.
 SAMPLE_WEIGHTS, SAMPLE_EXPERTS = 2**23, (8, 32)
 REHEARSE = 0.05  # share of the weights from which on the last module is tried before it is made
-CLOSE = 0.003  # of the target: a rehearsal that comes so near needs no other
+REHEARSAL_TOLERANCE = 0.003  # of the target: a rehearsal that comes so near needs no other
 TOLERANCE = 0.01  # of the target: what --bits promises
 STEPS = (0.5, 0.75, 1.0, 1.4, 2.0)  # probed, times the step that meets the target in layer one
 BRACKET = 9  # times that the first matrices are solved to find the step that meets the target
-WALKS = 4  # of the probe at most, each around the step that the ones before it found
-SHARE, AT_LEAST = 4, 16384  # the probe sees 1 / SHARE of the calibration tokens, at least AT_LEAST
-LOW, HIGH = 0.25, 5.0  # bits per weight that a target may have
+MAX_WALKS = 4  # of the probe at most, each around the step that the ones before it found
+PROBE_SHARE, PROBE_MIN_TOKENS = 4, 16384  # the probe sees 1 / share of the tokens, or this many
+MIN_BITS, MAX_BITS = 0.25, 5.0  # bits per weight that a target may have
 _OFFSETS_BITS = 4 * 64  # stored for each matrix beside its group: see docs/format.md
 
 
@@ -84,13 +84,13 @@ class Controller:
     Attributes:
         target: stored bits per expert weight.
         curves: of all modules, in the order of the run.
-        knobs: of rd, beside the step.
+        solver_options: of rd, beside the step.
         spent: {module: (bits that it took, bits predicted at its step)} of the finished ones.
     """
 
     target: float
     curves: Sequence[Curve]
-    knobs: Mapping[str, float] = field(default_factory=dict)
+    solver_options: Mapping[str, float] = field(default_factory=dict)
     spent: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def delta(self) -> float:
@@ -121,7 +121,7 @@ class Controller:
 
     def method(self, delta: float) -> Method:
         """rd with a step."""
-        return get_method("rd", delta=delta, **self.knobs)
+        return get_method("rd", delta=delta, **self.solver_options)
 
     def ends_with(self, path: str) -> bool:
         """Whether a module is the only one left, and so large that its miss would show."""
@@ -139,7 +139,7 @@ class Controller:
         total = self.target * sum(c.weights for c in self.curves)
         budget = total - sum(spent for spent, _ in self.spent.values())
         delta, took = list(tries.items())[-1]
-        if abs(took - budget) <= CLOSE * total:
+        if abs(took - budget) <= REHEARSAL_TOLERANCE * total:
             return None
         curve = next(c for c in self.curves if c.path == path)
         if len(tries) == 1:
@@ -156,8 +156,10 @@ class Controller:
 
 def check_target(bits: float) -> None:
     """Raises QmoeError for a target outside of what the coder is made for."""
-    if not LOW <= bits <= HIGH:
-        raise QmoeError(f"--bits {bits:g}: choose between {LOW:g} and {HIGH:g} bits per weight")
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise QmoeError(
+            f"--bits {bits:g}: choose between {MIN_BITS:g} and {MAX_BITS:g} bits per weight"
+        )
 
 
 def missed(target: float, bits: float) -> str:
@@ -171,7 +173,7 @@ def missed(target: float, bits: float) -> str:
 
 def share(batches: int, tokens: int) -> int:
     """How many of the batches the probe sees, each of so many tokens."""
-    return min(batches, max(math.ceil(batches / SHARE), math.ceil(AT_LEAST / tokens)))
+    return min(batches, max(math.ceil(batches / PROBE_SHARE), math.ceil(PROBE_MIN_TOKENS / tokens)))
 
 
 def share_of(batches: Sequence[dict[str, Tensor]], tokens: int) -> list[dict[str, Tensor]]:
@@ -197,16 +199,16 @@ class Probe:
         target: float,
         tokens_ratio: float,
         layouts: Sequence[ExpertsLayout],
-        knobs: Mapping[str, float],
+        solver_options: Mapping[str, float],
         centre: float | None = None,
         world: World | None = None,
     ) -> None:
         """Args: target in bits per weight; tokens of the run / tokens of the probe; the modules
-        that will be walked through, in order; knobs of rd; the step around which bits are wanted,
+        that will be walked through, in order; options of rd; the step around which bits are wanted,
         None for the one that meets the target in the first projection; the processes that make
         the same walk and divide the solving.
         """
-        self._knobs = {**knobs, "drift": 0.0}
+        self._solver_options = {**solver_options, "drift": 0.0}
         self._target, self._scale = target, tokens_ratio**-0.5
         self._centre = centre
         self._world = world or World()
@@ -215,7 +217,7 @@ class Probe:
         self._samples = [n for layout in layouts for n in samples(layout)]
         self._calls = 0
         self.curves: list[Curve] = []
-        weighted = get_method("rd", **self._knobs).weighted
+        weighted = get_method("rd", **self._solver_options).weighted
         self.method = Method("probe", weighted=weighted, drift=0.0, solve=self._solve)
 
     def _solve(self, problem: Problem) -> Solution:
@@ -246,7 +248,7 @@ class Probe:
 
     def _cost(self, part: Problem, delta: float, group: int) -> float:
         """Stored bits per weight of a sample that stands for a group of `group` experts."""
-        method = get_method("rd", delta=delta * self._scale, **self._knobs)
+        method = get_method("rd", delta=delta * self._scale, **self._solver_options)
         encoded = encode_group(method.solve(part).matrices)
         header = 8.0 * encoded.tables.numel()
         blobs = encoded.stored_bits - header

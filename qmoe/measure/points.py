@@ -172,7 +172,7 @@ def point_name(settings: Settings) -> str:
         parts.append(f"delta={settings.delta:.6g}")
     if settings.dense_bits < 16:
         parts.append(f"dense={settings.dense_bits}")
-    parts += [f"{k}={v:g}" for k, v in sorted(settings.knobs.items())]
+    parts += [f"{k}={v:g}" for k, v in sorted(settings.solver_options.items())]
     return "-".join(parts)
 
 

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from qmoe import codec
 from qmoe.store.manifest import write_sealed
-from qmoe.store.stored_dense import DenseGeometry, DenseStream
-from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.stored_dense import DenseGeometry, StoredMatrix
+from qmoe.store.stored_experts import StoredExperts
 from qmoe.system.files import writing
 from qmoe.system.tensors import Spill
 from qmoe.types import ExpertsLayout, QuantizedMatrix
 
 
 @dataclass(frozen=True)
-class Piece:
+class EncodedBatch:
     """One encoded group: matrices of one projection that share tables, and what is reported of
     them.
 
@@ -44,7 +44,7 @@ class Piece:
     @classmethod
     def of(
         cls, projection: str, experts: Sequence[int], matrices: Sequence[QuantizedMatrix]
-    ) -> "Piece":
+    ) -> "EncodedBatch":
         """Encodes a group."""
         encoded = codec.encode_group(matrices)
         return cls(
@@ -61,7 +61,7 @@ class Piece:
             torch.save(asdict(self), path)
 
     @classmethod
-    def load(cls, path: Path) -> "Piece":
+    def load(cls, path: Path) -> "EncodedBatch":
         """Reads what `save` wrote."""
         plain = torch.load(path, weights_only=True)
         return cls(**plain | {"encoded": codec.EncodedGroup(**plain["encoded"])})
@@ -97,9 +97,9 @@ class ExpertsWriter:
                     f"{self._layout.path} expert {expert} {projection}: {tuple(m.codes.shape)}, "
                     f"expected {(want.rows, want.cols)}"
                 )
-        self.add_piece(Piece.of(projection, experts, matrices))
+        self.add_batch(EncodedBatch.of(projection, experts, matrices))
 
-    def add_piece(self, piece: Piece) -> None:
+    def add_batch(self, piece: EncodedBatch) -> None:
         """Appends a group that is encoded already; see `add_group`."""
         j = self._names.index(piece.projection)
         for i, expert in enumerate(piece.experts):
@@ -223,7 +223,7 @@ class BlockWriter:
         self._dense[geometry.name] = {"geometry": geometry.as_json(), "report": entry}
         return entry
 
-    def add_dense_encoded(self, streams: DenseStream, report: dict[str, Any]) -> None:
+    def add_dense_encoded(self, streams: StoredMatrix, report: dict[str, Any]) -> None:
         """Stores a dense matrix that is encoded already, with its entry of the report."""
         stream, offsets = streams.geometry.tensors
         self._spill.add(stream, streams.stream)
@@ -249,7 +249,7 @@ class BlockWriter:
         self._modules[path] = {"geometry": geometry(layout), "report": report}
         return report
 
-    def add_encoded(self, streams: ExpertStream, report: dict[str, Any]) -> None:
+    def add_encoded(self, streams: StoredExperts, report: dict[str, Any]) -> None:
         """Stores an experts module that is encoded already, with its entry of the report.
 
         Args:
