@@ -4,12 +4,7 @@ Importing the package registers the format with transformers, as soon as that is
 names below are imported when they are first used.
 """
 
-import sys
-from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
 from qmoe.errors import (
     CalibrationError,
@@ -25,9 +20,11 @@ from qmoe.errors import (
     SourceError,
     UnsupportedModelError,
 )
+from qmoe.lazy import attribute as _attribute
+from qmoe.lazy import when_transformers_is_imported as _when_transformers_is_imported
 from qmoe.version import __version__
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from qmoe.compression.pipeline import Settings
     from qmoe.compression.pipeline import compress_checkpoint as compress
     from qmoe.compression.report import CompressReport
@@ -85,46 +82,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _FACE:
-        raise AttributeError(f"module 'qmoe' has no attribute {name!r}")
-    module, attribute = _FACE[name].split(":")
-    return getattr(import_module(module), attribute)
+def __getattr__(name: str) -> _typing.Any:
+    return _attribute(name, _FACE)
 
 
 def __dir__() -> list[str]:
     return __all__
 
 
-def _register() -> None:
-    from qmoe.inference.registration import register
-
-    register()
-
-
-class _AfterTransformers(MetaPathFinder):
-    """Registers when the import of transformers is through. Importing it here instead would cost
-    every ``qmoe --help`` and every script that needs no model several seconds."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname != "transformers":
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        loader, run = spec.loader, spec.loader.exec_module
-
-        def exec_module(module: Any) -> None:
-            del loader.exec_module  # the loader is its own again
-            run(module)
-            _register()
-
-        loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-if "transformers" in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _AfterTransformers())
+_when_transformers_is_imported()

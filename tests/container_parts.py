@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 
+from qmoe.compression.coding import encode_experts
 from qmoe.store.manifest import MANIFEST, read_sealed, write_sealed
 from qmoe.store.writer import ContainerWriter
 from qmoe.types import ExpertsLayout, ProjectionShape, QuantizedMatrix
@@ -29,7 +30,7 @@ def fill(writer, name, seed=0):
         if name == "m":
             experts = block.experts(LAYOUT)
             for e in (1, 0):
-                experts.add_group("up", [e], [matrix(e)])
+                experts.add_batch(encode_experts("up", [e], [matrix(e)]))
             block.finish_experts("m.experts", [5, 0], ["", "no tokens: rounded"])
         block.note = {"seed": seed}
 

@@ -20,7 +20,8 @@ from transformers.models.auto.configuration_auto import (
 )
 
 import qmoe
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.models.families.find import repair
 from qmoe.models.streamed import StreamedModel
 from qmoe.publish.export import export

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
-from qmoe import codec
+from qmoe.compression.coding import encode_planes
 from qmoe.compression.dense import find_step
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError, OutputError
 from qmoe.publish.export import export
 from qmoe.publish.verify import verify
@@ -297,8 +298,10 @@ def test_bands_and_planes_through_a_block(rows, band, bits, known, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "journal").mkdir()
     with BlockWriter(tmp_path / "data", tmp_path / "journal", "b", 1 << 30) as block:
-        report = block.add_dense(geometry, bands)
-        stream = [codec.encode_group([m]) for planes in bands for m in planes]
+        sizes = [(len(r), 96) for r in geometry.bands]
+        coded = [encode_planes(planes, size) for planes, size in zip(bands, sizes, strict=True)]
+        report = block.add_dense(geometry, coded)
+        stream = [plane for planes in coded for plane in planes]
         with pytest.raises(ValueError, match="twice"):
             block._spill.add("w.dense_offsets", torch.zeros(1))
     blobs = torch.cat([b for e in stream for b in (e.tables, e.matrices[0])])

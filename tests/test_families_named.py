@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 import qmoe
 from qmoe.calib.batches import inputs_only, prepare, split_batches
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError, OutputError
 from qmoe.measure.perplexity import evaluate
 from qmoe.measure.score import load_any, score_checkpoint

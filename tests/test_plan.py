@@ -11,17 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import make_job
-from transformers import AutoTokenizer
+from runs import make_job, opened
 
 from qmoe.compression import pipeline as compress
 from qmoe.compression.dense import DenseCoder
 from qmoe.compression.estimate import START, Speeds, Work, seconds
 from qmoe.compression.pipeline import compress_checkpoint
 from qmoe.compression.plan import Needs, make_plan
-from qmoe.models.streamed import StreamedModel
 from qmoe.quantize import get_method
-from qmoe.source.checkpoint import open_checkpoint
+from qmoe.system.processes import World
 from qmoe.types import ExpertsLayout, ProjectionShape
 
 LAYOUT = ExpertsLayout(
@@ -55,15 +53,12 @@ def source(tiny, tmp_path_factory) -> Path:
     return make_job(tiny, tmp_path_factory.mktemp("plan"), **shape)[0]
 
 
-def _plan(source: Path, dense_bits: float = 16, **options: object) -> Needs:
-    streamed = StreamedModel(open_checkpoint(str(source)))
+def _plan(source: Path, dense_bits: float = 16, processes: int = 1) -> Needs:
     batches = [{"input_ids": torch.full((8, 128), 20)}] * 2
-    dense = None
-    if dense_bits < 16:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        dense = DenseCoder(streamed, dense_bits, batches, tokenizer, torch.device("cpu"))
-    method = get_method("rd")
-    return make_plan(streamed, method, batches, 8 << 30, source / "out", 0.8, dense, **options)
+    job = opened(source, batches, bits=0.8)
+    job = dataclasses.replace(job, world=World(size=processes))
+    dense = DenseCoder(job, dense_bits) if dense_bits < 16 else None
+    return make_plan(job, source / "out", dense)
 
 
 def test_dense_bits_are_planned(source):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
 from qmoe.compression.rate import REHEARSAL_TOLERANCE, Controller, Curve, check_target, missed
+from qmoe.compression.settings import Settings
 from qmoe.errors import QmoeError
 from qmoe.store.inspect import inspect
 

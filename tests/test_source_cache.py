@@ -13,7 +13,8 @@ from hub import commit_of
 from safetensors.torch import load_file, save_file
 
 from qmoe.cli import main
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.errors import InterruptedRunError, SourceError
 from qmoe.measure.score import score_checkpoint
 

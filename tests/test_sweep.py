@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from qmoe import codec
 from qmoe.cli import main
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError, QmoeError
 from qmoe.measure import points
 from qmoe.measure.dictionary import dictionary_bits

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from qmoe.calib.batches import learnable
 from qmoe.calib.routing import second_moment
 from qmoe.calib.walk import Walk
-from qmoe.codec import encode_group
 from qmoe.codec.format.geometry import MAX_COLS
+from qmoe.compression.coding import encode_planes, trial_bits
+from qmoe.compression.job import Job
 from qmoe.errors import NonFiniteError
 from qmoe.models.families.find import route
 from qmoe.models.matching import tied_names
-from qmoe.models.streamed import BlockRef, StreamedModel
+from qmoe.models.streamed import BlockRef
 from qmoe.quantize.dense import DenseSolver
 from qmoe.store.block import BlockWriter
 from qmoe.store.stored_dense import DenseGeometry
@@ -45,28 +46,19 @@ _ROUTER = re.compile(r"(^|[._])(router|gate|classifier|wg)([._]|$)")
 class DenseCoder:
     """Codes dense matrices as a run comes to them, and shows the decoded values where asked."""
 
-    def __init__(
-        self,
-        streamed: StreamedModel,
-        bits: float,
-        batches: Sequence[dict[str, Tensor]],
-        tokenizer: Any,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, job: Job, bits: float) -> None:
         """Args:
-        streamed: the streamed model, with everything outside its blocks resident.
+        job: its model with everything outside its blocks resident; its batches are those of the
+            walks that are passed to the methods.
         bits: stored bits per weight.
-        batches: calibration inputs of the walks that are passed to the methods.
-        tokenizer: knows which tokens are special.
-        device: where Hessians and solvers run.
         """
-        self.streamed, self.bits, self.device = streamed, bits, device
-        self._tokens = {False: learnable(batches, tokenizer, decoder=False)}
-        if streamed.config.is_encoder_decoder:
-            self._tokens[True] = learnable(batches, tokenizer, decoder=True)
+        self.streamed, self.bits, self.device = job.streamed, bits, job.device
+        self._tokens = {False: learnable(job.batches, job.tokenizer, decoder=False)}
+        if self.streamed.config.is_encoder_decoder:
+            self._tokens[True] = learnable(job.batches, job.tokenizer, decoder=True)
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._inside: list[tuple[Tensor, Tensor]] = []
-        self._tied = {name for name, _ in tied_names(streamed.model)}
+        self._tied = {name for name, _ in tied_names(self.streamed.model)}
 
     def names(self) -> set[str]:
         """Parameters that will be coded; nothing has to be loaded."""
@@ -255,7 +247,9 @@ class DenseCoder:
             for _ in solve():
                 pass
         else:
-            target.add_dense(geometry, solve(), delta=delta, note=solver.note)
+            sizes = ((len(band), cols) for band in geometry.bands)
+            coded = (encode_planes(p, size) for p, size in zip(solve(), sizes, strict=True))
+            target.add_dense(geometry, coded, delta=delta, note=solver.note)
         return decoded
 
 
@@ -285,9 +279,8 @@ def _stored_bits(solver: DenseSolver, geometry: DenseGeometry, rows: Tensor, del
     bits: float = 64.0 * math.prod(geometry.offsets_shape) / geometry.weights
     bits += 8.0 * sum(len(name) + _ENTRY for name in geometry.tensors) / geometry.weights
     for plane in solver.solve(rows.to(solver.weight.device), delta):
-        encoded = encode_group([plane])
-        header = 8.0 * encoded.tables.numel()
-        bits += (encoded.stored_bits - header) / plane.codes.numel()
+        header, blobs = trial_bits([plane])
+        bits += blobs / plane.codes.numel()
         bits += header * len(geometry.bands) / geometry.weights
     return float(bits)
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qmoe import codec
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError
 from qmoe.measure.dictionary import dictionary_bits
 from qmoe.measure.score import score_checkpoint
