@@ -128,6 +128,14 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     help="Apply the chat template to each row's messages (or its text); packs.",
 )
 @click.option(
+    "--unseen",
+    type=click.FloatRange(0, 16),
+    default=0.5,
+    show_default=True,
+    help="Tokens that the model says by itself, per token of the text, so that what the text does "
+    "not reach is kept too; 0: the text alone.",
+)
+@click.option(
     "--ctx",
     type=click.IntRange(2),
     default=None,
