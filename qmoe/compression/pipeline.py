@@ -11,6 +11,7 @@ experts and give the same bytes.
 """
 
 import hashlib
+import os
 import resource
 import shutil
 import sys
@@ -53,12 +54,13 @@ from qmoe.version import __version__
 
 _REST = "rest"  # name of the unit of the container that holds what is outside the blocks
 Say = Callable[[str], object]
+_DEFAULTS = Settings()
 
 
-def compress_checkpoint(
+def compress(
     source: str,
-    out: Path,
-    settings: Settings,
+    out: str | os.PathLike[str],
+    settings: Settings = _DEFAULTS,
     progress: bool = False,
     world: World | None = None,
     say: Say = lambda text: None,
@@ -77,15 +79,15 @@ def compress_checkpoint(
         QmoeError: the input's fault, see qmoe.errors; the source is never written to and `out`
             never half-made. InterruptedRunError: ctrl-C.
     """
-    start = time.monotonic()
+    start, out = time.monotonic(), Path(out)
     world = world or World()
     if not world.first:
         progress, say = False, lambda text: None
     run = Compression(open_job(source, out, settings, world, progress), out, say)
     run.to_the_end()
     report = CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
-    if settings.bits is not None and (
-        sentence := missed(settings.bits, report.sizes.bits_per_weight)
+    if settings.target is not None and (
+        sentence := missed(settings.target, report.sizes.bits_per_weight)
     ):
         say(sentence)
     return report
@@ -97,7 +99,7 @@ def open_job(
     """Opens a source and reads the calibration text; no weight is read and nothing written.
 
     Args:
-        source, out, settings, world, progress: see `compress_checkpoint`.
+        source, out, settings, world, progress: see `compress`.
 
     Raises:
         QmoeError: settings, source or text are not usable.
@@ -108,7 +110,7 @@ def open_job(
     trusted = settings.trust_remote_code
     streamed = StreamedModel(checkpoint, trust_remote_code=trusted, device=device)
     tokenizer = read_tokenizer(checkpoint.directory, trusted)
-    text = (settings.calib, settings.calib_tokens, settings.context(streamed.config))
+    text = (settings.text, settings.calib_tokens, settings.context(streamed.config))
     data = prepare(tokenizer, streamed.config, *text, settings.seed, **settings.calib_rows)
     batches = [inputs_only(b) for b in split_batches(data, BATCH_TOKENS)]
     parts = (settings, streamed, tokenizer, batches, method, device, world)
@@ -161,7 +163,7 @@ class Compression:
         """Writes the directory.
 
         Raises:
-            QmoeError: see `compress_checkpoint`.
+            QmoeError: see `compress`.
         """
         with ExitStack() as stack:
             self._begin(stack)
@@ -233,7 +235,7 @@ class Compression:
             self.loop.importance = known.get("importance") or job.world.share(
                 lambda: layer_importance(job.streamed, job.batches), "importance of the layers"
             )
-        bits = job.settings.bits
+        bits = job.settings.target
         if bits is not None:
             curves = known.get("curves") or probed(job, bits, self.loop.importance)
             options = job.settings.for_solver()

@@ -139,7 +139,7 @@ def make_plan(
         dense=sum(model.blocks) / 4,
         outside=model.outside / 4,
         source=job.streamed.checkpoint.source_bytes,
-        probed=job.settings.bits is not None,
+        probed=job.settings.target is not None,
         gradient=gradient,
         coded=[(model.shapes[n][0], model.shapes[n][1]) for n in model.coded],
     )
@@ -184,7 +184,7 @@ def _floor(job: Job, model: _Model, tokens: int) -> int:
 
 def _written(job: Job, model: _Model, dense: DenseCoder | None) -> tuple[int, float]:
     """Bytes of the result, and of its largest block, which exists twice for a moment."""
-    per_weight = job.settings.bits or _GUESS.get(job.method.name.split("(")[0], 4.0)
+    per_weight = job.settings.target or _GUESS.get(job.method.name.split("(")[0], 4.0)
     rate = dense.bits if dense is not None else 0.0
     stored = {
         n: int(model.shapes[n].numel() * rate / 8)

@@ -23,10 +23,11 @@ BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the roundi
 
 
 def with_room(job: Job) -> Job:
-    """The job with batches of zeros behind its own, as many as the model's own words will fill;
-    encoder-decoder models say none.
+    """The job with batches of zeros behind its own, as many as the model's own words will fill:
+    for rd alone, other methods learn from the text as their authors have it; encoder-decoder
+    models say none.
     """
-    if job.streamed.config.is_encoder_decoder:
+    if job.settings.method != "rd" or job.streamed.config.is_encoder_decoder:
         return job
     text = [batch["input_ids"] for batch in job.batches]
     count = round(job.settings.unseen * sum(len(ids) for ids in text))

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qmoe.compression.pipeline import Say
 from qmoe.compression.rate import check_target
 from qmoe.compression.settings import Settings
 from qmoe.errors import QmoeError
 from qmoe.measure.points import Points, Record
 from qmoe.system.files import write_file, writing
 
+TARGETS = (0.4, 0.6, 0.8, 1, 1.5, 2, 3)  # stored bits per expert weight
 METHODS = ("rtn", "qmoe", "gptq2", "gptq3", "gptq4")
 TABLE, PICTURE = "sweep.md", "sweep.png"
 NO_MATPLOTLIB = (
@@ -93,7 +93,10 @@ def parse_methods(text: str) -> list[str]:
 
 
 def sweep(
-    points: Points, base: Settings, bits: Sequence[float], methods: Sequence[str] = METHODS
+    points: Points,
+    base: Settings,
+    bits: Sequence[float] = TARGETS,
+    methods: Sequence[str] = METHODS,
 ) -> Sweep:
     """Measures rd at every target and the other methods, and writes table and picture to
     `points.out`. A point that is known already is not run again.
@@ -123,28 +126,6 @@ def sweep(
         with writing(picture):
             draw(records, picture)
     return Sweep(records, text, picture)
-
-
-def run(
-    source: str,
-    out: Path,
-    bits: Sequence[float],
-    methods: Sequence[str],
-    calib: str,
-    text: str,
-    calib_tokens: int,
-    ctx: int,
-    tokens: int | None,
-    seed: int,
-    device: str,
-    keep: bool,
-    progress: bool = False,
-    say: Say = lambda text: None,
-) -> Sweep:
-    """`sweep` with the options of the command line."""
-    base = Settings("rd", calib, calib_tokens=calib_tokens, ctx=ctx, seed=seed, device=device)
-    points = Points(source, out, text, tokens, ctx, keep, progress, say)
-    return sweep(points, base, bits, methods)
 
 
 def table(records: Sequence[Record]) -> str:
