@@ -75,7 +75,9 @@ def swap(model: Any, layout: ExpertsLayout, container: Container, caches: Caches
             f"{layout.path}: the model has {found}, quantization_config has {layout}"
         )
     size = container.tensors[f"{layout.path}.stream"][2].shape[0]
-    model.set_submodule(layout.path, EncodedExperts(host, layout, size, caches))
+    held = [container.tensors[f"{layout.path}.{leaf}"][0] for leaf in ("stream", "offsets")]
+    identity = tuple(container.manifest["files"][file]["sha256"] for file in held)
+    model.set_submodule(layout.path, EncodedExperts(host, layout, size, caches, identity))
     # Some families (switch) initialise an experts module's matrices from its parent. Nothing is
     # left to initialise: `compare` proves that every tensor is stored.
     parent = model.get_submodule(layout.path.rpartition(".")[0])

@@ -90,9 +90,22 @@ class Tables:
         return (upper | (self.lookup & np.uint32(0xFFFF)).astype(np.uint64)).reshape(-1)
 
     @cached_property
+    def lane_entries(self) -> U32:
+        """uint32 [tables << L]: code length | advance << 8 | value << 24."""
+        low = self.lookup & np.uint32(0xFFFF)
+        entries: U32 = (low | self.lookup >> np.uint32(16) << np.uint32(24)).reshape(-1)
+        return entries
+
+    @property
+    def bytes_held(self) -> int:
+        """Memory of the lookup tables in all three forms."""
+        return 4 * self.lookup.nbytes
+
+    @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """L, number of tables; then where table_of and entries lie."""
-        places = self.table_of.ctypes.data, self.entries.ctypes.data
+        """L, number of tables; then where table_of, entries and lane_entries lie."""
+        entries = self.entries.ctypes.data, self.lane_entries.ctypes.data
+        places = self.table_of.ctypes.data, *entries
         return (self.limit, len(self.kinds), *places)
 
     @property
