@@ -16,7 +16,6 @@ COMPILERS = ("triton.jit", "gluon.jit", "njit", "numba.njit", "nb.njit")
 PENDING = {
     ("qmoe.calib.batches", "prepare"),
     ("qmoe.calib.text", "windows"),
-    ("qmoe.codec.decoder.matrix", "parse_matrix"),
     ("qmoe.kernels.pack", "pack_projection"),
     ("qmoe.measure.kernels.gpu", "repeated"),
     ("qmoe.measure.kernels.static", "kernels"),

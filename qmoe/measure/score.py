@@ -26,6 +26,7 @@ def evaluate(
     model: str,
     text: str,
     reference: str | None = None,
+    *,
     ctx: int = 1024,
     tokens: int | None = None,
     dtype: str = "float32",

@@ -105,17 +105,14 @@ def push(
     try:
         name = _repository(api, repo, private, revision)
         stale = _stale(api, name, revision, files)
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(CARD, card(name))
-        ]
+        operations: list[Any] = [CommitOperationAdd(CARD, card(name))]
         operations += [CommitOperationAdd(f, where / f) for f in files]
         operations += [CommitOperationDelete(f) for f in stale]
         done = api.create_commit(name, operations, commit_message=text, revision=revision)
     except (*FAILURES, RuntimeError) as e:  # a RuntimeError says which file, its cause says why
         raise HubError(_refusal(repo, e)) from e
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    size += (where / MANIFEST).stat().st_size
-    return Pushed(name, str(done.commit_url), str(done.oid), [*files, CARD], size)
+    urls = str(done.commit_url), str(done.oid)
+    return Pushed(name, *urls, [*files, CARD], found.stored_bytes)
 
 
 def _repository(api: HfApi, repo: str, private: bool, revision: str | None) -> str:
