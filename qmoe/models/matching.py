@@ -1,4 +1,5 @@
-"""Does a checkpoint fit the model that its config.json describes? Names only; nothing is read.
+"""Compares tensor names on disk with the model's parameters: missing, doubled, misnumbered. Reads
+no weights.
 
 Knows nothing about how weights are converted or loaded.
 """
