@@ -63,7 +63,7 @@ def _decode_pair(
             # a finished stream stays at `span`, whose slot is the spare column behind the row
             at0 = min(at0 + ((entry0 >> BYTE) & ADVANCE), span)
             at1 = min(at1 + ((entry1 >> BYTE) & ADVANCE), span)
-            # += because a value above V comes in parts: escapes add to the weight without moving on;
+            # += as a value above V comes in parts: escapes add to the weight without moving on;
             # runs of zeros add 0 where they end
             line0[np.uint64(slots[at0])] += np.int8(entry0 >> np.uint64(16))
             line1[np.uint64(slots[at1])] += np.int8(entry1 >> np.uint64(16))
