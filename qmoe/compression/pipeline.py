@@ -39,7 +39,7 @@ from qmoe.compression.plan import make_plan
 from qmoe.compression.probe import probed
 from qmoe.compression.rate import Controller, Curve, missed
 from qmoe.compression.report import CompressReport
-from qmoe.compression.settings import Settings as Settings
+from qmoe.compression.settings import Settings
 from qmoe.compression.unseen import BATCH_TOKENS
 from qmoe.errors import InterruptedRunError
 from qmoe.models.classes import plain_config, read_tokenizer
