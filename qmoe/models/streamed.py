@@ -296,8 +296,8 @@ class StreamedModel:
             number = EXPERT_NUMBER.search(disk)
             if number and int(number.group(1)) != ours:
                 continue
-            at = ... if number else slice(expert * rows, (expert + 1) * rows)
-            tensor = self.checkpoint.lazy(disk, at)[...].to(self.dtype)
+            selection = ... if number else slice(expert * rows, (expert + 1) * rows)
+            tensor = self.checkpoint.lazy(disk, selection)[...].to(self.dtype)
             check_finite(disk, tensor)
             if pattern is not None:
                 converter = converter or copy.deepcopy(self._converter[pattern])
