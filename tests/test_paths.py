@@ -1,5 +1,6 @@
-"""The main paths from the command line on, on one tiny model; `scripts/test --oldest` runs this with
-the oldest versions of everything that pyproject.toml allows.
+"""The main paths from the command line on, on one tiny model.
+
+`scripts/test --oldest` runs them with the oldest versions that pyproject.toml allows.
 """
 
 import json
