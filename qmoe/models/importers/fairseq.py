@@ -63,8 +63,10 @@ def import_fairseq(source: str | Path, destination: str | Path) -> Imported:
     if config.tie_word_embeddings:
         ignored.add("decoder.output_projection.weight")
     tokenizer = read_tokenizer(Path(source), config.vocab_size, SPECIAL[config.bos_token_id])
-    notes = NOTES if tokenizer is not None else (*NOTES, NO_TOKENIZER)
-    return write_model(destination, config, parts, stored, ignored, {}, notes, tokenizer)
+    if tokenizer is None:
+        return write_model(destination, config, parts, stored, ignored, (*NOTES, NO_TOKENIZER))
+    put = tokenizer.save_pretrained
+    return write_model(destination, config, parts, stored, ignored, NOTES, put)
 
 
 def _files(directory: Path) -> tuple[Path, list[Path]]:

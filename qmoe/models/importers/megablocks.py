@@ -64,7 +64,7 @@ def import_megablocks(source: str | Path, destination: str | Path) -> Imported:
     parts = _parts(config, trees)
     stored = set().union(*trees)
     ignored = {n for n in stored if n.endswith(("._extra_state", "rotary_emb.inv_freq"))}
-    return write_model(destination, config, parts, stored, ignored, {}, NOTES)
+    return write_model(destination, config, parts, stored, ignored, NOTES)
 
 
 def _files(directory: Path) -> list[Path]:
