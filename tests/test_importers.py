@@ -201,7 +201,8 @@ def test_pickles_run_no_code(tmp_path):
     """Classes of the training program become inert; names of the standard library are refused."""
     path = tmp_path / "a.pt"
     array = np.arange(5, dtype=np.uint32)
-    state = {"args": Namespace(x=np.float32(0.5)), "array": array, "words": np.array(["a"])}
+    own = {"x": np.float32(0.5), "own": Namespace(y=np.bool_(True))}
+    state = {"args": Namespace(**own), "array": array, "words": np.array(["a"])}
     save_as_megatron(state, path)
     for old in (False, True):  # numpy 2 renamed the module that its pickles name
         if old:
@@ -213,6 +214,8 @@ def test_pickles_run_no_code(tmp_path):
         loaded = load_pickle(path)
         assert np.array_equal(loaded["array"], array)
         assert settings_of(loaded["args"])["x"] == 0.5
+        assert settings_of(loaded["args"].own) == {"y": True}
+        assert settings_of(loaded["args"].model_type) == settings_of(None) == {}
         assert repr(loaded["args"].model_type) == "megatron.model.enums.ModelType(1)"
 
     class Runs:
