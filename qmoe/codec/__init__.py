@@ -6,6 +6,7 @@ about experts, models or files. The bits: docs/format-codec.md.
 """
 
 from qmoe.codec.decoder.decode import decode_codes, decode_dense, decodes_inside, matvec
+from qmoe.codec.decoder.integers import Integers
 from qmoe.codec.decoder.matrix import ParsedMatrix, parse_matrix
 from qmoe.codec.decoder.matvec import matvec_pairs
 from qmoe.codec.encoder.encode import EncodedGroup, encode_group
@@ -14,6 +15,7 @@ from qmoe.codec.format.tables import Tables, parse_tables
 
 __all__ = [
     "EncodedGroup",
+    "Integers",
     "ParsedMatrix",
     "Tables",
     "class_entropy_bits",
