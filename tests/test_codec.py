@@ -128,19 +128,6 @@ def test_rounding_to_other_types():
     assert torch.equal(decode_dense(tables, layout, torch.bfloat16), expected)
 
 
-def test_lookup16_says_the_same_as_lookup():
-    tables = check([random_matrix(50, 200, step=1.0)], reference=False, limit=8)
-    short, entries = tables.lookup16(), tables.lookup
-    value = (short >> 10).astype(np.int8)
-    value[value > 31] -= 64
-    assert np.array_equal(short & 15, entries & 15)
-    assert np.array_equal(short >> 4 & 63, entries >> 8 & 63)
-    assert np.array_equal(value, (entries >> 16).astype(np.uint8).astype(np.int8))
-    longer = check([random_matrix(50, 200, step=1.0)], reference=False, limit=10)
-    with pytest.raises(ValueError, match="8 bits"):
-        longer.lookup16()
-
-
 def test_layout_is_what_a_kernel_expects():
     matrix = random_matrix(20, 2500, seed=4, step=3)
     matrix.codes[:, 100:200] = 0
