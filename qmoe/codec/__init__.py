@@ -10,6 +10,7 @@ decoder/  words -> integers, weights or products
 """
 
 from qmoe.codec.decoder.decode import decode_codes, decode_dense, decodes_inside, matvec
+from qmoe.codec.decoder.integers import Integers
 from qmoe.codec.decoder.matrix import ParsedMatrix, parse_matrix
 from qmoe.codec.decoder.matvec import matvec_pairs
 from qmoe.codec.encoder.encode import EncodedGroup, encode_group
@@ -18,6 +19,7 @@ from qmoe.codec.format.tables import Tables, parse_tables
 
 __all__ = [
     "EncodedGroup",
+    "Integers",
     "ParsedMatrix",
     "Tables",
     "class_entropy_bits",

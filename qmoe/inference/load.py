@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from qmoe.errors import QmoeError, reason
 from qmoe.inference.experts import Caches, EncodedExperts
-from qmoe.inference.quantizer import OPENED
+from qmoe.inference.quantizer import INTEGERS, OPENED
 from qmoe.inference.structure import check
 from qmoe.models.auto import auto_class
 from qmoe.store.reader import Container
@@ -16,7 +16,11 @@ from qmoe.system.hub import split_revision
 
 
 def load(
-    directory: str | os.PathLike[str], *, cache_bytes: int | None = None, **kwargs: Any
+    directory: str | os.PathLike[str],
+    *,
+    cache_bytes: int | None = None,
+    integers: bool = True,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Loads a compressed checkpoint as a transformers model.
 
@@ -25,6 +29,9 @@ def load(
             "owner/name" or "owner/name@revision" (downloaded whole first).
         cache_bytes: bound of decoded matrices kept in memory, 0 for none; default: environment
             variable QMOE_CACHE_BYTES, else 0.
+        integers: on a machine without a GPU, matrices that ``--dense-bits 4`` or 3 coded stay 8-bit
+            integers (`IntegerLinear`), exact to what is stored; False decodes them into ordinary
+            weights of the model's dtype, which can be changed.
         kwargs: for `from_pretrained`: dtype, device_map, offload_folder, ...
 
     Returns:
@@ -38,13 +45,14 @@ def load(
         directory = download(str(directory), kwargs.get("revision"))
     container = Container.open(directory)
     check(container)  # all this before transformers meets a damaged config
-    token = OPENED.set(container)
+    token, kept = OPENED.set(container), INTEGERS.set(integers)
     try:
         remote = bool(kwargs.get("trust_remote_code"))
         config = AutoConfig.from_pretrained(directory, trust_remote_code=remote)
         model: PreTrainedModel = auto_class(config).from_pretrained(directory, **kwargs)
     finally:
         OPENED.reset(token)
+        INTEGERS.reset(kept)
     if cache_bytes is not None:
         set_cache_bytes(model, cache_bytes)
     return model

@@ -31,6 +31,8 @@ CACHE_VARIABLE = "QMOE_CACHE_BYTES"
 
 # What `load` has verified, for the quantizer that transformers creates on the way.
 OPENED: ContextVar["Container | None"] = ContextVar("opened", default=None)
+# Whether dense matrices may stay integers, as `load` was asked.
+INTEGERS: ContextVar[bool] = ContextVar("integers", default=True)
 
 
 class QmoeConfig(QuantizationConfigMixin):
@@ -77,6 +79,7 @@ class QmoeQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.container: Container | None = None
         self.failures: list[CorruptError] = []
+        self.kept: dict[str, Any] = {}  # dense matrices that stay integers
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Not about attention: the hook that runs after the config is read and before weight files
@@ -104,8 +107,13 @@ class QmoeQuantizer(HfQuantizer):
         return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+        self,
+        model: Any,
+        checkpoint_files: list[str] | None = None,
+        device_map: Any = None,
+        **_: Any,
     ) -> None:
+        from qmoe.inference.dense import keep_integers
         from qmoe.inference.experts import Caches
         from qmoe.inference.structure import compare, swap
         from qmoe.store.reader import Container
@@ -121,6 +129,10 @@ class QmoeQuantizer(HfQuantizer):
         for layout in self.container.modules.values():
             swap(model, layout, self.container, caches)
         compare(model, self.container)
+        places = {"": "cpu"} if device_map is None else device_map
+        on_cpu = isinstance(places, dict) and {str(p) for p in places.values()} == {"cpu"}
+        if INTEGERS.get() and on_cpu and not torch.cuda.is_available():
+            self.kept = keep_integers(model, self.container)
 
     def _cache_bytes(self) -> int:
         if self.quantization_config.cache_bytes is not None:
@@ -138,7 +150,9 @@ class QmoeQuantizer(HfQuantizer):
         model.)"""
         from qmoe.inference.dense import converters
 
-        return [] if self.container is None else converters(self.container, self.failures)
+        if self.container is None:
+            return []
+        return converters(self.container, self.failures, self.kept)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Bytes stay bytes; what is decoded from them learns its dtype here."""
@@ -151,10 +165,12 @@ class QmoeQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from qmoe.inference.dense import give_scales
         from qmoe.inference.save import save_pretrained
 
         if self.failures:
             raise self.failures[0]
+        give_scales(model, self.kept)
         # transformers marks the config as quantized; some families (jamba) then expect quantized
         # Linears, which there are none of.
         for module in model.modules():

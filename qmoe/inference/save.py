@@ -150,7 +150,13 @@ def _dense(container: Container | None) -> list[str]:
 
 def _save_dense(block: BlockWriter, name: str, weight: Tensor, container: Container) -> None:
     coded = container.dense_matrix(name)
-    if torch.equal(coded.decode(weight.dtype), weight):
+    if weight.dtype == torch.int8:
+        if not torch.equal(coded.integers().codes, weight):
+            raise OutputError(
+                f"the integers of {name} were changed; they have no other stored form"
+            )
+        block.add_dense_encoded(coded, container.manifest["report"]["dense"][name])
+    elif torch.equal(coded.decode(weight.dtype), weight):
         block.add_dense_encoded(coded, container.manifest["report"]["dense"][name])
     else:
         block.add_tensor(name, weight)
