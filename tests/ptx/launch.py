@@ -64,7 +64,8 @@ class Launch:
 class Session:
     """Launches of a context, and which bytes of fresh memory were written.
 
-    `change` is applied to the PTX of the kernels it is given for: {kernel name: text -> text}.
+    `change` is applied to the PTX of the kernels it is given for: {kernel name: text -> text}. With
+    `dry`, launches are compiled and their limits checked, but nothing runs.
     """
 
     capability: int
@@ -72,6 +73,7 @@ class Session:
     fresh: dict = field(default_factory=dict)  # storage -> (written bytes, a tensor to keep it)
     change: dict = field(default_factory=dict)
     last: set = field(default_factory=set)  # storages that the last launch wrote
+    dry: bool = False
 
     def mark(self, t):
         """Fresh memory holds nothing."""
@@ -87,6 +89,10 @@ class Session:
             raise Fault(f"{kernel.name}: a grid of {grid}, at most {GRID}")
         if kernel.metadata.shared > SHARED[self.capability] << 10:
             raise Fault(f"{kernel.name}: {kernel.metadata.shared} bytes of shared memory")
+        dependent = bool(getattr(kernel.metadata, "launch_pdl", False))
+        if self.dry:
+            self.launches.append(Launch(kernel.name, grid, dependent, kernel, Counter()))
+            return
         memory, storages, values = Global(), {}, []
         types = {n: k for n, k in kernel.src.signature.items() if k != "constexpr"}
         for (name, kind), value in zip(kernel.src.signature.items(), args, strict=True):
@@ -97,15 +103,14 @@ class Session:
         text = kernel.asm["ptx"]
         code = parse(text if change is None else change(text))
         values = [*map(int, values), 0, 0][: len(code.params)]  # scratch that nothing uses
-        dependent = bool(getattr(kernel.metadata, "launch_pdl", False))
         early = {n for s, n in storages.items() if s not in self.last} if dependent else None
-        names = {s: t for s, t in zip(storages, memory.tensors, strict=True)}
+        tensors = dict(zip(storages, memory.tensors, strict=True))
         machine = Machine(code, grid, memory, values, kernel.metadata.shared, early)
         try:
             machine.run()
         except Fault as e:
             raise Fault(f"{kernel.name}, grid {grid}, {types}: {e}") from None
-        self.last = {s for s, t in names.items() if t.writer is not None}
+        self.last = {s for s, t in tensors.items() if t.writer is not None}
         self.launches.append(Launch(kernel.name, grid, dependent, kernel, machine.counts))
 
     def _place(self, memory, storages, name, value):

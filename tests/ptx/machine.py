@@ -63,6 +63,8 @@ class Machine:
             running = state == RUNS
             if not running.any():
                 if (state == DONE).all():
+                    if self.early is not None and not self.waited.all():
+                        raise Fault("a thread leaves without griddepcontrol.wait")
                     return self
                 self._release(state)
                 continue
@@ -141,7 +143,7 @@ class Machine:
         if kind == "pred":
             return np.array([name not in ("0", "false")])
         size = int(kind[1:]) if kind else 32
-        return np.array([int(name, 0) & (1 << size) - 1], f"u{size // 8}")
+        return np.array([int(name.rstrip("U"), 0) & (1 << size) - 1], f"u{size // 8}")
 
     def _special(self, m):
         inside, cta = self.thread % self.cta, self.thread // self.cta

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from qmoe.kernels.launch import BATCHES, Plan, plan_of, segments
 from qmoe.kernels.ops import ExpertsPack, experts_forward, silu_gate
-from qmoe.kernels.pack import LANES, NO_ROW, Projection
-from qmoe.kernels.project import project, project_torch, weights, weights_torch
+from qmoe.kernels.interleave import LANES
+from qmoe.kernels.pack import NO_ROW, Projection
+from qmoe.kernels.project import project, weights
+from qmoe.kernels.twins import project_torch, weights_torch
 from qmoe.measure.kernels.sample import packed, sample_matrix
 
 DEVICE = "cuda"

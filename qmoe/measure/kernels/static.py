@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from qmoe.codec import encode_group
-from qmoe.kernels import decode, grouped, matvec, pair_groups, shared
-from qmoe.kernels.launch import PLANS
+from qmoe.kernels import decode, grouped, inputs, matvec, pair_groups, shared, sums
+from qmoe.kernels.launch import PLANS, PORTABLE, Plan, plan_for
 from qmoe.measure.kernels.sample import packed, sample_matrix
 from qmoe.measure.kernels.sass import Compiled, compile_for
 from qmoe.measure.kernels.trace import LINE, Touched, mean, trace
@@ -28,9 +28,8 @@ BF16_WEIGHTS = 4.3e12 / 2
 WARPS = PLANS[90].warps
 WIDTH = 1280  # inputs of a piece of 1024 columns, with zeros
 BUDGET = 7.0  # lane instructions per weight of the batch-1 loop at 0.8 bit
-_DECODER = dict.fromkeys(("words", "records", "lanes", "starts", "context_maps", "expert_maps",
-"expert_limits"), "*i32") | {
-    "classes": "*u8", "lut": "*i16", "row_scale": "*fp32", "row_scale_neg": "*fp32"
+_DECODER = dict.fromkeys(("words", "records", "lanes", "context_maps", "expert_info"), "*i32") | {
+    "starts": "*i16", "classes": "*u8", "lut": "*i16", "row_scale": "*fp32", "row_scale_neg": "*fp32"
 }  # fmt: skip
 _ROUTING = {
     "group_expert": "*i32",
@@ -40,6 +39,11 @@ _ROUTING = {
     "scales": "*fp32",
     "partial": "*fp32",
 }
+
+
+def target_plan(target: int | str) -> Plan:
+    """Plan of a target of `kernels`."""
+    return plan_for(target) if isinstance(target, int) else PORTABLE
 
 
 def kernels(
@@ -74,6 +78,7 @@ def kernels(
             "WIDE": False,
             "NEG": False,
             "ASM": asm,
+            "PDL": target_plan(target).pdl,
         } | changed
         types = (
             loop
@@ -82,21 +87,23 @@ def kernels(
         )
         out[name] = matvec.matvec, types, constants, warp
     if asm and shared.SUPPORTED:
-        for batch in (1, 4, 8):
+        for batch, cut in ((1, 1), (1, 4), (4, 1), (8, 1)):
             constants = {
                 "B": batch,
                 "X_BITS": 16,
                 "L": 7,
-                "S": 1,
+                "S": cut,
                 "W": WARPS,
                 "WIDE": False,
                 "NEG": False,
                 "ASM": asm,
-                "ROOM": shared.room(WIDTH, batch, 16),
+                "PDL": target_plan(target).pdl,
+                "ROOM": shared.room(WIDTH, batch),
+                "BUILD": batch == 1,
             }
-            out[f"matvec {batch} shared"] = (
+            out[f"matvec {batch} shared" + f" in {cut} segments" * (cut > 1)] = (
                 shared.matvec_shared,
-                loop,
+                loop | {"x": "*bf16"},
                 constants,
                 {"num_warps": WARPS},
             )
@@ -107,27 +114,27 @@ def kernels(
         options,
         warp,
     )
-    block = {"BLOCK": 256}
+    block, pdl = {"BLOCK": 256}, {"PDL": target_plan(target).pdl}
     out["inputs"] = (
-        matvec.gather_inputs,
+        inputs.gather_inputs,
         _ROUTING | {"x": "*bf16", "xs": "*bf16"},
-        {"B": 1, "OFFSET": 0} | block,
+        {"B": 8, "OFFSET": 0, "MEMBERS": True} | block | pdl,
         {},
     )
     out["gate"] = (
-        matvec.silu_inputs,
+        inputs.silu_inputs,
         _ROUTING | {"xs": "*bf16"},
-        {"SLOTS": 2, "B": 1, "HALF": 1} | block,
+        {"SLOTS": 2, "B": 1, "HALF": 1} | block | pdl,
         {},
     )
     out["sum pairs"] = (
-        matvec.sum_partials,
+        sums.sum_partials,
         _ROUTING | {"y": "*bf16"},
-        {"SLOTS": 2, "B": 1} | block,
+        {"SLOTS": 2, "B": 1, "DIRECT": True} | block,
         {},
     )
-    sums = {"K": 8, "SLOTS": 1, "B": 1} | block
-    out["sum tokens"] = matvec.sum_tokens, _ROUTING | {"weights": "*bf16", "out": "*bf16"}, sums, {}
+    total = {"K": 8, "SLOTS": 1, "B": 1, "DIRECT": True} | block | pdl
+    out["sum tokens"] = sums.sum_tokens, _ROUTING | {"weights": "*bf16", "out": "*bf16"}, total, {}
     out["groups"] = (
         pair_groups.group_small,
         _ROUTING | {"index": "*i64"},
@@ -139,7 +146,6 @@ def kernels(
         "TOKENS": plan.token_tile,
         "ROWS": plan.row_tile,
         "DEPTH": plan.depth_tile,
-        "SPLIT": 1,
         "EXACT": False,
     }
     dot_types = {
