@@ -54,10 +54,10 @@ def decode_active(
         return
     if tl.load(expert_info + e * 4) != L:
         return
-    at = e.to(tl.int64) * tl.num_programs(0) + program
+    at = e * tl.num_programs(0) + program
     piece = program // tiles // S
     pieces = tl.num_programs(0) // tiles // S
-    piece_tile = (e.to(tl.int64) * pieces + piece) * tiles + program % tiles
+    piece_tile = (e * pieces + piece) * tiles + program % tiles
     info, next_word, end, low, high, ahead, pos, left, steps, limit = begin(
         lane, tl.zeros([32], tl.int32), at, at, piece_tile,
         words, records, lanes, starts, word_bytes, S, ASM,

@@ -119,7 +119,7 @@ def begin(
 
     Args:
         lane, zero: 0..32 * W - 1, and zeros: made by the caller, since Gluon gives tensors a layout.
-        at: this lane's program, int64; first_tile: the first program of the CTA; piece_tile: this
+        at: this lane's program; first_tile: the first program of the CTA; piece_tile: this
             lane's row of `lanes`.
 
     Returns:

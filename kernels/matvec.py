@@ -70,8 +70,9 @@ def start(
     warp behind the last tile repeats it. The tiles with the longest streams come first in the grid.
     """
     slot, tile0 = tl.program_id(1), tl.program_id(2) * W
-    base = (e.to(tl.int64) * tl.num_programs(1) + slot) * tiles
-    pieces = (e.to(tl.int64) * (tl.num_programs(1) // S) + slot // S) * tiles
+    # every program has words, of which there are less than 2^31: its number times 32 fits in int32
+    base = (e * tl.num_programs(1) + slot) * tiles
+    pieces = (e * (tl.num_programs(1) // S) + slot // S) * tiles
     tile = tl.minimum(tile0 + lane // 32, tiles - 1)
     return begin(
         lane, zero, base + tile, base + tile0, pieces + tile,

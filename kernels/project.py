@@ -158,8 +158,11 @@ def _launch_matvec(
         more: tuple[int, ...] = ()
         options: dict[str, Any] = {"num_warps": plan.warps, "enable_fp_fusion": True}
         if plan.shared and shared.fits(limit, p.wide):
-            kernel, extra, more = shared.matvec_shared, (p.columns, p.scales), (p.cols, max(1, fan))
-            options |= {"ROOM": shared.room(p.width, batch), "BUILD": fan > 0}
+            kernel, extra, more = shared.matvec_shared, (p.columns, p.scales), (p.cols,)
+            options |= {
+                "ROOM": shared.room(p.width, batch), "FILL": shared.fill(p.width, plan.warps),
+                "FAN": fan,
+            }  # fmt: skip
         if plan.pdl and dependent and k == 0:  # a second launch waits for the first to its end
             options["launch_pdl"] = True
         kernel[grid](

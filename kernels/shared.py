@@ -6,7 +6,7 @@ runs on NVIDIA GPUs.
 Lookups are the loop's most scattered loads: lanes that follow rows of different classes use several
 tables of four cache lines each. Shared memory serves any 32 addresses in as many cycles as the
 fullest of its 32 banks has words. The warps of a program share one copy of the tables and of the
-piece's inputs, which for one token they build themselves (BUILD): one launch less. The rest of the
+piece's inputs, which for one token they build themselves (FAN): one launch less. The rest of the
 loop is the same code, and so are its results, bit for bit.
 
 Needs codes of at most 8 bits (usually there are 7, then 16 tables are 4 KiB) and 16-bit entries,
@@ -25,6 +25,7 @@ from qmoe.kernels.matvec import active_expert, follow, inputs_of, start
 from qmoe.kernels.sums import rounded
 
 LIMIT = 8  # bits of the longest codes that fit
+MAX_WARPS = 8  # of a program
 MAX_ROOM = 4096  # inputs; a piece of 1024 columns needs 1280
 
 gluon: Any = None
@@ -47,8 +48,13 @@ def room(width: int, batch: int) -> int:
     """Inputs that are kept in shared memory for `batch` tokens: a power of two >= width, or 0 to
     read them through the cache.
     """
-    size: int = triton.next_power_of_2(width)
+    size: int = triton.next_power_of_2(max(width, 64 * MAX_WARPS))
     return size if batch == 1 and size <= MAX_ROOM else 0
+
+
+def fill(width: int, warps: int) -> int:
+    """Of that room, what the copies of `warps` warps fill: a multiple of 64 each."""
+    return -(-width // (64 * warps)) * 64 * warps
 
 
 def _jit(function: Any) -> Any:
@@ -57,18 +63,17 @@ def _jit(function: Any) -> Any:
 
 @_jit
 def build(
-    i, x, columns, scales, group, e, cols, fan, stored, S: tl.constexpr, X_BITS: tl.constexpr
+    i, x, columns, scales, e, cols, stored, S: tl.constexpr, X_BITS: tl.constexpr
 ):
-    """Inputs i of this program's piece as words of X_BITS, from the layer's input."""
+    """Inputs i of this program's piece as words of X_BITS, from the row of the layer's input at x."""
     piece = (e.to(tl.int64) * (tl.num_programs(1) // S) + tl.program_id(1) // S) * stored
-    inside = i < stored
-    column = gl.load(columns + tl.multiple_of(piece, 16) + i, mask=inside, other=-1).to(gl.int32)
-    scale = gl.load(scales + tl.multiple_of(piece, 16) + i, mask=inside, other=0.0)
-    use = (column >= 0) & (column < cols)
-    v = gl.load(x + (group // fan).to(gl.int64) * cols + column, mask=use, other=0.0)
-    v = v.to(gl.float32) * scale
+    column = gl.load(columns + tl.multiple_of(piece, 16) + i, mask=i < stored, other=-1)
+    scale = gl.load(scales + tl.multiple_of(piece, 16) + i, mask=i < stored, other=0.0)
+    column = column.to(gl.int32)
+    use = column.to(gl.uint32, bitcast=True) < cols  # no column is -1
+    v = gl.load(x + column, mask=use, other=0.0).to(gl.float32) * scale
     if X_BITS == 16:
-        return (rounded(v, 1).to(gl.uint32, bitcast=True) >> 16).to(gl.int16)
+        return v.to(gl.bfloat16).to(gl.int16, bitcast=True)
     else:
         return v.to(gl.int32, bitcast=True)
 
@@ -78,13 +83,14 @@ def matvec_shared(
     words, records, lanes, starts, classes, context_maps, expert_info, lut,
     row_scale, row_scale_neg,
     xs, group_expert, partial, columns, scales,
-    experts, rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes, cols, fan,
+    experts, rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes, cols,
     B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
     WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-    ROOM: tl.constexpr, BUILD: tl.constexpr,
+    ROOM: tl.constexpr, FILL: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
-    """`matvec` for L <= LIMIT and 16-bit entries, on its grid; ROOM from `room`. BUILD: `xs` is the
-    layer's input [tokens, cols], and pair g takes row g // fan of it.
+    """`matvec` for L <= LIMIT and 16-bit entries, on its grid; ROOM from `room`, of which
+    the first FILL are filled. FAN > 0: `xs` is the layer's input [tokens, cols], and pair g takes
+    row g // FAN of it.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [W], [0])
     copy: gl.constexpr = gl.BlockedLayout([8], [32], [W], [0])
@@ -106,19 +112,21 @@ def matvec_shared(
     tables = gl.allocate_shared_memory(gl.int16, [16 << L], flat)
     inputs = tables
     if ROOM > 0:
-        i = gl.arange(0, ROOM, layout=copy)
-        if BUILD:
-            values = build(
-                i, xs, columns, scales, gl.program_id(0), e, cols, fan, stored, S, X_BITS
-            )
-        elif X_BITS == 16:
-            x = inputs_of(xs, width, B, S).to(gl.pointer_type(gl.int16))
-            values = gl.load(x + i, mask=i < width, other=0)
+        WORD: gl.constexpr = gl.int16 if X_BITS == 16 else gl.int32
+        PART: gl.constexpr = 64 * W
+        part: gl.constexpr = gl.BlockedLayout([2], [32], [W], [0])
+        inputs = gl.allocate_shared_memory(WORD, [ROOM], flat)
+        if FAN > 0:
+            x = xs + (gl.program_id(0) // FAN).to(gl.int64) * cols
         else:
-            x = inputs_of(xs, width, B, S).to(gl.pointer_type(gl.int32))
-            values = gl.load(x + i, mask=i < width, other=0)
-        inputs = gl.allocate_shared_memory(values.dtype, [ROOM], flat)
-        inputs.store(values)
+            x = inputs_of(xs, width, B, S).to(gl.pointer_type(WORD))
+        for k in gl.static_range(FILL // PART):
+            i = k * PART + gl.arange(0, PART, layout=part)
+            if FAN > 0:
+                values = build(i, x, columns, scales, e, cols, stored, S, X_BITS)
+            else:
+                values = gl.load(x + i, mask=i < width, other=0)
+            inputs.slice(k * PART, PART).store(values)
     tables.store(entries)
     gl.barrier()
     follow(

@@ -33,6 +33,21 @@ def ldmatrix(machine, i):
         machine.put(name, np.ascontiguousarray(words[:, k]).reshape(-1))
 
 
+def stmatrix(machine, i):
+    """The way back of `ldmatrix`."""
+    if "trans" in i.parts:
+        raise NotImplementedError(i.text)
+    _complete(machine)
+    names = i.args[1] if isinstance(i.args[1], list) else [i.args[1]]
+    count, warps = len(names), len(machine.idx) // WARP
+    address = machine.address(i.args[0], "s32").reshape(warps, WARP)[:, : 8 * count]
+    who = machine.idx.reshape(warps, WARP)[:, : 8 * count]
+    values = [np.broadcast_to(machine.get(n, "b32"), machine.idx.shape) for n in names]
+    words = np.stack([v.reshape(warps, 8, 4) for v in values], 1)  # [warps, count, 8, 4]
+    data = np.ascontiguousarray(words).view(np.uint8).reshape(-1, 16)
+    machine.access_shared(address.ravel(), who.ravel(), 16, data)
+
+
 def _fragments(machine, names, kind):
     """Registers of pairs of 16-bit floats as float64 [warps, lanes, registers, 2]."""
     values = [np.broadcast_to(machine.get(n), machine.idx.shape) for n in names]
@@ -102,4 +117,4 @@ def wgmma(machine, i):
         machine.put(name, (old + part).astype(np.float32))
 
 
-OPS = {"ldmatrix": ldmatrix, "mma": mma, "wgmma": wgmma}
+OPS = {"ldmatrix": ldmatrix, "stmatrix": stmatrix, "mma": mma, "wgmma": wgmma}

@@ -99,7 +99,8 @@ def kernels(
                 "ASM": asm,
                 "PDL": target_plan(target).pdl,
                 "ROOM": shared.room(WIDTH, batch),
-                "BUILD": batch == 1,
+                "FILL": shared.fill(WIDTH, WARPS),
+                "FAN": 8 if batch == 1 else 0,
             }
             out[f"matvec {batch} shared" + f" in {cut} segments" * (cut > 1)] = (
                 shared.matvec_shared,
