@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """Choices for one architecture.
 
     Attributes:
@@ -58,27 +58,27 @@ class Plan:
 
 BATCHES = (1, 2, 4, 8)
 PLANS = {
-    80: Plan(fill=108 * 24 * 32, scratch_bytes=32 << 20),
-    89: Plan(fill=128 * 24 * 32, scratch_bytes=48 << 20),
-    90: Plan(pdl=True),
-    100: Plan(fill=148 * 24 * 32, scratch_bytes=96 << 20, pdl=True),
+    80: LaunchPlan(fill=108 * 24 * 32, scratch_bytes=32 << 20),
+    89: LaunchPlan(fill=128 * 24 * 32, scratch_bytes=48 << 20),
+    90: LaunchPlan(pdl=True),
+    100: LaunchPlan(fill=148 * 24 * 32, scratch_bytes=96 << 20, pdl=True),
 }
 # the interpreter and AMD, whose programs have 64 KiB of shared memory
-PORTABLE = Plan(asm=False, shared=False, warps=1, float_stages=1)
+PORTABLE = LaunchPlan(asm=False, shared=False, warps=1, float_stages=1)
 
 
-def plan_for(capability: int) -> Plan:
-    """Plan of a CUDA compute capability (10 * major + minor); `PORTABLE` below 8.0."""
+def plan_for(capability: int) -> LaunchPlan:
+    """LaunchPlan of a CUDA compute capability (10 * major + minor); `PORTABLE` below 8.0."""
     known = [c for c in PLANS if c <= capability]
     return PLANS[max(known)] if known else PORTABLE
 
 
-_forced: list[Plan] = []
-_chosen: dict[torch.device, Plan] = {}
+_forced: list[LaunchPlan] = []
+_chosen: dict[torch.device, LaunchPlan] = {}
 
 
 @contextmanager
-def forced(plan: Plan) -> Iterator[None]:
+def forced(plan: LaunchPlan) -> Iterator[None]:
     """Every device has this plan inside the context, and operators run their kernels on it, on a
     CPU too; for measurements and tests, not thread-safe.
     """
@@ -94,27 +94,27 @@ def is_forced() -> bool:
     return bool(_forced)
 
 
-def choose(device: torch.device, plan: Plan) -> None:
+def choose(device: torch.device, plan: LaunchPlan) -> None:
     """Gives a device another plan from now on."""
     _chosen[device] = plan
 
 
-def plan_of(device: torch.device) -> Plan:
-    """Plan of a device."""
+def plan_of(device: torch.device) -> LaunchPlan:
+    """LaunchPlan of a device."""
     if _forced:
         return _forced[-1]
     return _chosen.get(device) or _plan_of(device)
 
 
 @lru_cache
-def _plan_of(device: torch.device) -> Plan:
+def _plan_of(device: torch.device) -> LaunchPlan:
     if device.type != "cuda" or torch.version.hip is not None:
         return PORTABLE
     major, minor = torch.cuda.get_device_capability(device)
     return plan_for(10 * major + minor)
 
 
-def segments(plan: Plan, rows: int, cols: int, top_k: int) -> int:
+def segments(plan: LaunchPlan, rows: int, cols: int, top_k: int) -> int:
     """Segments per stream so that one token's experts fill the GPU, without segments below
     `plan.segment` columns.
     """
@@ -124,7 +124,7 @@ def segments(plan: Plan, rows: int, cols: int, top_k: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def batch_of(plan: Plan, tokens: int, top_k: int, experts: int) -> int:
+def batch_of(plan: LaunchPlan, tokens: int, top_k: int, experts: int) -> int:
     """Tokens per expert that one pass of the matvec handles, 1, 2, 4 or 8; 0 = the grouped product
     is cheaper.
 

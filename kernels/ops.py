@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qmoe.kernels import inputs, sums
 from qmoe.kernels.launch import batch_of, plan_of
-from qmoe.kernels.pack import Projection
+from qmoe.kernels.pack import PackedProjection
 from qmoe.kernels.project import (
     BLOCK,
     first_sums,
@@ -46,8 +46,8 @@ class ExpertsPack:
     [E, hidden, inner].
     """
 
-    up: Projection
-    down: Projection
+    up: PackedProjection
+    down: PackedProjection
 
     def __post_init__(self) -> None:
         if self.up.experts != self.down.experts or self.up.cols != self.down.rows:
@@ -69,7 +69,7 @@ class ExpertsPack:
 def _project(
     x: Tensor, index: Tensor, fan: int, tensors: Sequence[Tensor], numbers: Sequence[int]
 ) -> Tensor:
-    p = Projection.from_parts(tensors, numbers)
+    p = PackedProjection.from_parts(tensors, numbers)
     if not runs_kernels(x.device):
         return project_torch(p, x, index, fan)
     with guard(x.device):
@@ -92,7 +92,7 @@ def _project_back(
     Every expert that has a pair is decoded once; which ones is read back by the host, so this is
     not for a graph.
     """
-    p = Projection.from_parts(tensors, numbers)
+    p = PackedProjection.from_parts(tensors, numbers)
     x = torch.zeros(y.shape[0] // fan, p.cols, dtype=torch.float32, device=y.device)
     with guard(y.device):
         for e in index.unique().tolist():
@@ -130,7 +130,7 @@ def _experts_silu(
     down: Sequence[Tensor], down_numbers: Sequence[int],
 ) -> Tensor:  # fmt: skip
     pack = ExpertsPack(
-        Projection.from_parts(up, up_numbers), Projection.from_parts(down, down_numbers)
+        PackedProjection.from_parts(up, up_numbers), PackedProjection.from_parts(down, down_numbers)
     )
     if not runs_kernels(hidden.device):
         return twin(pack, hidden, index, weights, silu_gate)
@@ -185,7 +185,7 @@ def _experts_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _experts_silu.register_autograd(_experts_gradient, setup_context=_keep_experts)
 
 
-def project_pairs(p: Projection, x: Tensor, index: Tensor) -> Tensor:
+def project_pairs(p: PackedProjection, x: Tensor, index: Tensor) -> Tensor:
     """``y[t] = W[index[t]] @ x[t]`` as a custom operator: kernels on a GPU, the twin on a CPU.
 
     Args:

@@ -23,12 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qmoe.codec import Layout, Tables
+from qmoe.codec import ParsedMatrix, Tables
 from qmoe.kernels.interleave import LANES, interleave, measure
 from qmoe.kernels.recode import Recoding, recoding, rewrite
 
 NO_ROW = 0xFFFFFF
-CONTEXTS = 128  # entries of a context map: row class + column class is below 126
+MAP_WIDTH = 128  # entries of a context map: row class + column class is below 126
 MAX_ADVANCE = 63
 MAX_ROWS = 65535 * LANES  # tiles are an axis of the grid
 RECORD = 4  # int32s per program: first word, end word, groups, span
@@ -40,7 +40,7 @@ Map = Callable[..., Iterable[Any]]
 
 
 @dataclass(frozen=True)
-class Projection:
+class PackedProjection:
     """One projection of all experts of a layer, e.g. gate and up together: [E] matrices [rows,
     cols], in kernel form.
 
@@ -121,7 +121,7 @@ class Projection:
         return [*shape, int(self.wide), *self.limits]
 
     @classmethod
-    def from_parts(cls, tensors: Sequence[Tensor], numbers: Sequence[int]) -> "Projection":
+    def from_parts(cls, tensors: Sequence[Tensor], numbers: Sequence[int]) -> "PackedProjection":
         """Inverse of `tensors` and `numbers`."""
         values: dict[str, Tensor | None] = dict(zip(_TENSORS, tensors, strict=True))
         if not tensors[-1].numel():
@@ -129,7 +129,7 @@ class Projection:
         wide, *limits = numbers[6:]
         return cls(*numbers[:6], tuple(limits), bool(wide), **cast(Any, values))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Projection":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedProjection":
         """A copy with all tensors on `device`."""
         names = [n for n in _TENSORS if getattr(self, n) is not None]
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names})
@@ -139,12 +139,12 @@ class Projection:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
-_TENSORS = [f.name for f in fields(Projection)][8:]
+_TENSORS = [f.name for f in fields(PackedProjection)][8:]
 
 
 def pack_projection(
-    matrices: Sequence[tuple[Tables, Layout]], segments: int = 1, run: Map = map
-) -> Projection:
+    matrices: Sequence[tuple[Tables, ParsedMatrix]], segments: int = 1, run: Map = map
+) -> PackedProjection:
     """Kernel form of one projection of a layer.
 
     Args:
@@ -176,11 +176,11 @@ def pack_projection(
     list(run(lambda p, base: p.write(words, int(base)), parts, sizes[:-1]))
     info = np.zeros((len(matrices), 4), np.int32)
     for e, n in enumerate(numbers):
-        info[e, :3] = groups[n].new.limit, n * CONTEXTS, bases[n]
+        info[e, :3] = groups[n].new.limit, n * MAP_WIDTH, bases[n]
     span = max(m.span for m in layouts)
     latch = max(g.new.latch for g in groups)
     negative = [m.row_scale if m.row_scale_neg is None else m.row_scale_neg for m in layouts]
-    return Projection(
+    return PackedProjection(
         experts=len(matrices),
         rows=first.rows,
         cols=first.cols,
@@ -204,7 +204,7 @@ def pack_projection(
     )
 
 
-def _check(matrices: Sequence[tuple[Tables, Layout]], segments: int) -> None:
+def _check(matrices: Sequence[tuple[Tables, ParsedMatrix]], segments: int) -> None:
     if not matrices or not 1 <= segments <= 8:
         raise ValueError(
             f"need at least one matrix and 1 to 8 segments, got {len(matrices)} and {segments}"
@@ -220,7 +220,7 @@ def _check(matrices: Sequence[tuple[Tables, Layout]], segments: int) -> None:
         raise ValueError(f"a projection of {first.rows} rows; kernels take up to {MAX_ROWS}")
 
 
-def _columns(layouts: Sequence[Layout], stored: int) -> dict[str, Tensor]:
+def _columns(layouts: Sequence[ParsedMatrix], stored: int) -> dict[str, Tensor]:
     """The tensors by position: classes, columns, scales."""
     shape = len(layouts), layouts[0].pieces, stored
     columns, classes = np.full(shape, -1, np.int32), np.zeros(shape, np.uint8)
@@ -263,7 +263,7 @@ class _Programs:
                 interleave(self.source, cuts, self.order[p], first[p, s].copy(), words)
 
 
-def _programs(how: Recoding, m: Layout, segments: int) -> _Programs:
+def _programs(how: Recoding, m: ParsedMatrix, segments: int) -> _Programs:
     source, flat = rewrite(how, m, segments)
     cuts = flat.reshape(m.rows, m.pieces, segments + 1, 3)
     tiles = -(-m.rows // LANES)
@@ -316,14 +316,14 @@ def _lookup(
     groups: Sequence[Tables], wide: bool
 ) -> tuple[NDArray[np.generic], NDArray[np.int32], list[int]]:
     """Device lookup tables of all groups, their context maps and the first entry of each."""
-    entries, maps, bases = [], np.zeros((len(groups), CONTEXTS), np.int32), [0]
+    entries, maps, bases = [], np.zeros((len(groups), MAP_WIDTH), np.int32), [0]
     bits, kind = (32, np.int32) if wide else (16, np.int16)
     for g, t in enumerate(groups):
         length, advance = t.lookup & 15, t.lookup >> 8 & 63
         value = (_values(t) + (128 if wide else 32)).astype(np.uint32)
         entry = advance | value << 6 | length << (14 if wide else 12)
         entries.append(entry.astype(f"uint{bits}").view(kind).ravel())
-        table = np.minimum(np.arange(CONTEXTS), t.table_of.size - 1)
+        table = np.minimum(np.arange(MAP_WIDTH), t.table_of.size - 1)
         maps[g] = t.table_of[table].astype(np.int32) << t.limit
         bases.append(bases[-1] + entries[-1].size)
     # a kernel may copy 16 tables of 8 bits at once, whichever group's it starts at

@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 from qmoe.kernels import decode, grouped, inputs, matvec, pair_groups, shared, sums
-from qmoe.kernels.launch import Plan, batch_of, is_forced, plan_of
-from qmoe.kernels.pack import Projection
+from qmoe.kernels.launch import LaunchPlan, batch_of, is_forced, plan_of
+from qmoe.kernels.pack import PackedProjection
 from qmoe.kernels.twins import dense_of
 
 INTERPRETED = not isinstance(
@@ -41,7 +41,7 @@ def inputs_type(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
 
-def decoder_args(p: Projection) -> tuple[Tensor, ...]:
+def decoder_args(p: PackedProjection) -> tuple[Tensor, ...]:
     """The tensors that every decoding kernel starts with."""
     return (
         p.words,
@@ -93,7 +93,7 @@ def make_groups(index: Tensor, experts: int, batch: int) -> Groups:
 
 
 def gathered(
-    p: Projection, x: Tensor, groups: Groups, fan: int, plan: Plan, dependent: bool = False
+    p: PackedProjection, x: Tensor, groups: Groups, fan: int, plan: LaunchPlan, dependent: bool = False
 ) -> Tensor:
     """Scaled inputs of every group: [groups, P, width, B], see `inputs.gather_inputs`."""
     count, batch = groups.expert.numel(), groups.batch
@@ -107,14 +107,14 @@ def gathered(
     return xs
 
 
-def launched(plan: Plan, dependent: bool) -> dict[str, Any]:
+def launched(plan: LaunchPlan, dependent: bool) -> dict[str, Any]:
     """Launch options of four warps; `dependent`: it may begin before the launch in front of it has
     ended, which is one of ours.
     """
     return FOUR_WARPS | {"launch_pdl": True} if plan.pdl and dependent else FOUR_WARPS
 
 
-def builds_inputs(p: Projection, plan: Plan, batch: int) -> bool:
+def builds_inputs(p: PackedProjection, plan: LaunchPlan, batch: int) -> bool:
     """Whether `first_sums` needs no launch for its inputs."""
     return (
         plan.shared
@@ -124,7 +124,7 @@ def builds_inputs(p: Projection, plan: Plan, batch: int) -> bool:
 
 
 def first_sums(
-    p: Projection, x: Tensor, groups: Groups, fan: int, plan: Plan, dependent: bool = False
+    p: PackedProjection, x: Tensor, groups: Groups, fan: int, plan: LaunchPlan, dependent: bool = False
 ) -> Tensor:
     """Partial sums of W[expert] x from the rows of a layer's input, as `partial_sums`."""
     if builds_inputs(p, plan, groups.batch):
@@ -134,7 +134,7 @@ def first_sums(
 
 
 def partial_sums(
-    p: Projection, xs: Tensor, groups: Groups, plan: Plan, dependent: bool = False
+    p: PackedProjection, xs: Tensor, groups: Groups, plan: LaunchPlan, dependent: bool = False
 ) -> Tensor:
     """float32 [groups, P * S, B, rows]: every segment's share of W[expert] xs, for scaled inputs.
 
@@ -144,7 +144,7 @@ def partial_sums(
 
 
 def _launch_matvec(
-    p: Projection, xs: Tensor, groups: Groups, plan: Plan, dependent: bool, fan: int
+    p: PackedProjection, xs: Tensor, groups: Groups, plan: LaunchPlan, dependent: bool, fan: int
 ) -> Tensor:
     """fan > 0: xs is the layer's input, and the kernel builds its inputs."""
     count, batch, bits = groups.expert.numel(), groups.batch, 8 * inputs_type(xs).itemsize
@@ -176,11 +176,11 @@ def _launch_matvec(
 
 
 def project(
-    p: Projection,
+    p: PackedProjection,
     x: Tensor,
     index: Tensor,
     fan: int,
-    plan: Plan | None = None,
+    plan: LaunchPlan | None = None,
     batch: int | None = None,
 ) -> Tensor:
     """``y[t] = W[index[t]] @ x[t // fan]`` by the kernels.
@@ -214,7 +214,7 @@ def project(
 
 
 def decode_experts(
-    p: Projection, out: Tensor, counts: Tensor, first: int, plan: Plan, ratio: bool
+    p: PackedProjection, out: Tensor, counts: Tensor, first: int, plan: LaunchPlan, ratio: bool
 ) -> None:
     """Fills out [slots, rows, P, depth] with the codes of experts first.. that have counts > 0;
     `ratio` see `decode.decode_active`.
@@ -234,7 +234,7 @@ def decode_experts(
         )  # fmt: skip
 
 
-def project_grouped(p: Projection, x: Tensor, index: Tensor, fan: int, plan: Plan) -> Tensor:
+def project_grouped(p: PackedProjection, x: Tensor, index: Tensor, fan: int, plan: LaunchPlan) -> Tensor:
     """`project` by decoding every active expert once, `plan.scratch_bytes` at a time."""
     pairs = index.numel()
     expert = torch.where((index >= 0) & (index < p.experts), index, p.experts).long()
@@ -267,7 +267,7 @@ def project_grouped(p: Projection, x: Tensor, index: Tensor, fan: int, plan: Pla
     return y
 
 
-def weights(p: Projection, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def weights(p: PackedProjection, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Dense weights of one expert by the kernel, [rows, cols]: float32 equals `weights_torch` bit
     for bit.
     """

@@ -14,7 +14,7 @@ from fractions import Fraction
 import numba as nb
 import numpy as np
 
-from qmoe.codec import Layout, Tables
+from qmoe.codec import ParsedMatrix, Tables
 from qmoe.codec.format.arrays import I32, I64, U8, U32
 from qmoe.codec.format.huffman import canonical_codes, code_lengths, fill_lookup
 from qmoe.errors import CorruptError
@@ -65,7 +65,7 @@ def recoding(tables: Tables) -> Recoding:
     return Recoding(tables, new_tables, codes, growth)
 
 
-def rewrite(how: Recoding, m: Layout, segments: int) -> tuple[U32, I64]:
+def rewrite(how: Recoding, m: ParsedMatrix, segments: int) -> tuple[U32, I64]:
     """A matrix's streams in the new codes, and their cuts.
 
     Args:
@@ -119,7 +119,7 @@ def _walk(
     """Follows every stream, writes the new code of each symbol, and cuts it.
 
     Args:
-        words, stream_start, row_class, slot_class: of a `Layout`.
+        words, stream_start, row_class, slot_class: of a `ParsedMatrix`.
         table_of, lookup, limit: of its `Tables`, lookup flat; codes: flat.
         out: zeros, long enough, with two words to spare; written.
         cuts: written, see `rewrite`.

@@ -4,16 +4,16 @@ import torch
 from torch import Tensor
 
 from qmoe.kernels.interleave import LANES
-from qmoe.kernels.pack import CONTEXTS, NO_ROW, POSITION_BITS, Projection
+from qmoe.kernels.pack import MAP_WIDTH, NO_ROW, POSITION_BITS, PackedProjection
 
 
-def lanes_of(p: Projection, expert: int) -> Tensor:
+def lanes_of(p: PackedProjection, expert: int) -> Tensor:
     """Row | class of every lane, int64 [NP * 32]: those of a piece, for each of its segments."""
     lanes = p.lanes[expert].view(p.pieces, 1, -1).expand(-1, p.segments, -1)
     return lanes.flatten().long()
 
 
-def segment_starts(p: Projection, expert: int, steps: Tensor) -> tuple[Tensor, Tensor]:
+def segment_starts(p: PackedProjection, expert: int, steps: Tensor) -> tuple[Tensor, Tensor]:
     """First position and number of groups of every lane, int64 [NP * 32] each; `steps` are the
     groups of its program.
     """
@@ -23,7 +23,7 @@ def segment_starts(p: Projection, expert: int, steps: Tensor) -> tuple[Tensor, T
     return starts & ((1 << POSITION_BITS) - 1), steps - (starts >> POSITION_BITS)
 
 
-def decode_torch(p: Projection, expert: int) -> Tensor:
+def decode_torch(p: PackedProjection, expert: int) -> Tensor:
     """Codes of one expert by position: float32 [rows, pieces, span + 1], the weight of the column
     at position i at index i.
 
@@ -40,7 +40,7 @@ def decode_torch(p: Projection, expert: int) -> Tensor:
     at, end = at - base, end - base
     lut = p.lut.long() & (0xFFFFFFFF if p.wide else 0xFFFF)
     bits, first_map, first_entry, _ = p.expert_info[expert].tolist()
-    context_map = p.context_maps.flatten()[first_map : first_map + CONTEXTS].long()
+    context_map = p.context_maps.flatten()[first_map : first_map + MAP_WIDTH].long()
     pos, left = torch.zeros_like(row), steps
     if p.segments > 1:
         pos, left = segment_starts(p, expert, steps)
@@ -73,14 +73,14 @@ def decode_torch(p: Projection, expert: int) -> Tensor:
     return codes[:-1, :, :stored]
 
 
-def weights_torch(p: Projection, expert: int) -> Tensor:
+def weights_torch(p: PackedProjection, expert: int) -> Tensor:
     """Dense weights of one expert, float32 [rows, cols]: codes * column scale * row scale, as
     `QuantizedMatrix.dequantize`.
     """
     return dense_of(p, expert, decode_torch(p, expert))
 
 
-def dense_of(p: Projection, expert: int, codes: Tensor) -> Tensor:
+def dense_of(p: PackedProjection, expert: int, codes: Tensor) -> Tensor:
     """Weights [rows, cols] from codes by position [rows, pieces, stored]."""
     scale = p.row_scale[expert][:, None]
     if p.row_scale_neg is not None:
@@ -94,7 +94,7 @@ def dense_of(p: Projection, expert: int, codes: Tensor) -> Tensor:
     return out[:, :-1].contiguous()
 
 
-def project_torch(p: Projection, x: Tensor, index: Tensor, fan: int) -> Tensor:
+def project_torch(p: PackedProjection, x: Tensor, index: Tensor, fan: int) -> Tensor:
     """Twin of `project`: ``y[t] = W[index[t]] @ x[t // fan]`` in float32, zeros where index is
     outside 0..E-1.
     """

@@ -15,10 +15,10 @@ from qmoe.codec import (
     encode_group,
     matvec,
     matvec_pairs,
-    pairs,
     parse_matrix,
     parse_tables,
 )
+from qmoe.codec.decoder import matvec as pair_module
 
 
 def parsed(matrices, limit=None):
@@ -44,7 +44,7 @@ def one_by_one(matrices, x):
 @pytest.fixture
 def threads(monkeypatch):
     """Work for every number of threads, however small it is."""
-    monkeypatch.setattr(pairs, "_SMALL", 0)
+    monkeypatch.setattr(pair_module, "_SMALL", 0)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -11,10 +11,11 @@ import qmoe
 from qmoe.errors import CorruptError, FormatVersionError
 from qmoe.store.manifest import MANIFEST, read_manifest
 from qmoe.store.reader import Container
-from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.stored_experts import StoredExperts
 from qmoe.store.writer import INDEX
 from qmoe.system.files import canonical_json
-from qmoe.system.tensors import DTYPES, Spill, read_header, read_tensor
+from qmoe.system.spill import Spill
+from qmoe.system.tensors import DTYPES, read_header, read_tensor
 
 
 def test_manifest_notices_a_bit_in_every_byte(tmp_path):
@@ -69,7 +70,7 @@ def test_unknown_version(tmp_path):
         (lambda q: q.update(quant_method="gptq"), "is not qmoe"),
         (lambda q: q.update(modules={}), "no experts module"),
         (lambda q: q["modules"].update({"n.experts": q["modules"]["m.experts"]}), "no stored"),
-        (lambda q: q["modules"]["m.experts"].update(kind="?"), "geometry"),
+        (lambda q: q["modules"]["m.experts"].update(kind=7), "geometry"),
         (lambda q: q["modules"]["m.experts"].update(experts=3), "asks for"),
         (lambda q: q["modules"]["m.experts"].update(experts=True), "geometry"),
         (lambda q: q["modules"]["m.experts"].update(experts=-2), "geometry"),
@@ -126,7 +127,7 @@ def test_index_that_disagrees(tmp_path):
 def test_offsets_are_validated(offsets):
     stream = torch.zeros(100, dtype=torch.uint8)
     with pytest.raises(CorruptError, match=r"m\.experts"):
-        ExpertStream(LAYOUT, stream, torch.tensor(offsets))
+        StoredExperts(LAYOUT, stream, torch.tensor(offsets))
 
 
 def _header(tmp_path, header, data=b"\0" * 8, length=None):

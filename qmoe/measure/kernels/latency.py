@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from qmoe.kernels.interleave import LANES
-from qmoe.kernels.pack import NO_ROW, Projection
+from qmoe.kernels.pack import NO_ROW, PackedProjection
 from qmoe.kernels.twins import lanes_of, segment_starts
 from qmoe.measure.kernels.sass import ALU, loop_lines
 
@@ -114,7 +114,7 @@ def cycles(
     return now
 
 
-def refills(p: Projection, expert: int = 0) -> NDArray[np.int8]:
+def refills(p: PackedProjection, expert: int = 0) -> NDArray[np.int8]:
     """What each warp's load of words meets in each turn: 0 nothing new, 1 a new sector of a line
     that it had, 2 a new line; int8 [warps, turns].
     """
@@ -180,7 +180,7 @@ class Modelled:
 
 
 def launch_time(
-    p: Projection, listing: str, experts: int, warps: int, prefetched: bool
+    p: PackedProjection, listing: str, experts: int, warps: int, prefetched: bool
 ) -> Modelled:
     """The launch of `experts` experts like the first of `p`, one token.
 

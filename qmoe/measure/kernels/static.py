@@ -16,7 +16,7 @@ from typing import Any
 
 from qmoe.codec import encode_group
 from qmoe.kernels import decode, grouped, inputs, matvec, pair_groups, shared, sums
-from qmoe.kernels.launch import PLANS, PORTABLE, Plan, plan_for
+from qmoe.kernels.launch import PLANS, PORTABLE, LaunchPlan, plan_for
 from qmoe.measure.kernels.sample import packed, sample_matrix
 from qmoe.measure.kernels.sass import Compiled, compile_for
 from qmoe.measure.kernels.trace import LINE, Touched, mean, trace
@@ -41,8 +41,8 @@ _ROUTING = {
 }
 
 
-def target_plan(target: int | str) -> Plan:
-    """Plan of a target of `kernels`."""
+def target_plan(target: int | str) -> LaunchPlan:
+    """LaunchPlan of a target of `kernels`."""
     return plan_for(target) if isinstance(target, int) else PORTABLE
 
 
