@@ -118,7 +118,7 @@ def begin(
     """What a lane needs before its first group; only loads, so that they can be in flight together.
 
     Args:
-        lane, zero: 0..32 * W - 1, and zeros: made by the caller, since Gluon gives tensors a layout.
+        lane, zero: 0..32 * W - 1, and zeros; made by the caller, as Gluon gives tensors a layout.
         at: this lane's program; first_tile: the first program of the CTA; piece_tile: this
             lane's row of `lanes`.
 

@@ -24,8 +24,8 @@ def grouped_dot(
     """y[order[m], r] = xs[m] . codes[slot, r] * row_scale[e, r] for the pairs m of expert e = first
     + slot.
 
-    Grid (tiles of ROWS, slots, shares of an expert's tiles of tokens); `offsets` int32 [experts + 1] are the bounds of each
-    expert's pairs. depth must be a multiple of DEPTH.
+    Grid (tiles of ROWS, slots, shares of an expert's tiles of tokens); `offsets` int32 [experts +
+    1] are the bounds of each expert's pairs. depth must be a multiple of DEPTH.
     EXACT: float32 operands are multiplied as such, not in tf32.
     """
     slot = tl.program_id(1)

@@ -13,12 +13,12 @@ from qmoe.kernels.sums import rounded, slot_sum
 
 
 @triton.jit
-def pair_of(group_pairs, group, b, B: tl.constexpr):
-    """Pair at place b of a group, -1 if there is none; with B = 1 a group is its pair."""
-    if B == 1:
-        return group.to(tl.int32)
-    else:
+def pair_of(group_pairs, group, b, B: tl.constexpr, MEMBERS: tl.constexpr):
+    """Pair at place b of a group, -1 if there is none; without MEMBERS a group is its pair."""
+    if MEMBERS:
         return tl.load(group_pairs + group * B + b)
+    else:
+        return group.to(tl.int32)
 
 
 @triton.jit
@@ -44,10 +44,7 @@ def gather_inputs(
     scale = tl.load(scales + at, mask=inside, other=0.0)
     to = ((g * pieces + piece) * out_width + i) * B
     for b in tl.static_range(B):
-        if MEMBERS:
-            pair = tl.load(group_pairs + g * B + b)
-        else:
-            pair = g.to(tl.int32)
+        pair = pair_of(group_pairs, g, b, B, MEMBERS)
         use = (column >= 0) & (column < tl.where(pair >= 0, cols, 0))
         token = (tl.maximum(pair, 0) // fan).to(tl.int64)
         v = tl.load(x + token * cols + column, mask=use, other=0.0).to(tl.float32) * scale
@@ -82,7 +79,7 @@ def silu_inputs(
         gdc_wait()
         gdc_launch_dependents()
     for b in tl.static_range(B):
-        pair = pair_of(group_pairs, g, b, B)
+        pair = pair_of(group_pairs, g, b, B, B > 1)
         use = (column >= 0) & (column < tl.where(pair >= 0, inner, 0))
         slot = (g * B + b).to(tl.int32)
         gate = slot_sum(partial, slot, tl.maximum(column, 0), 2 * inner, SLOTS, B, use)

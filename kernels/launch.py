@@ -135,9 +135,7 @@ def batch_of(plan: LaunchPlan, tokens: int, top_k: int, experts: int) -> int:
     if tokens == 1:
         return 1
     n, p = _tokens_of_an_expert(tokens, min(1.0, top_k / experts))
-    cost = {
-        b: float((p * -(-n // b)).sum()) * c for b, c in zip(BATCHES, plan.costs, strict=True)
-    }
+    cost = {b: float((p * -(-n // b)).sum()) * c for b, c in zip(BATCHES, plan.costs, strict=True)}
     tiles = float((p * -(-n // plan.token_tile)).sum())
     cost[0] = float(p.sum()) * plan.tile_cost[0] + tiles * plan.tile_cost[1]
     return min(cost, key=lambda b: (cost[b], b))

@@ -218,9 +218,7 @@ def matvec(
     LANES: tl.constexpr = 32 * W
     lane = tl.arange(0, LANES)
     zero = tl.zeros([LANES], tl.int32)
-    state = start(
-        lane, zero, e, words, records, lanes, starts, tiles, word_bytes, S, W, ASM
-    )
+    state = start(lane, zero, e, words, records, lanes, starts, tiles, word_bytes, S, W, ASM)
     tables = lut + tl.multiple_of(tl.load(expert_info + e * 4 + 2), 128)
     if PDL:
         gdc_wait()

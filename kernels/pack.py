@@ -126,13 +126,16 @@ class PackedProjection:
         values: dict[str, Tensor | None] = dict(zip(_TENSORS, tensors, strict=True))
         if not tensors[-1].numel():
             values["row_scale_neg"] = None
-        wide, *limits = numbers[6:]
-        return cls(*numbers[:6], tuple(limits), bool(wide), **cast(Any, values))
+        experts, rows, cols, pieces, segments, width, wide, *limits = numbers
+        shape = experts, rows, cols, pieces, segments, width
+        return cls(*shape, tuple(limits), bool(wide), **cast(Any, values))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedProjection":
         """A copy with all tensors on `device`."""
         names = [n for n in _TENSORS if getattr(self, n) is not None]
-        return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names})
+        return replace(
+            self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names}
+        )
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""

@@ -2,9 +2,9 @@
 twins that define them are in `qmoe.kernels.twins`.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +29,7 @@ def runs_kernels(device: torch.device) -> bool:
     return device.type != "cpu" or INTERPRETED or is_forced()
 
 
-def guard(device: torch.device) -> ContextManager[Any]:
+def guard(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device and stream: makes `device` the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -93,7 +93,12 @@ def make_groups(index: Tensor, experts: int, batch: int) -> Groups:
 
 
 def gathered(
-    p: PackedProjection, x: Tensor, groups: Groups, fan: int, plan: LaunchPlan, dependent: bool = False
+    p: PackedProjection,
+    x: Tensor,
+    groups: Groups,
+    fan: int,
+    plan: LaunchPlan,
+    dependent: bool = False,
 ) -> Tensor:
     """Scaled inputs of every group: [groups, P, width, B], see `inputs.gather_inputs`."""
     count, batch = groups.expert.numel(), groups.batch
@@ -124,7 +129,12 @@ def builds_inputs(p: PackedProjection, plan: LaunchPlan, batch: int) -> bool:
 
 
 def first_sums(
-    p: PackedProjection, x: Tensor, groups: Groups, fan: int, plan: LaunchPlan, dependent: bool = False
+    p: PackedProjection,
+    x: Tensor,
+    groups: Groups,
+    fan: int,
+    plan: LaunchPlan,
+    dependent: bool = False,
 ) -> Tensor:
     """Partial sums of W[expert] x from the rows of a layer's input, as `partial_sums`."""
     if builds_inputs(p, plan, groups.batch):
@@ -234,7 +244,9 @@ def decode_experts(
         )  # fmt: skip
 
 
-def project_grouped(p: PackedProjection, x: Tensor, index: Tensor, fan: int, plan: LaunchPlan) -> Tensor:
+def project_grouped(
+    p: PackedProjection, x: Tensor, index: Tensor, fan: int, plan: LaunchPlan
+) -> Tensor:
     """`project` by decoding every active expert once, `plan.scratch_bytes` at a time."""
     pairs = index.numel()
     expert = torch.where((index >= 0) & (index < p.experts), index, p.experts).long()
@@ -267,12 +279,18 @@ def project_grouped(p: PackedProjection, x: Tensor, index: Tensor, fan: int, pla
     return y
 
 
-def weights(p: PackedProjection, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def weights(
+    p: PackedProjection,
+    expert: int,
+    dtype: torch.dtype = torch.float32,
+    plan: LaunchPlan | None = None,
+) -> Tensor:
     """Dense weights of one expert by the kernel, [rows, cols]: float32 equals `weights_torch` bit
     for bit.
     """
     depth = p.stored - 1
     codes = torch.empty(1, p.rows, p.pieces, depth, dtype=torch.float32, device=p.words.device)
     counts = torch.ones(p.experts, dtype=torch.int32, device=p.words.device)
-    decode_experts(p, codes, counts, expert, plan_of(p.words.device), ratio=False)
+    plan = plan or plan_of(p.words.device)
+    decode_experts(p, codes, counts, expert, plan, ratio=False)
     return dense_of(p, expert, torch.nn.functional.pad(codes[0], (1, 0))).to(dtype)

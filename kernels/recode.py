@@ -184,4 +184,4 @@ def _walk(
             cuts[stream, rest, 0] = np.int64(to << five | filled)
             cuts[stream, rest, 1], cuts[stream, rest, 2] = np.int64(span), n
     out[to] = np.uint32(held & low)
-    return -1, np.int64(to << five | filled)
+    return -1, int(to << five | filled)

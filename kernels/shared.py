@@ -22,14 +22,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qmoe.kernels.matvec import active_expert, follow, inputs_of, start
-from qmoe.kernels.sums import rounded
 
 LIMIT = 8  # bits of the longest codes that fit
 MAX_WARPS = 8  # of a program
 MAX_ROOM = 4096  # inputs; a piece of 1024 columns needs 1280
 
-gluon: Any = None
-gl: Any = None
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -62,10 +59,8 @@ def _jit(function: Any) -> Any:
 
 
 @_jit
-def build(
-    i, x, columns, scales, e, cols, stored, S: tl.constexpr, X_BITS: tl.constexpr
-):
-    """Inputs i of this program's piece as words of X_BITS, from the row of the layer's input at x."""
+def build(i, x, columns, scales, e, cols, stored, S: tl.constexpr, X_BITS: tl.constexpr):
+    """Inputs i of this program's piece as words of X_BITS, from the layer's input at x."""
     piece = (e.to(tl.int64) * (tl.num_programs(1) // S) + tl.program_id(1) // S) * stored
     column = gl.load(columns + tl.multiple_of(piece, 16) + i, mask=i < stored, other=-1)
     scale = gl.load(scales + tl.multiple_of(piece, 16) + i, mask=i < stored, other=0.0)

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from qmoe.kernels import launch, ops, pair_groups, project
+from qmoe.kernels import launch, ops, pair_groups, project, twins
 from qmoe.measure.kernels import gpu as bench
 from qmoe.measure.kernels.sample import packed
 from qmoe.measure.kernels.sample import rough_matrix as matrix

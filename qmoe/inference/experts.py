@@ -260,5 +260,6 @@ def _side_bytes(parsed: tuple[codec.Tables, codec.ParsedMatrix]) -> int:
 def _forget(module: nn.Module, _: Any) -> None:
     """New weights were loaded into the module: what was decoded from the old ones is void."""
     if isinstance(module, EncodedExperts):
+        module.__dict__.pop("_kernel_pack", None)
         module.caches.decoded.clear()
         module.caches.parsed.clear()

@@ -1,5 +1,5 @@
-"""The kernels' own PTX, executed on the CPU with every access checked: what Triton compiles for a GPU
-is proven without one.
+"""The kernels' own PTX, executed on the CPU with every access checked: what Triton compiles for a
+GPU is proven without one.
 
 - `parse`: a module's text -> basic blocks of instructions;
 - `arithmetic`: what an instruction without memory computes;

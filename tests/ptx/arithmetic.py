@@ -163,7 +163,9 @@ def compute(op, parts, a):
         return _cvt(parts, a)
     if op == "setp":
         r = compare(parts[0], *(v.view(dtype(kind)) for v in a[:2]))
-        return r if len(parts) == 2 else {"and": r & a[2], "or": r | a[2], "xor": r ^ a[2]}[parts[1]]
+        return (
+            r if len(parts) == 2 else {"and": r & a[2], "or": r | a[2], "xor": r ^ a[2]}[parts[1]]
+        )
     if op == "selp":
         return np.where(a[2], a[0], a[1])
     if op in ("shl", "shr"):

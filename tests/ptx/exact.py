@@ -1,5 +1,5 @@
-"""What the kernels must give, bit for bit: every lane's chain of fused multiply-adds in the order of
-its symbols, from the definitions in `qmoe.kernels.pack` and `qmoe.kernels.device`; numpy, no Triton.
+"""What the kernels must give, bit for bit: every lane's chain of fused multiply-adds in the order
+of its symbols, from the definitions in `qmoe.kernels.pack` and `qmoe.kernels.device`. No Triton.
 """
 
 import numpy as np

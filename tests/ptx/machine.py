@@ -169,7 +169,9 @@ class Machine:
         width = WIDTHS.get(re.match(r"%[a-z]+", name)[0])
         if width is not None and value.dtype != width:
             value = value.astype(width)  # loads of fewer bits are extended with zeros
-        self.local[name] = value if where is None else np.where(where, value, self._old(name, value))
+        self.local[name] = (
+            value if where is None else np.where(where, value, self._old(name, value))
+        )
 
     def _old(self, name, value):
         """What a guarded write leaves in place; nothing may read it before all was written, which

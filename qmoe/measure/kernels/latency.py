@@ -1,5 +1,5 @@
-"""The time of a batch-1 launch by a model: the real machine code of the loop, issued in order by one
-scheduler with assumed latencies, for as many warps as a scheduler has.
+"""The time of a batch-1 launch by a model: the real machine code of the loop, issued in order by
+one scheduler with assumed latencies, for as many warps as a scheduler has.
 
 Nothing here is measured. Assumed, from published microbenchmarks of Hopper: cycles until a result
 may be used of 4 (arithmetic), 5 (wide multiply), 29 (shared memory), 35 (L1), 270 (L2), 650 (DRAM);
@@ -71,9 +71,7 @@ def _step(guard: str | None, op: str, args: list[str], refill: bool) -> Step:
     return Step(op, tuple(writes), tuple(reads), refill)
 
 
-def cycles(
-    loop: Sequence[Step], turns: int, warps: int, refill: Callable[[int, int], int]
-) -> int:
+def cycles(loop: Sequence[Step], turns: int, warps: int, refill: Callable[[int, int], int]) -> int:
     """Cycles of `warps` warps on one scheduler for `turns` turns each; `refill(warp, turn)` is the
     latency of the load of a word.
     """
@@ -198,7 +196,9 @@ def launch_time(
     turns = round(float(padded.view(-1, warps).amax(1).float().mean()))
     programs = experts * padded.numel() / warps
     of_scheduler = programs * warps / SMS / SCHEDULERS
-    fullest = math.ceil(programs / SMS) * warps / SCHEDULERS if programs < 16 * SMS else of_scheduler
+    fullest = (
+        math.ceil(programs / SMS) * warps / SCHEDULERS if programs < 16 * SMS else of_scheduler
+    )
     latency = (L1, L2, L2 if prefetched else DRAM)
 
     def refill(w: int, t: int) -> int:

@@ -13,7 +13,8 @@ import torch
 
 from qmoe.codec import ParsedMatrix, Tables, encode_group, parse_matrix, parse_tables
 from qmoe.kernels.pack import PackedProjection, pack_projection
-from qmoe.types import QuantizedMatrix
+from qmoe.store.stored_experts import StoredExperts
+from qmoe.types import ExpertsLayout, ProjectionShape, QuantizedMatrix
 
 SPREAD_COLS, SPREAD_ROWS = 1.6, 0.25  # standard deviations of the log energy
 CAP = 1.5  # largest rms of a column in steps, before rows spread
@@ -60,3 +61,33 @@ def packed(
 ) -> PackedProjection:
     """A projection from quantized matrices, by way of the codec."""
     return pack_projection(parsed(matrices, limit), segments)
+
+
+def stored_layer(
+    shapes: Sequence[tuple[int, int]], experts: int, bits: float = 0.8, distinct: int = 1
+) -> StoredExperts:
+    """A layer of random experts as a checkpoint stores it: `distinct` of them, again and again.
+
+    Args:
+        shapes: rows and cols of each projection: gate and up together, down.
+        experts: number of experts.
+        bits: see `sample_matrix`.
+        distinct: encoded matrices of each projection.
+    """
+    names = ("gate_up", "down")[-len(shapes) :]
+    kept, offsets = [], torch.zeros(experts, len(shapes), 4, dtype=torch.long)
+    at = 0
+    for j, shape in enumerate(shapes):
+        group = encode_group([sample_matrix(*shape, bits, seed) for seed in range(distinct)])
+        kept.append(group.tables)
+        offsets[:, j, 0], offsets[:, j, 1] = at, at + group.tables.numel()
+        at += group.tables.numel()
+        for k, blob in enumerate(group.matrices):
+            kept.append(blob)
+            offsets[k::distinct, j, 2], offsets[k::distinct, j, 3] = at, at + blob.numel()
+            at += blob.numel()
+    each = zip(names, shapes, strict=True)
+    projections = tuple(ProjectionShape(n, *shape, n == "down") for n, shape in each)
+    return StoredExperts(
+        ExpertsLayout("layer", "fused", experts, projections), torch.cat(kept), offsets
+    )

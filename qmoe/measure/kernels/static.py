@@ -29,7 +29,8 @@ WARPS = PLANS[90].warps
 WIDTH = 1280  # inputs of a piece of 1024 columns, with zeros
 BUDGET = 7.0  # lane instructions per weight of the batch-1 loop at 0.8 bit
 _DECODER = dict.fromkeys(("words", "records", "lanes", "context_maps", "expert_info"), "*i32") | {
-    "starts": "*i16", "classes": "*u8", "lut": "*i16", "row_scale": "*fp32", "row_scale_neg": "*fp32"
+    "starts": "*i16", "classes": "*u8", "lut": "*i16",
+    "row_scale": "*fp32", "row_scale_neg": "*fp32",
 }  # fmt: skip
 _ROUTING = {
     "group_expert": "*i32",
