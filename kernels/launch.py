@@ -119,7 +119,7 @@ def segments(plan: LaunchPlan, rows: int, cols: int, top_k: int) -> int:
     `plan.segment` columns.
     """
     pieces = -(-cols // 1024)
-    wanted = -(-plan.fill // max(1, rows * pieces * top_k))
+    wanted = round(plan.fill / max(1, rows * pieces * top_k))
     return max(1, min(wanted, 8, -(-cols // pieces) // plan.segment))
 
 

@@ -279,8 +279,8 @@ def _programs(how: Recoding, m: ParsedMatrix, segments: int) -> _Programs:
     words = 0
     for p in range(m.pieces):
         bits, groups = (cuts[:, p, -1, k] - cuts[:, p, 0, k] for k in (0, 2))
-        # equal groups save waiting, equal bits save padding: pairs of groups, then bits
-        order = orders[p] = np.lexsort((-bits, -(groups // (2 * segments))))
+        # equal groups save waiting, equal bits save padding: groups in fours, then bits
+        order = orders[p] = np.lexsort((-bits, -(groups // (4 * segments))))
         lanes[p, : m.rows] = info[order]
         for s in range(segments):
             sizes = np.empty((tiles, 2), np.int64)

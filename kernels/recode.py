@@ -115,7 +115,7 @@ def _walk(
     limit: int,
     out: U32,
     cuts: I64,
-) -> tuple[int, int]:
+) -> tuple[int, np.int64]:
     """Follows every stream, writes the new code of each symbol, and cuts it.
 
     Args:
@@ -143,7 +143,7 @@ def _walk(
         at, n = np.uint64(0), 0
         while at < span:
             if bit >= end or n >= groups_at.shape[0]:
-                return stream, 0
+                return stream, np.int64(0)
             base = np.uint64(table_of[a + np.uint64(classes[at])]) << shift
             word = bit >> five
             window = np.uint64(words[word]) | np.uint64(words[word + one]) << word_bits
@@ -172,7 +172,7 @@ def _walk(
                 to += one
             n += 1
         if bit != end:
-            return stream, 0
+            return stream, np.int64(0)
         s = 0
         for g in range(n):
             if s < segments and g * segments >= s * n and (s == 0 or groups_at[g, 0] >= 0):
@@ -184,4 +184,4 @@ def _walk(
             cuts[stream, rest, 0] = np.int64(to << five | filled)
             cuts[stream, rest, 1], cuts[stream, rest, 2] = np.int64(span), n
     out[to] = np.uint32(held & low)
-    return -1, int(to << five | filled)
+    return -1, np.int64(to << five | filled)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,11 +185,17 @@ def _parsed(
     return tables, streams.matrix(expert, projection, tables)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextmanager
 def workers() -> Iterator[Map]:
     """A `map` on all cores this process may use; the loops it is for release the interpreter."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(count or 1) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         yield pool.map
 
 

@@ -12,14 +12,17 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from qmoe.kernels.interleave import LANES
+from qmoe.kernels.launch import LaunchPlan, segments
 from qmoe.kernels.pack import NO_ROW, PackedProjection
 from qmoe.kernels.twins import lanes_of, segment_starts
+from qmoe.measure.kernels.sample import packed, sample_matrix
 from qmoe.measure.kernels.sass import ALU, loop_lines
 
 ARITHMETIC, WIDE, SHARED, L1, L2, DRAM = 4, 5, 29, 35, 270, 650
@@ -178,7 +181,7 @@ class Modelled:
 
 
 def launch_time(
-    p: PackedProjection, listing: str, experts: int, warps: int, prefetched: bool
+    p: PackedProjection, listing: str, experts: float, warps: int, prefetched: bool
 ) -> Modelled:
     """The launch of `experts` experts like the first of `p`, one token.
 
@@ -210,3 +213,55 @@ def launch_time(
     seconds = total / CLOCK
     rate = experts * p.rows * p.cols / seconds
     return Modelled(of_scheduler * SCHEDULERS, turns, 1e6 * seconds, many, rate)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """A projection of a model in the table: rows and cols, experts of a token."""
+
+    name: str
+    rows: int
+    cols: int
+    experts: int
+
+
+SHAPES = (
+    Projected("Qwen3-30B-A3B up", 1536, 2048, 8),
+    Projected("Qwen3-30B-A3B down", 2048, 768, 8),
+    Projected("DeepSeek-V3 up", 4096, 7168, 8),
+)
+_SAMPLE_ROWS = 1536  # matrices with more rows are represented by so many
+
+
+def table(
+    listing_of: Callable[[int], str], plan: LaunchPlan, bf16_weights: float
+) -> list[dict[str, Any]]:
+    """Modelled launches of one token of SHAPES.
+
+    Args:
+        listing_of: machine code of the shared-memory kernel for a number of segments.
+        plan: that cuts the streams.
+        bf16_weights: weights a second that a bf16 product reads.
+
+    Returns:
+        A row each: name, segments, warps_per_sm, us, bf16_floor_us, weights_per_s.
+    """
+    rows = []
+    for shape in SHAPES:
+        cut = segments(plan, shape.rows, shape.cols, shape.experts)
+        height = min(shape.rows, _SAMPLE_ROWS)
+        p = packed([sample_matrix(height, shape.cols)], cut)
+        copies = shape.rows / height * shape.experts
+        made = launch_time(p, listing_of(cut), copies, plan.warps, prefetched=True)
+        weights = shape.rows * shape.cols * shape.experts
+        rows.append(
+            {
+                "name": shape.name,
+                "segments": cut,
+                "warps_per_sm": made.warps,
+                "us": made.microseconds,
+                "bf16_floor_us": 1e6 * weights / bf16_weights,
+                "weights_per_s": made.weights_per_s,
+            }
+        )
+    return rows

@@ -7,7 +7,7 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -58,6 +58,7 @@ class Compiled:
         loop: opcode counts of the innermost loop; empty if not disassembled.
         code: instructions of the whole kernel.
         listing: its disassembly; empty for AMD.
+        shared: bytes of shared memory of a program.
     """
 
     registers: int
@@ -65,6 +66,7 @@ class Compiled:
     loop: Mapping[str, int]
     code: int
     listing: str = ""
+    shared: int = 0
 
     @property
     def instructions(self) -> int:
@@ -105,9 +107,9 @@ def compile_for(
     source = kind(kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
     if isinstance(target, str):
         out = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
-        return _amd(out.asm["amdgcn"])
+        return replace(_amd(out.asm["amdgcn"]), shared=out.metadata.shared)
     out = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    return _cuda(out.asm["cubin"])
+    return replace(_cuda(out.asm["cubin"]), shared=out.metadata.shared)
 
 
 def tool(name: str) -> Path:

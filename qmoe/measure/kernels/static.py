@@ -17,6 +17,7 @@ from typing import Any
 from qmoe.codec import encode_group
 from qmoe.kernels import decode, grouped, inputs, matvec, pair_groups, shared, sums
 from qmoe.kernels.launch import PLANS, PORTABLE, LaunchPlan, plan_for
+from qmoe.measure.kernels import latency
 from qmoe.measure.kernels.sample import packed, sample_matrix
 from qmoe.measure.kernels.sass import Compiled, compile_for
 from qmoe.measure.kernels.trace import LINE, Touched, mean, trace
@@ -168,6 +169,12 @@ def kernels(
     return out
 
 
+def shared_listing(cut: int) -> str:
+    """Machine code of the batch-1 kernel for sm_90 with `cut` segments a stream."""
+    kernel, types, constants, options = kernels(90)["matvec 1 shared"]
+    return compile_for(kernel, types, constants | {"S": cut}, 90, **options).listing
+
+
 def estimate(
     loop: Compiled, symbols: int, touched: Touched, table_bytes: int = 0, input_bytes: int = 0
 ) -> dict[str, Any]:
@@ -213,7 +220,8 @@ def run(json: bool = False, matrices: Sequence[QuantizedMatrix] | None = None) -
 
     Returns:
         {"targets": {target: {kernel: {registers, spills, instructions, alu, code}}}, "model":
-        {kernel: `estimate`}, "stored_bits", "memory_bits" (per weight, on disk and in kernel form),
+        {kernel: `estimate`}, "launches": `latency.table`, "stored_bits", "memory_bits" (per
+        weight, on disk and in kernel form),
         "spills" (total), "budget", "within_budget"}.
 
     Raises:
@@ -269,6 +277,8 @@ def run(json: bool = False, matrices: Sequence[QuantizedMatrix] | None = None) -
                 )
         result["targets"][str(target)] = rows
     result["model"] = model
+    if shared.SUPPORTED:
+        result["launches"] = latency.table(shared_listing, PLANS[90], BF16_WEIGHTS)
     result["spills"] = sum(k["spills"] for t in result["targets"].values() for k in t.values())
     result["default"] = default = "matvec 1 shared" if "matvec 1 shared" in model else "matvec 1"
     result["within_budget"] = bool(
@@ -327,6 +337,15 @@ def report(result: dict[str, Any]) -> str:
             + f"{m['binds']:>15}"
             + "".join(f"{v:15.2f}" for v in rates)
         )
+    if launches := result.get("launches"):
+        lines.append("")
+        lines.append("one token by the model of qmoe.measure.kernels.latency (assumed latencies):")
+        lines.append(f"{'launch':26}{'segments':>10}{'warps/SM':>10}{'us':>8}{'bf16 floor':>12}")
+        for row in launches:
+            lines.append(
+                f"{row['name']:26}{row['segments']:10}{row['warps_per_sm']:10.1f}"
+                f"{row['us']:8.1f}{row['bf16_floor_us']:12.1f}"
+            )
     lines.append(
         f"budget {result['budget']} instructions per weight, no spills: "
         f"{'kept' if result['within_budget'] else 'EXCEEDED'}; "
