@@ -132,6 +132,11 @@ def _experts_silu(
     pack = ExpertsPack(
         PackedProjection.from_parts(up, up_numbers), PackedProjection.from_parts(down, down_numbers)
     )
+    return _swiglu(pack, hidden, index, weights)
+
+
+def _swiglu(pack: ExpertsPack, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """What the operator `experts_silu` does."""
     if not runs_kernels(hidden.device):
         return twin(pack, hidden, index, weights, silu_gate)
     with guard(hidden.device):
@@ -140,6 +145,15 @@ def _experts_silu(
         if batch:
             return _fused(pack, hidden, index, weights, batch)
         return _composed(pack, hidden, index, weights, silu_gate)
+
+
+def _needs_operator(*inputs: Tensor) -> bool:
+    """Whether somebody looks on: a compiler, or a gradient. Otherwise the operator's 26 tensors
+    need not pass the dispatcher, which costs as much as the launches.
+    """
+    if torch.compiler.is_compiling() or any(type(t) is not Tensor for t in inputs):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
 
 @_experts_silu.register_fake
@@ -303,11 +317,14 @@ def experts_forward(
             raise ValueError(
                 f"gate and up of {pack.up.rows} rows do not match down's {pack.down.cols} columns"
             )
+        index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
+        if not _needs_operator(hidden, weights):
+            return _swiglu(pack, hidden, index, weights)
         up, down = pack.up, pack.down
         out: Tensor = _experts_silu(
             hidden,
-            top_k_index.contiguous(),
-            top_k_weights.contiguous(),
+            index,
+            weights,
             up.tensors(),
             up.numbers(),
             down.tensors(),

@@ -8,16 +8,20 @@ binary and starting it is replaced. Inside the context the operators of `qmoe.ke
 kernels on CPU tensors, by the plan of the capability.
 """
 
+import os
+import tempfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import CompiledKernel
 
 from ptx import parse as parsing
@@ -136,12 +140,17 @@ def executed(capability=90, plan=None):
         kernel._run = partial(session.launch, kernel)
         kernels.append(kernel)
 
+    # no machine code is made, so nothing of this may land in Triton's own cache
+    cache = Path(tempfile.gettempdir()) / f"qmoe-ptx-{os.getuid()}"
     with (
+        triton.knobs.cache.scope(),
+        mock.patch.object(CUDABackend, "make_cubin", return_value=b"not assembled"),
         forced(plan or plan_for(capability)),
         mock.patch.object(CompiledKernel, "_init_handles", handles),
         mock.patch.object(torch, "empty", lambda *a, **k: session.mark(empty(*a, **k))),
         mock.patch.object(torch, "empty_like", lambda *a, **k: session.mark(empty_like(*a, **k))),
     ):
+        triton.knobs.cache.dir = str(cache)
         try:
             yield session
         finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qmoe.inference.cuda import pack_streams, workers
+from qmoe.inference.cuda import cores, pack_streams, workers
 from qmoe.kernels.launch import PLANS, forced
 from qmoe.measure.kernels.sample import stored_layer
 
