@@ -352,9 +352,15 @@ def bench() -> None:
 )
 @_json
 def bench_kernels(static: bool, experts: Path | None, as_json: bool) -> None:
-    """Registers, spills and instructions per weight of every kernel, with a model of the H200."""
+    """How fast experts are packed for the kernels; --static: registers, spills and instructions per
+    weight of every kernel, with a model of the H200. Timings: scripts/bench_gpu."""
     if not static:
-        raise QmoeError("timings need a GPU: run scripts/bench_gpu there; here pass --static")
+        if experts is not None:
+            raise QmoeError("--experts goes with --static; without it nothing is compiled")
+        from qmoe.measure.kernels.packing import run as pack
+
+        pack(as_json)
+        return
     from qmoe.measure.kernels.static import run
     from qmoe.store.inspect import typical_experts
 

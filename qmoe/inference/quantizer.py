@@ -13,6 +13,7 @@ imports nothing of ours that uses transformers, except inside functions.
 """
 
 import os
+import warnings
 from contextvars import ContextVar
 from pathlib import Path
 from types import MethodType
@@ -182,9 +183,7 @@ class QmoeQuantizer(HfQuantizer):
             model.qmoe_directory = str(self.container.directory)
         model.save_pretrained = MethodType(save_pretrained, model)
         if torch.cuda.is_available():
-            from qmoe.inference.cuda import register  # needs triton, which not every platform has
-
-            register()
+            use_kernels(model)
         return model
 
     def is_serializable(self, **_: Any) -> bool:
@@ -194,3 +193,18 @@ class QmoeQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def use_kernels(model: Any) -> None:
+    """Lets a loaded model's experts run on the GPUs that they are on; where the kernels cannot be
+    imported (no triton, or one that has changed), a warning says so and the CPU decodes.
+    """
+    try:
+        from qmoe.inference.cuda import prepare, register
+    except (ImportError, AttributeError) as e:
+        warnings.warn(
+            f"the kernels cannot be used, experts are decoded on the CPU: {e}", stacklevel=2
+        )
+        return
+    register()
+    prepare(model)

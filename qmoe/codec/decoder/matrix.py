@@ -92,11 +92,6 @@ class ParsedMatrix:
         order = 2 * self.rows * self.pieces
         return order + sum(int(t.nbytes) for t in (*held, self.col_index, *more))
 
-    def padded_words(self, padding: int) -> U32:
-        """A copy of the payload with so many words of zeros behind it: uint32 [n + padding]."""
-        payload = self.words.numpy().view(np.uint32)[:-PADDING_WORDS]
-        return np.concatenate([payload, np.zeros(padding, np.uint32)])
-
     @cached_property
     def arrays(self) -> tuple[U32, I32, U8, U8, I32]:
         """words (unsigned), stream_start, row_class, slot_class, slots, as the loops take them."""
