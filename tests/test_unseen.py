@@ -31,7 +31,7 @@ def two_halves(tiny, tmp_path_factory):
     source = tiny.save("mixtral", folder / "source", num_hidden_layers=2)
     tiny.save_tokenizer(source)
     model = load_any(str(source), "float32", torch.device("cpu"))
-    half = model.config.vocab_size // 2
+    half = 33  # of tokens 16 to 49, which are the words of the tokenizer
     with torch.no_grad():
         table = model.model.embed_tokens.weight
         table[:, 0] = 3.0
@@ -44,9 +44,9 @@ def two_halves(tiny, tmp_path_factory):
             layer.mlp.experts.down_proj[:, 0] = 0  # what routes stays as it is
     model.save_pretrained(source)
     tokenizer = read_tokenizer(source, False)
-    words = [tokenizer.decode([i]) for i in range(5, half)]
+    words = [tokenizer.decode([i]) for i in range(16, half)]
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(words), (6000,), generator=generator).tolist()
+    drawn = torch.randint(len(words), (2500,), generator=generator).tolist()
     text = folder / "half.txt"
     text.write_text(" ".join(words[i] for i in drawn), "utf-8")
     return source, str(text), half
@@ -54,7 +54,7 @@ def two_halves(tiny, tmp_path_factory):
 
 def _settings(text, **options):
     return Settings(
-        calib=text, calib_tokens=4096, ctx=64, **({"delta": 3.0} | options), device="cpu"
+        calib=text, calib_tokens=2048, ctx=64, **({"delta": 12.0} | options), device="cpu"
     )
 
 
@@ -107,7 +107,7 @@ def test_a_model_in_memory_and_a_streamed_one_say_the_same(two_halves, tmp_path)
         assert len(spoken.batches) == len(job.batches)
         assert spoken.own == job.own > 0
     assert said[0] == said[1]
-    assert len(said[0]) == 4096 // 64
+    assert len(said[0]) == 2048 // 64
     half = two_halves[2]
     share = (torch.tensor(said[0]) >= half).float().mean()
     assert 0.3 < share < 0.7  # of the half that the text never shows
@@ -124,7 +124,7 @@ def test_unseen_experts_survive_calibration_on_half_of_the_vocabulary(two_halves
         said = []
         compress(str(source), out, settings, say=said.append)
         sentences.append(" ".join(said))
-        kl[unseen, least] = _divergence(source, out, half, half * 2)
+        kl[unseen, least] = _divergence(source, out, half, 50)
         bits[unseen, least] = expert_bits(Container.open(out), "model.layers.0.mlp.experts")
     assert kl[1.0, 0.05] < 0.2 * kl[0.0, 0.0]
     assert kl[0.0, 0.2] < 0.7 * kl[0.0, 0.0]
@@ -150,9 +150,10 @@ def test_report_and_inspect_name_experts_below_the_floor(two_halves, tmp_path):
         float(expert_bits(container, path).sum()) / layout.experts * layout.weights
         for path, layout in container.modules.items()
     )
-    assert abs(total / 8 / found.expert_bytes - 1) < 0.01
+    names = 2 * len(container.modules)  # entries in the headers of the files, counted as stored
+    assert 0 <= found.expert_bytes - total / 8 < 150 * names
     tokens = container.manifest["report"]["modules"]["model.layers.0.mlp.experts"]["tokens"]
-    assert sum(tokens) == 2 * 4096
+    assert sum(tokens) == 2 * 2048
     assert tokens[2:] == [0, 0]
     by_hand = sum(
         n * b
