@@ -41,6 +41,8 @@ def two_halves(tiny, tmp_path_factory):
             layer.mlp.gate.weight[:, 0] = torch.tensor([4.0, 3.0, -3.0, -4.0])
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 getattr(layer.self_attn, name).weight.mul_(0.1)
+            layer.mlp.experts.gate_up_proj.mul_(8)  # so that losing an expert is seen
+            layer.mlp.experts.down_proj.mul_(8)
             layer.mlp.experts.down_proj[:, 0] = 0  # what routes stays as it is
     model.save_pretrained(source)
     tokenizer = read_tokenizer(source, False)

@@ -46,7 +46,7 @@ from qmoe.models.classes import plain_config, read_tokenizer
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
-from qmoe.store.writer import ContainerWriter, downloads_of
+from qmoe.store.writer import ContainerWriter, carried_files, downloads_of
 from qmoe.system.files import canonical_json
 from qmoe.system.machine import pick_device
 from qmoe.system.processes import World
@@ -301,9 +301,12 @@ class Compression:
         if self.dense is not None and last and HEAD not in self.finished:
             with self.writer.block(HEAD) as head:
                 self.dense.head(self.loop.whole_walk(), head)
+        config = _plain(streamed.config)
+        # a model with code of its own is nothing without it
+        code = ("*.py",) if config.get("auto_map") else ()
         self.writer.finish(
             [_REST, *carried, *(b.name for b in self.blocks), *last],
-            config=_plain(streamed.config),
+            config=config,
             settings={
                 **settings.recorded(),
                 "method": self.job.method.name,
@@ -312,7 +315,7 @@ class Compression:
             versions=_versions(),
             source={**streamed.checkpoint.origin, **self.source},
             report=account(streamed),
-            carry_from=streamed.checkpoint.directory,
+            files=carried_files(streamed.checkpoint.directory, code),
         )
 
     @contextmanager
