@@ -130,7 +130,7 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 )
 @_option(
     "--unseen",
-    default="0.5",
+    default="1",
     type=click.FloatRange(0, 16),
     help="Tokens that the model says by itself, per token of the text, so that what the text does "
     "not reach is kept too; 0: the text alone.",

@@ -127,7 +127,9 @@ class BlockLoop:
             with self._weights(walk), _plugged(walk, plugged_in):
                 parked = park(walk, block, layout.path, module, width, store, world)
             plugged_in.append((module, parked))
-            streams.append(Calibrated(parked, self._keep(block, parked)))
+            first = sum(parked.rows[: len(parked.rows) - self.job.own])
+            text = torch.arange(len(parked.hidden)) < first
+            streams.append(Calibrated(parked, self._keep(block, parked), text))
         return streams
 
     def whole_walk(self) -> Walk:

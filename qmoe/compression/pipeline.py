@@ -38,7 +38,7 @@ from qmoe.compression.job import Job
 from qmoe.compression.plan import make_plan
 from qmoe.compression.probe import probed
 from qmoe.compression.rate import Controller, Curve, missed
-from qmoe.compression.report import CompressReport
+from qmoe.compression.report import CompressReport, advice
 from qmoe.compression.settings import Settings
 from qmoe.compression.unseen import BATCH_TOKENS
 from qmoe.errors import InterruptedRunError
@@ -89,6 +89,8 @@ def compress(
     if settings.target is not None and (
         sentence := missed(settings.target, report.sizes.bits_per_weight)
     ):
+        say(sentence)
+    if sentence := advice(settings, report.sizes):
         say(sentence)
     return report
 

@@ -30,7 +30,7 @@ class Settings:
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
         solver_options: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`,
-            and `gradient`, 0 for layers that count alike.
+            and `gradient`, 1 for layers weighted by the gradient of the loss.
         memory: bytes that a process may use; what activations find no room for goes to mapped
             files.
         source_cache: "keep" or "drop" downloaded source files when no block needs them any more.
@@ -46,7 +46,7 @@ class Settings:
     bits: float | None = None
     delta: float | None = None
     dense_bits: int = 16
-    unseen: float = 0.5
+    unseen: float = 1.0
     ctx: int | None = None
     seed: int = 0
     solver_options: Mapping[str, float] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Settings:
     @property
     def by_gradient(self) -> bool:
         """Whether layers are weighted by the loss's gradient where it can be had."""
-        return self.method == "rd" and bool(self.solver_options.get("gradient", True))
+        return self.method == "rd" and bool(self.solver_options.get("gradient", False))
 
     def for_solver(self) -> dict[str, float]:
         """The options that the solver itself takes."""
