@@ -74,6 +74,55 @@ _device = click.option(
 )
 
 
+_TEXTS = ".txt, .json, .jsonl, .csv, .parquet or a datasets name"
+_ROWS = ("column", "pack", "chat", "bos")
+
+
+def _rows(prefix: str) -> Callable[[Any], Any]:
+    """The options that say how text is read, under names with a prefix."""
+    options = (
+        click.option(
+            f"--{prefix}column",
+            default=None,
+            help="Column of the text or messages in json, csv, parquet or a dataset; default text.",
+        ),
+        click.option(
+            f"--{prefix}pack",
+            is_flag=True,
+            help="Join documents by the end-of-text token; else no window straddles two.",
+        ),
+        click.option(
+            f"--{prefix}chat",
+            is_flag=True,
+            help="Apply the chat template to each row's messages (or its text); packs.",
+        ),
+        click.option(
+            f"--{prefix}bos",
+            type=click.Choice(["auto", "on", "off"]),
+            default="auto",
+            show_default=True,
+            help="The begin-of-text token before every window; auto: as the tokenizer adds it.",
+        ),
+    )
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _taken_rows(options: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Takes those options out that differ from their defaults."""
+    found = {name: options.pop(f"{prefix}{name}") for name in _ROWS}
+    return {k: v for k, v in found.items() if v not in (None, False, "auto")}
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
 def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     click.echo(json.dumps(result) if as_json else text)
 
@@ -108,25 +157,10 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     "calib",
     type=str,
     required=True,
-    help="Calibration text: .txt, .jsonl, .parquet or a datasets name.",
+    help=f"Calibration text: {_TEXTS}.",
 )
 @click.option("--calib-tokens", type=click.IntRange(1), default=131072, show_default=True)
-@click.option(
-    "--calib-column",
-    default="text",
-    show_default=True,
-    help="Column of the text in jsonl, parquet or a dataset.",
-)
-@click.option(
-    "--calib-pack",
-    is_flag=True,
-    help="Join documents by the end-of-text token; else no window straddles two.",
-)
-@click.option(
-    "--calib-chat",
-    is_flag=True,
-    help="Apply the chat template to each row's messages (or its text); packs.",
-)
+@_rows("calib-")
 @click.option(
     "--ctx",
     type=click.IntRange(2),
@@ -161,8 +195,7 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     if options["method"] == "rd" and options["bits"] is None and options["delta"] is None:
         options["bits"] = 0.8
     options["dense_bits"] = int(options["dense_bits"])
-    rows = {name: options.pop(f"calib_{name}") for name in ("column", "pack", "chat")}
-    options["calib_rows"] = {k: v for k, v in rows.items() if v not in (False, "text")}
+    options["calib_rows"] = _taken_rows(options, "calib_")
     with World.of_environment() as world:
         report = compress_checkpoint(
             source,
@@ -170,7 +203,7 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
             Settings(**options),
             sys.stderr.isatty(),
             world,
-            lambda text: click.echo(text, err=True),
+            _say,
         )
         if world.first:
             _show(report.as_dict(), as_json, report.text())
@@ -178,9 +211,8 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
 
 @main.command(name="eval")
 @click.argument("model")
-@click.option(
-    "--text", required=True, help="Evaluation text: .txt, .jsonl, .parquet or a datasets name."
-)
+@click.option("--text", required=True, help=f"Evaluation text: {_TEXTS}.")
+@_rows("")
 @click.option(
     "--reference", default=None, help="Another checkpoint to compare with, usually the source."
 )
@@ -198,7 +230,8 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Perplexity of MODEL (compressed or not) on a text, and its KL divergence from a reference."""
     from qmoe.measure.score import score_checkpoint, score_text
 
-    score = score_checkpoint(model, progress=sys.stderr.isatty(), **options)
+    rows = _taken_rows(options, "")
+    score = score_checkpoint(model, progress=sys.stderr.isatty(), say=_say, rows=rows, **options)
     _show(score.as_dict(), as_json, score_text(score))
 
 
@@ -243,10 +276,7 @@ def sweep(source: str, out: Path, bits: str, methods: str, as_json: bool, **opti
 
     targets, others = parse_bits(bits), parse_methods(methods)
 
-    def say(text: str) -> None:
-        click.echo(text, err=True)
-
-    found = run(source, out, targets, others, progress=sys.stderr.isatty(), say=say, **options)
+    found = run(source, out, targets, others, progress=sys.stderr.isatty(), say=_say, **options)
     _show(found.as_dict(), as_json, found.text())
 
 

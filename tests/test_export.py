@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
 from qmoe.errors import CorruptError, OutputError
-from qmoe.models.families import layouts
+from qmoe.models.families import find as layouts
 from qmoe.publish.export import export
 from qmoe.publish.verify import verify
 from qmoe.store.inspect import inspect

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qmoe.errors import UnsupportedModelError
-from qmoe.models.families import layouts
+from qmoe.models.families import find as layouts
 
 
 def _by_experts(module, *args, **kwargs):

@@ -15,7 +15,7 @@ from qmoe.errors import CorruptError, OutputError, QmoeError
 from qmoe.inference import experts
 from qmoe.inference.experts import EncodedExperts
 from qmoe.inference.load import CACHE_VARIABLE, set_cache_bytes
-from qmoe.models.families import layouts
+from qmoe.models.families import find as layouts
 from qmoe.models.projects import FairseqMoeConfig, MegatronMoeConfig, OpenMoeConfig
 
 

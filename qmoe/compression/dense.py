@@ -25,8 +25,8 @@ from qmoe.codec import encode_group
 from qmoe.codec.format.geometry import MAX_COLS
 from qmoe.errors import NonFiniteError
 from qmoe.models.families.find import route
-from qmoe.models.matching import tied_names
 from qmoe.models.streamed import BlockRef, Host
+from qmoe.models.ties import tied_names
 from qmoe.quantize.dense import DenseSolver
 from qmoe.store.block import BlockWriter
 from qmoe.store.stored_dense import DenseGeometry

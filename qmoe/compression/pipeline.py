@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qmoe.calib.activations import ActivationStore
-from qmoe.calib.batches import inputs_only, prepare, split_batches
+from qmoe.calib.batches import check_tokens, described, inputs_only, prepare, split_batches
 from qmoe.calib.importance import fits, layer_importance
 from qmoe.calib.outputs import Durable, Outputs, resume_point
 from qmoe.compression.blocks import Run
@@ -37,7 +37,7 @@ from qmoe.compression.probe import probed
 from qmoe.compression.rate import Controller, Curve, check_target, missed
 from qmoe.compression.report import CompressReport
 from qmoe.errors import InterruptedRunError, QmoeError
-from qmoe.models.classes import plain_config, read_tokenizer
+from qmoe.models.classes import embeddings, plain_config, read_tokenizer
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.models.streamed import BlockRef, Host
 from qmoe.quantize import Method, get_method
@@ -64,7 +64,7 @@ class Settings:
         dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
         calib: calibration text.
         calib_tokens: at most this many tokens of it.
-        calib_rows: how its documents are read: `pack`, `chat`, `column` of qmoe.calib.text.windows.
+        calib_rows: how it is read: `pack`, `chat`, `column`, `bos` of qmoe.calib.text.windows.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
         knobs: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`, and
@@ -143,6 +143,7 @@ def compress_checkpoint(
     ctx = _context(host.config, settings)
     text = (settings.calib, settings.calib_tokens, ctx, settings.seed)
     data = prepare(tokenizer, host.config, *text, **settings.calib_rows)
+    check_tokens(data, tokenizer, embeddings(host.model))
     batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
     wanted = settings.method == "rd" and bool(settings.knobs.get("gradient", True))
     by_gradient = wanted and fits(host, settings.memory)
@@ -152,6 +153,7 @@ def compress_checkpoint(
     goal = (settings.memory, out, settings.bits, dense, by_gradient, world.size)
     plan = make_plan(host, method, batches, *goal)
     say(plan.text())
+    say(f"calibration {described(data, tokenizer, settings.calib_rows.get('bos', 'auto'))}")
     if wanted and not by_gradient:
         say("layers count alike: the gradients of the whole model do not fit in --memory")
     identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}

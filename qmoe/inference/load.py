@@ -19,6 +19,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -29,7 +30,7 @@ from qmoe.inference.dense import Decode, converters
 from qmoe.inference.experts import Caches, EncodedExperts
 from qmoe.inference.save import save_pretrained
 from qmoe.inference.structure import check, compare, swap
-from qmoe.models.auto import auto_class
+from qmoe.models.auto import auto_class, model_class
 from qmoe.models.projects import register as register_models
 from qmoe.store.reader import Container, parse_quantization
 from qmoe.store.writer import INDEX
@@ -114,6 +115,12 @@ class QmoeQuantizer(HfQuantizer):
         directory = Path(checkpoint_files[0]).parent
         if self.container is None or not directory.samefile(self.container.directory):
             self.container = Container.open(directory)
+        names = self.container.config.get("architectures") or [type(model).__name__]
+        if type(model).__name__ not in names and hasattr(transformers, names[0]):
+            raise QmoeError(
+                f"{directory} was compressed as {names[0]}, whose tensors have other names in "
+                f"{type(model).__name__}; load it with transformers.{names[0]} or qmoe.load"
+            )
         caches = Caches(self._cache_bytes())
         for layout in self.container.modules.values():
             swap(model, layout, self.container, caches)
@@ -195,7 +202,8 @@ def load(
     try:
         remote = bool(kwargs.get("trust_remote_code"))
         config = AutoConfig.from_pretrained(directory, trust_remote_code=remote)
-        model = auto_class(config).from_pretrained(directory, **kwargs)
+        cls, _ = model_class(config)
+        model = (cls or auto_class(config)).from_pretrained(directory, **kwargs)
     finally:
         _OPENED.reset(token)
     if cache_bytes is not None:

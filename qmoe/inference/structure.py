@@ -13,7 +13,7 @@ from torch import nn
 
 from qmoe.errors import CorruptError
 from qmoe.inference.experts import Caches, EncodedExperts
-from qmoe.models.auto import auto_class
+from qmoe.models.auto import auto_class, model_class
 from qmoe.models.families.find import kind_of, layout_of
 from qmoe.store.reader import Container
 from qmoe.types import ExpertsLayout
@@ -33,8 +33,13 @@ _BAD_CONFIG = (
 )
 
 
-def build(container: Container) -> Any:
+def build(container: Container, dtype: torch.dtype | None = None) -> Any:
     """The dense model on the meta device.
+
+    Args:
+        container: the checkpoint.
+        dtype: of the parameters but those that the family keeps in another; by default the
+            configuration's.
 
     Raises:
         CorruptError: config.json describes no model.
@@ -43,11 +48,11 @@ def build(container: Container) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(container.directory)
         del config.quantization_config
-        name = (config.architectures or [""])[0]
-        dtype = config.dtype or torch.float32
+        dtype = dtype or config.dtype or torch.float32
+        cls, config = model_class(config)
         with torch.device("meta"):
-            if hasattr(transformers, name):
-                return getattr(transformers, name)._from_config(config, dtype=dtype)
+            if cls is not None:
+                return cls._from_config(config, dtype=dtype)
             return auto_class(config).from_config(config, dtype=dtype)
     except _BAD_CONFIG as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__

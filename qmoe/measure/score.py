@@ -2,17 +2,23 @@
 asked.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qmoe.calib.batches import prepare, split_batches
+from qmoe.calib.batches import check_tokens, described, prepare, split_batches
 from qmoe.errors import SourceError
 from qmoe.inference.load import load
 from qmoe.measure.perplexity import Score, evaluate
-from qmoe.models.auto import auto_class
-from qmoe.models.classes import read_config, read_tokenizer
+from qmoe.models.classes import (
+    embeddings,
+    model_class,
+    read_config,
+    read_tokenizer,
+    vocabulary,
+)
 from qmoe.models.families.aliases import ALIASES
 from qmoe.models.families.find import repair
 from qmoe.models.streamed import Host
@@ -32,6 +38,8 @@ def score_checkpoint(
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: bool = False,
+    say: Callable[[str], object] = lambda text: None,
+    rows: Mapping[str, Any] | None = None,
 ) -> Score:
     """Perplexity of a checkpoint on a text, and its divergence from a reference.
 
@@ -45,6 +53,8 @@ def score_checkpoint(
         device: "auto", "cpu", "cuda" or "cuda:N".
         trust_remote_code: run the model and tokenizer code that the checkpoints bring along.
         progress: draw a bar.
+        say: receives what the text looks like to the model.
+        rows: how it is read: `pack`, `chat`, `column`, `bos` of qmoe.calib.text.windows.
 
     Raises:
         SourceError: no such checkpoint, or the reference has another vocabulary.
@@ -53,14 +63,16 @@ def score_checkpoint(
     where = pick_device(device)
     first = load_any(model, dtype, where, trust_remote_code)
     other = load_any(reference, dtype, where, trust_remote_code) if reference else None
-    if other is not None and other.config.vocab_size != first.config.vocab_size:
+    if other is not None and vocabulary(other) != vocabulary(first):
         raise SourceError(
-            f"{model} has {first.config.vocab_size} tokens "
-            f"and {reference} has {other.config.vocab_size}; "
+            f"{model} has {vocabulary(first)} tokens and {reference} has {vocabulary(other)}; "
             "KL needs one vocabulary"
         )
     tokenizer = read_tokenizer(directory_of(model), trust_remote_code)
-    data = prepare(tokenizer, first.config, text, tokens or 2**40, ctx, seed=0)
+    rows = rows or {}
+    data = prepare(tokenizer, first.config, text, tokens or 2**40, ctx, seed=0, **rows)
+    check_tokens(data, tokenizer, embeddings(first))
+    say(f"evaluation {described(data, tokenizer, rows.get('bos', 'auto'))}")
     return evaluate(first, split_batches(data), other, progress)
 
 
@@ -75,7 +87,9 @@ def load_any(model: str, dtype: str, device: torch.device, trust_remote_code: bo
     if is_compressed(directory_of(model)):
         return load(model, dtype=kind, trust_remote_code=trust_remote_code).to(device).eval()
     checkpoint = open_checkpoint(model)  # one clear sentence for whatever is wrong with it
-    config = read_config(checkpoint, trust_remote_code)
+    cls, config = model_class(
+        read_config(checkpoint, trust_remote_code), checkpoint, trust_remote_code
+    )
     if checkpoint.quantization is not None or checkpoint.config.get("model_type") in ALIASES:
         # transformers has no such type, or its dequantization needs further packages or is wrong
         # on ragged blocks; the reader that compression uses is right
@@ -83,7 +97,7 @@ def load_any(model: str, dtype: str, device: torch.device, trust_remote_code: bo
     else:
         # the commit that was opened, also if the branch has moved on since
         commit = checkpoint.origin.get("revision")
-        loaded = auto_class(config).from_pretrained(
+        loaded = cls.from_pretrained(
             checkpoint.origin["name"] if commit else model,
             config=config,
             dtype=kind,

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationMixin
 
 from qmoe.errors import SourceError, UnsupportedModelError
 from qmoe.models.auto import auto_class
+from qmoe.models.auto import model_class as known_class
 from qmoe.models.families.aliases import ALIASES
 from qmoe.source.checkpoint import Checkpoint
 
@@ -55,31 +56,27 @@ def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     return config
 
 
-def model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """The class of the model, its own code included if that is trusted.
+def model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The class of the model, its own code included if that is trusted, and the configuration to
+    build it from; see `qmoe.models.auto.model_class`.
 
     Raises:
         UnsupportedModelError: there is none, or it generates no text.
     """
-    names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
-        auto = auto_class(config)
-        if type(config) in auto._model_mapping:
-            cls = auto._model_mapping[type(config)]
-        elif trust_remote_code and "auto_map" in checkpoint.config:
-            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    cls, config = known_class(config)
+    if cls is None and trust_remote_code and "auto_map" in checkpoint.config:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-            cls = get_class_from_dynamic_module(
-                checkpoint.config["auto_map"][auto.__name__], str(checkpoint.directory)
-            )
+        name = checkpoint.config["auto_map"].get(auto_class(config).__name__)
+        if name is not None:
+            cls = get_class_from_dynamic_module(name, str(checkpoint.directory))
     pipeline = cls is not None and cls.forward is nn.Module.forward  # of several models
     if cls is None or pipeline or not issubclass(cls, GenerationMixin):
         raise UnsupportedModelError(
-            f"{checkpoint.directory}: architecture {names or None} is not a language model that "
-            f"transformers {transformers.__version__} can build"
+            f"{checkpoint.directory}: architecture {config.architectures or None} is not a "
+            f"language model that transformers {transformers.__version__} can build"
         )
-    return cls
+    return cls, config
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
@@ -104,6 +101,17 @@ def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
             "this layout is not supported"
         )
     return found
+
+
+def embeddings(model: Any) -> int:
+    """How many tokens a model takes: the rows of its input embeddings."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def vocabulary(model: Any) -> int:
+    """How many tokens a model tells apart: its logits."""
+    head = model.get_output_embeddings()
+    return embeddings(model) if head is None else int(head.weight.shape[0])
 
 
 def read_tokenizer(directory: str | Path, trust_remote_code: bool) -> Any:

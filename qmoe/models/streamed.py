@@ -11,6 +11,7 @@ It knows nothing about quantization, calibration text or the output.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,12 +33,13 @@ from qmoe.models.families.find import KINDS, find_experts
 from qmoe.models.matching import (
     EXPERT_NUMBER,
     check_complete,
+    check_dtypes,
     check_experts,
     shared_lists,
-    tied_names,
 )
 from qmoe.models.one_expert import PartOf, StandIn
 from qmoe.models.plain_loading import plain_loading
+from qmoe.models.ties import settle_ties, stand_ins, tied_names
 from qmoe.source.checkpoint import Checkpoint
 from qmoe.types import ExpertsLayout
 
@@ -66,7 +68,8 @@ class Host:
     Attributes:
         model: the transformers model, parameters on meta until loaded; buffers (rotary tables) are
             real.
-        config: its config, without any `quantization_config` of the source.
+        config: its config, without any `quantization_config` of the source; the dtype is the
+            source's, whatever is computed in.
         sources: module parameter name -> {disk name: pattern of the converter that reads it, or
             None}.
         experts: (layout, module) of every experts module.
@@ -96,11 +99,12 @@ class Host:
         """
         self.checkpoint, self.dtype = checkpoint, dtype
         self.device = device or torch.device("cpu")
-        self.config = read_config(checkpoint, trust_remote_code)
+        config = read_config(checkpoint, trust_remote_code)
+        cls, config = model_class(config, checkpoint, trust_remote_code)
+        self.config = copy.deepcopy(config)  # the model's own gets the compute dtype
+        self.config.architectures = [cls.__name__]
         with torch.device("meta"):
-            self.model = model_class(self.config, checkpoint, trust_remote_code)._from_config(
-                self.config, dtype=dtype
-            )
+            self.model = cls._from_config(config, dtype=dtype)
         self.model.eval()
         # the two calls by which from_pretrained rebuilds non-persistent buffers; parameters stay on
         # meta
@@ -111,6 +115,11 @@ class Host:
                 buffer.data = buffer.data.to(self.device)
         self._mapping = get_model_conversion_mapping(self.model, None, None)
         self._map_names()
+        if self.config.dtype is None:
+            self.config.dtype = self._usual_dtype()
+        self._absent = settle_ties(self.model, checkpoint, self.sources)
+        for original, stored in stand_ins(self.model, self.sources).items():
+            self.sources[original] = self.sources[stored]
         self.block_lists = block_lists(self.model)
         self.experts = find_experts(self.model)
         self._check()
@@ -134,6 +143,12 @@ class Host:
                 if fed in state:
                     self.sources.setdefault(fed, {})[name] = pattern
 
+    def _usual_dtype(self) -> torch.dtype:
+        """That of most tensors that the model takes."""
+        kinds = Counter(self.checkpoint.dtype(d) for disks in self.sources.values() for d in disks)
+        found = [k for k, _ in kinds.most_common() if k.is_floating_point]
+        return found[0] if found else torch.float32
+
     def _fed(self, target: str, pattern: str | None) -> list[str]:
         """The parameters that a converter fills beside the one that it names first."""
         if pattern is None:
@@ -146,6 +161,7 @@ class Host:
         several = [c.target_patterns for c in self._converter.values()]
         targets = {t for patterns in several if len(patterns) > 1 for t in patterns}
         check_complete(where, self.model, self.sources, targets)
+        check_dtypes(where, self.model, self.sources, self.checkpoint.dtype)
         self._lists = shared_lists(self.experts, self.sources)
         check_experts(where, self.experts, self.sources, self._lists)
 
@@ -202,7 +218,7 @@ class Host:
         """Everything outside the blocks: embeddings, final norms, head, vision tower."""
         inside = tuple(f"{name}." for name, _ in self.block_lists)
         self.load(lambda t: not t.startswith(inside))
-        self.model.tie_weights()
+        self._tie()
 
     def load_block(self, block: BlockRef, skip: Container[str] = ()) -> None:
         """A block without the parameters in `skip` (its experts' matrices)."""
@@ -211,8 +227,12 @@ class Host:
     def whole(self) -> Any:
         """The model with everything in memory."""
         self.load(lambda target: True)
-        self.model.tie_weights()
+        self._tie()
         return self.model
+
+    def _tie(self) -> None:
+        # as from_pretrained does: whichever of a tied pair is stored stands for the other
+        self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
 
     def head_name(self) -> str | None:
         """The output embeddings' weight if it is a parameter of its own, not shared with the
