@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from qmoe.errors import CorruptError
+from qmoe.errors import CorruptError, UnsupportedModelError
 from qmoe.inference.experts import Caches, EncodedExperts
 from qmoe.models.auto import auto_class, model_class
 from qmoe.models.families.find import kind_of, layout_of
@@ -77,6 +77,22 @@ def check(container: Container) -> None:
         for layout in container.modules.values():
             swap(model, layout, container, caches)
     compare(model, container)
+
+
+def check_class(model: Any, container: Container) -> None:
+    """Compares the class that is being loaded with the one that was compressed.
+
+    Raises:
+        UnsupportedModelError: a text-only class of a model that was compressed with its vision
+            tower, say, whose tensors have other names.
+    """
+    names = container.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if isinstance(name, str) and hasattr(transformers, name) and type(model).__name__ != name:
+        raise UnsupportedModelError(
+            f"{container.directory} was compressed as {name}, not as {type(model).__name__}; load "
+            f"it with transformers.{name} or qmoe.load"
+        )
 
 
 def swap(model: Any, layout: ExpertsLayout, container: Container, caches: Caches) -> None:
