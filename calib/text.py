@@ -230,11 +230,11 @@ def span_corruption(
             torch.cat([*itertools.chain(*zip(s, parts[1::2], strict=False)), s[spans], end])
         )
     target = torch.stack(labels)
-    start = torch.full((n, 1), int(tokenizer.pad_token_id))
+    shifted = torch.full((n, 1), int(tokenizer.pad_token_id))
     return {
         "input_ids": torch.stack(inputs),
         "labels": target,
-        "decoder_input_ids": torch.cat([start, target[:, :-1]], 1),
+        "decoder_input_ids": torch.cat([shifted, target[:, :-1]], 1),
     }
 
 

@@ -151,6 +151,9 @@ class _Work:
         self.quantized = streams[0]
         self.original = streams[1] if len(streams) > 1 else None
         self.only_special: set[int] = set()  # experts that ordinary tokens never reached
+        self.partners: Tensor | None = None  # rows of the original stream, by row of the quantized
+        if self.original is not None:
+            self.partners = self.quantized.parked.partners(self.original.parked, layout.experts)
         self.layer = self._layer_moment(job.world)
 
     def note(self, group: range, found: Sequence[str], notes: dict[int, str]) -> None:
@@ -231,9 +234,8 @@ class _Work:
             for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):
                 x = self._inputs(self.quantized, e, t, s, projection, d)
                 stacked[i] += second_moment(x)
-                if crosses is not None and self.original is not None:
-                    before = self._inputs(self.original, e, t, s, projection, w)
-                    crosses[i] += second_moment(before, x)
+                if crosses is not None:
+                    crosses[i] += second_moment(self._before(e, t, s, projection, w, x), x)
         name = f"{self.layout.path} ({projection.name})"
         if not torch.isfinite(stacked).all():
             raise NonFiniteError(
@@ -249,6 +251,28 @@ class _Work:
             cross=crosses,
             importance=self.importance,
         )
+
+    def _before(
+        self,
+        e: int,
+        token: Tensor,
+        slot: Tensor,
+        projection: ProjectionShape,
+        matrices: dict[str, Tensor],
+        after: Tensor,
+    ) -> Tensor:
+        """What the projection sees in the original stream for the same tokens as `after` in the
+        quantized one; where that has no such row, there is no drift to correct."""
+        assert self.original is not None
+        if self.partners is None:
+            return self._inputs(self.original, e, token, slot, projection, matrices)
+        partner = self.partners[token]
+        x = self.original.parked.hidden[partner.clamp(min=0)].to(self.device).float()
+        if projection.inner:
+            x = self._activation(e, x, matrices)
+        if self.method.weighted:
+            x = x * self.quantized.parked.weight[token, slot, None].to(self.device)
+        return torch.where((partner >= 0)[:, None].to(self.device), x, after)
 
     def _inputs(
         self,

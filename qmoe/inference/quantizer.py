@@ -14,8 +14,8 @@ imports nothing of ours that uses transformers, except inside functions.
 
 import os
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -156,7 +156,8 @@ class QmoeQuantizer(HfQuantizer):
         if self.container is not None:
             model.qmoe_manifest = self.container.manifest
             model.qmoe_directory = str(self.container.directory)
-        model.save_pretrained = MethodType(save_pretrained, model)
+        # no bound method: pickle would look it up by its name, and find the class's
+        model.save_pretrained = partial(save_pretrained, model)
         if torch.cuda.is_available():
             from qmoe.inference.cuda import register  # needs triton, which not every platform has
 

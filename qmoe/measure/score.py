@@ -20,7 +20,7 @@ from qmoe.models.classes import (
     vocabulary,
 )
 from qmoe.models.families.aliases import ALIASES
-from qmoe.models.families.find import repair
+from qmoe.models.families.find import repair, take_any_width
 from qmoe.models.streamed import StreamedModel
 from qmoe.source.checkpoint import directory_of, open_checkpoint
 from qmoe.store.manifest import MANIFEST
@@ -105,6 +105,7 @@ def load_any(model: str, dtype: str, device: torch.device, trust_remote_code: bo
             trust_remote_code=trust_remote_code,
         )
     repair(loaded)
+    take_any_width(loaded)
     return loaded.to(device).eval()
 
 

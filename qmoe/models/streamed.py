@@ -29,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from qmoe.errors import NonFiniteError, SourceError
 from qmoe.models.classes import block_lists, model_class, read_config
-from qmoe.models.families.find import KINDS, find_experts
+from qmoe.models.families.find import KINDS, find_experts, take_any_width
 from qmoe.models.matching import (
     EXPERT_NUMBER,
     check_complete,
@@ -122,6 +122,7 @@ class StreamedModel:
             self.sources[original] = self.sources[stored]
         self.block_lists = block_lists(self.model)
         self.experts = find_experts(self.model)
+        take_any_width(self.model)
         self._check()
 
     def _map_names(self) -> None:
