@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qmoe.calib.documents import TABLES, documents, is_table, optional
-from qmoe.errors import CalibrationError
+from qmoe.errors import CalibrationError, reason
 
 CHARACTERS_PER_TOKEN = (
     8  # first guess of how much text to read; more is read if it does not suffice
@@ -113,7 +113,7 @@ def beginning(tokenizer: Any, bos: str = "auto") -> list[int]:
             )
         return [int(tokenizer.bos_token_id)]
     text = "a"
-    whole, bare = list(tokenizer(text, verbose=False).input_ids), _ids(tokenizer, text)
+    whole, bare = _tokens(tokenizer, text), _ids(tokenizer, text)
     for k in range(len(whole) - len(bare) + 1):
         if whole[k : k + len(bare)] == bare:
             return whole[:k]
@@ -263,7 +263,16 @@ def _plain(tokenizer: Any, path: Path, need: int) -> list[int]:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    return _tokens(tokenizer, text, add_special_tokens=False)
+
+
+def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    try:
+        return list(tokenizer(text, verbose=False, **options).input_ids)
+    except Exception as e:  # tokenizers raises nothing more special
+        raise CalibrationError(
+            f"the tokenizer cannot encode the text ({reason(e)}); is tokenizer.json intact?"
+        ) from e
 
 
 def _encode(tokenizer: Any, row: Any, chat: bool) -> list[int]:

@@ -8,29 +8,15 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from qmoe.errors import CorruptError, UnsupportedModelError
 from qmoe.inference.experts import Caches, EncodedExperts
 from qmoe.models.auto import auto_class, model_class
+from qmoe.models.classes import BAD_CONFIG
 from qmoe.models.families.find import kind_of, layout_of
 from qmoe.store.reader import Container
 from qmoe.types import ExpertsLayout
-
-# What transformers raises on a config that it cannot build a model from.
-_BAD_CONFIG = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
 
 
 def build(container: Container, dtype: torch.dtype | None = None) -> Any:
@@ -54,7 +40,7 @@ def build(container: Container, dtype: torch.dtype | None = None) -> Any:
             if cls is not None:
                 return cls._from_config(config, dtype=dtype)
             return auto_class(config).from_config(config, dtype=dtype)
-    except _BAD_CONFIG as e:
+    except BAD_CONFIG as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise CorruptError(f"{path} describes no model: {reason}") from e
 

@@ -4,20 +4,54 @@ Knows nothing about weights.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationMixin
 
-from qmoe.errors import SourceError, UnsupportedModelError
+from qmoe.errors import QmoeError, SourceError, UnsupportedModelError
 from qmoe.models.auto import auto_class
 from qmoe.models.auto import model_class as known_class
 from qmoe.models.families.aliases import ALIASES
 from qmoe.source.checkpoint import Checkpoint
 
 _NOT_SETTINGS = ("model_type", "auto_map")
+
+
+# what transformers raises on a configuration that it cannot read, build a model from or run
+BAD_CONFIG = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
+    *(RuntimeError, StrictDataclassError, TypeError, ValueError),
+)
+
+
+@contextmanager
+def config_faults(where: str, what: str = "build") -> Iterator[None]:
+    """Inside, whatever transformers raises is the configuration's fault.
+
+    Args:
+        where: the checkpoint.
+        what: transformers is to do.
+
+    Raises:
+        SourceError: with the reason in one line.
+    """
+    try:
+        yield
+    except (QmoeError, torch.OutOfMemoryError):
+        raise
+    except BAD_CONFIG as error:
+        text = " ".join(str(error).split())[:200]
+        raise SourceError(
+            f"{where}: transformers {transformers.__version__} cannot {what} the model that "
+            f"config.json describes ({type(error).__name__}: {text}); is the file intact?"
+        ) from error
 
 
 def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
@@ -28,6 +62,10 @@ def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             which is not to be run.
     """
     kind = checkpoint.config.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise SourceError(
+            f"{checkpoint.directory}: config.json has the model_type {kind!r}, which is no text"
+        )
     if (
         "auto_map" in checkpoint.config
         and kind not in transformers.CONFIG_MAPPING
@@ -38,15 +76,13 @@ def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             f"{checkpoint.directory}: model type {kind!r} brings its own code; "
             "read it, then pass --trust-remote-code to run it"
         )
+    known = kind in transformers.CONFIG_MAPPING or kind in ALIASES
     try:
-        if kind in ALIASES:
-            given = {k: v for k, v in checkpoint.config.items() if k not in _NOT_SETTINGS}
-            config = AutoConfig.for_model(ALIASES[kind], **given)
-        else:
-            config = AutoConfig.from_pretrained(
-                checkpoint.directory, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, KeyError) as error:
+        with config_faults(str(checkpoint.directory), "read"):
+            config = _read(checkpoint, kind, trust_remote_code)
+    except SourceError as error:
+        if known:
+            raise
         raise UnsupportedModelError(
             f"{checkpoint.directory}: model type {kind!r} is not known to "
             f"transformers {transformers.__version__}"
@@ -54,6 +90,13 @@ def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the checkpoint presents dense tensors
     return config
+
+
+def _read(checkpoint: Checkpoint, kind: str | None, trust_remote_code: bool) -> Any:
+    if kind not in ALIASES:
+        return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+    given = {k: v for k, v in checkpoint.config.items() if k not in _NOT_SETTINGS}
+    return AutoConfig.for_model(ALIASES[kind], **given)
 
 
 def model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -131,7 +174,7 @@ def read_tokenizer(directory: str | Path, trust_remote_code: bool) -> Any:
                 "it holds no vocabulary"
             )  # made of the model's type, for want of files
         return found
-    except (ImportError, OSError, TypeError, ValueError) as e:
+    except Exception as e:  # tokenizers raises nothing more special
         hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e

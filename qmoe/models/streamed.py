@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qmoe.errors import NonFiniteError, SourceError
-from qmoe.models.classes import block_lists, model_class, read_config
+from qmoe.models.classes import block_lists, config_faults, model_class, read_config
 from qmoe.models.families.find import KINDS, find_experts, take_any_width
 from qmoe.models.matching import (
     EXPERT_NUMBER,
@@ -100,20 +100,8 @@ class StreamedModel:
         self.checkpoint, self.dtype = checkpoint, dtype
         self.device = device or torch.device("cpu")
         config = read_config(checkpoint, trust_remote_code)
-        cls, config = model_class(config, checkpoint, trust_remote_code)
-        self.config = copy.deepcopy(config)  # the model's own gets the compute dtype
-        self.config.architectures = [cls.__name__]
-        with torch.device("meta"):
-            self.model = cls._from_config(config, dtype=dtype)
-        self.model.eval()
-        # the two calls by which from_pretrained rebuilds non-persistent buffers; parameters stay on
-        # meta
-        self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
-        self.model._initialize_missing_keys(is_quantized=False)
-        for buffer in self.model.buffers():
-            if not buffer.is_meta:
-                buffer.data = buffer.data.to(self.device)
-        self._mapping = get_model_conversion_mapping(self.model, None, None)
+        with config_faults(str(checkpoint.directory)):
+            self._build(*model_class(config, checkpoint, trust_remote_code))
         self._map_names()
         if self.config.dtype is None:
             self.config.dtype = self._usual_dtype()
@@ -124,6 +112,21 @@ class StreamedModel:
         self.experts = find_experts(self.model)
         take_any_width(self.model)
         self._check()
+
+    def _build(self, cls: Any, config: Any) -> None:
+        self.config = copy.deepcopy(config)  # the model's own gets the compute dtype
+        self.config.architectures = [cls.__name__]
+        with torch.device("meta"):
+            self.model = cls._from_config(config, dtype=self.dtype)
+        self.model.eval()
+        # the two calls by which from_pretrained rebuilds non-persistent buffers; parameters stay on
+        # meta
+        self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+        self.model._initialize_missing_keys(is_quantized=False)
+        for buffer in self.model.buffers():
+            if not buffer.is_meta:
+                buffer.data = buffer.data.to(self.device)
+        self._mapping = get_model_conversion_mapping(self.model, None, None)
 
     def _map_names(self) -> None:
         renamings = [t for t in self._mapping if isinstance(t, WeightRenaming)]
@@ -195,7 +198,7 @@ class StreamedModel:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=self._mapping,
         )
-        with plain_loading():
+        with plain_loading(), config_faults(str(self.checkpoint.directory), "load"):
             info, _ = convert_and_load_state_dict_in_model(self.model, chosen, config)
         if info.mismatched_keys:
             name, disk, expected = sorted(info.mismatched_keys)[0]

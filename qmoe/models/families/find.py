@@ -21,6 +21,10 @@ _ROW_BYTES = 16
 KINDS: dict[str, Kind] = {k.name: k for k in (FUSED, SWITCH, NLLB, LLAMA4, DBRX, LINEAR)}
 
 
+class NoExpertsError(UnsupportedModelError):
+    """A model without experts, or with such as this release does not know."""
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a dense experts module, None for any other module."""
     return next((k for k in KINDS.values() if k.matches(module)), None)
@@ -44,11 +48,11 @@ def find_experts(model: nn.Module) -> list[tuple[ExpertsLayout, nn.Module]]:
     """All experts modules of a model in definition order.
 
     Raises:
-        UnsupportedModelError: the model has none.
+        NoExpertsError: the model has none.
     """
     found = [(layout_of(path, m), m) for path, m in model.named_modules() if kind_of(m) is not None]
     if not found:
-        raise UnsupportedModelError(
+        raise NoExpertsError(
             f"{type(model).__name__} has no mixture-of-experts module that this release knows; "
             f"known kinds: {', '.join(KINDS)}"
         )
