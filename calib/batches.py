@@ -79,9 +79,9 @@ def described(batch: dict[str, Tensor], tokenizer: Any, bos: str = "auto") -> st
     start = beginning(tokenizer, bos)
     begins = bool(start) and ids[0, : len(start)].tolist() == start
     if begins:
-        said = " begins with " + repr("".join(tokenizer.convert_ids_to_tokens(start)))
+        said = " beginning with " + repr("".join(tokenizer.convert_ids_to_tokens(start)))
     else:
-        said = " begins with no special token"
+        said = " beginning with no special token"
     text = tokenizer.decode(ids[0].tolist()[len(start) if begins else 0 :])
     line = next((s for s in text.splitlines() if s.strip()), "")
     shown = line if len(line) <= _SHOWN else line[:_SHOWN] + "…"

@@ -27,9 +27,10 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from qmoe.errors import NonFiniteError, SourceError
+from qmoe.errors import SourceError
 from qmoe.models.classes import block_lists, config_faults, model_class, read_config
 from qmoe.models.families.find import KINDS, find_experts, take_any_width
+from qmoe.models.finite import check_finite
 from qmoe.models.matching import (
     EXPERT_NUMBER,
     check_complete,
@@ -390,17 +391,6 @@ class StreamedModel:
             return tensor.dtype
         disks = sorted(self.sources.get(name, ()))
         return self.checkpoint.dtype(disks[0]) if disks else self.config.dtype or tensor.dtype
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises NonFiniteError if a tensor holds NaN or Inf; the sum is non-finite exactly then (up to
-    overflow, re-checked).
-    """
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise NonFiniteError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or Inf; the source is damaged"
-        )
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
