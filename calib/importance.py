@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmoe.models.classes import config_faults
+from qmoe.models.auto import building
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.models.families.find import repair
 from qmoe.models.streamed import StreamedModel
@@ -64,7 +64,7 @@ def layer_importance(
         # a few rows at a time: the graph of a whole batch would be the larger part of the memory
         for rows in range(len(batch["input_ids"])):
             one = {k: v[rows : rows + 1].to(streamed.device) for k, v in batch.items()}
-            with config_faults(str(streamed.checkpoint.directory), "run"):
+            with building(str(streamed.checkpoint.directory), what="run"):
                 tokens += _add(streamed, one, generator, squares)
     for path in repaired:
         del streamed.model.get_submodule(path).forward

@@ -137,32 +137,7 @@ def park(
         NonFiniteError: NaN or Inf in the hidden states, with the module's path.
     """
     world = world or World()
-    seen: dict[int, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
-    order: list[Tensor] = []
-
-    def forward(*args: Any, **kwargs: Any) -> None:
-        call = route(module, *args, **kwargs)
-        if not torch.isfinite(call.hidden).all():
-            raise NonFiniteError(
-                f"{path}: NaN or Inf among the activations that reach the experts; "
-                "the source is damaged or the compute dtype overflows"
-            )
-        weights = (
-            torch.ones(call.index.shape) if call.weights is None else call.weights.float().cpu()
-        )
-        index = call.index.to(torch.int32).cpu()
-        token = order[-1] if order else call.token
-        if token is not None:
-            token = token.cpu() + BATCH * walk.batch
-        seen[walk.batch] = (store.keep(call.hidden), index, weights, token)
-        stop_forward()
-
-    module.forward = forward
-    try:
-        with _ordering(walk, path, module, order):
-            walk.run(block, keep=False)
-    finally:
-        del module.forward
+    seen = _seen(walk, block, path, module, store)
     found = {
         n: (len(h), h.shape[1], i.shape[1], h.dtype, t is not None)
         for n, (h, i, _, t) in seen.items()
@@ -207,6 +182,40 @@ def _ordering(walk: Walk, path: str, module: nn.Module, order: list[Tensor]) -> 
         yield
     finally:
         handle.remove()
+
+
+def _seen(
+    walk: Walk, block: BlockRef, path: str, module: nn.Module, store: ActivationStore
+) -> dict[int, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Hidden states, expert indices, routing weights and (see `Parked.token`) tokens of every batch
+    of this process that comes to the experts."""
+    seen: dict[int, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
+    order: list[Tensor] = []
+
+    def forward(*args: Any, **kwargs: Any) -> None:
+        call = route(module, *args, **kwargs)
+        if not torch.isfinite(call.hidden).all():
+            raise NonFiniteError(
+                f"{path}: NaN or Inf among the activations that reach the experts; "
+                "the source is damaged or the compute dtype overflows"
+            )
+        weights = (
+            torch.ones(call.index.shape) if call.weights is None else call.weights.float().cpu()
+        )
+        index = call.index.to(torch.int32).cpu()
+        token = order[-1] if order else call.token
+        if token is not None:
+            token = token.cpu() + BATCH * walk.batch
+        seen[walk.batch] = (store.keep(call.hidden), index, weights, token)
+        stop_forward()
+
+    module.forward = forward
+    try:
+        with _ordering(walk, path, module, order):
+            walk.run(block, keep=False)
+    finally:
+        del module.forward
+    return seen
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qmoe.calib.outputs import Outputs, tree
-from qmoe.models.classes import config_faults
+from qmoe.models.auto import building
 from qmoe.models.streamed import BlockRef, StreamedModel
 
 Batch = dict[str, Tensor]
@@ -90,7 +90,7 @@ class Walk:
         self.batch = batch
         self._read.clear()
         inputs = {name: self._place(tensor) for name, tensor in self.batches[batch].items()}
-        with config_faults(str(self.streamed.checkpoint.directory), "run"):
+        with building(str(self.streamed.checkpoint.directory), what="run"):
             return self.streamed.model(**inputs, use_cache=False)
 
     def _place(self, tensor: Tensor) -> Tensor:

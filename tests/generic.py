@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import (
 )
 
 import qmoe
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
 from qmoe.measure.score import load_any
 from qmoe.models.families.find import repair
@@ -275,9 +275,10 @@ def prove(
         calib=str(text),
         calib_tokens=tokens,
         ctx=24,
+        unseen=0,
         solver_options={"gradient": 0},
     )
-    compress_checkpoint(str(source), work / "q", settings)
+    compress(str(source), work / "q", settings)
     passed: dict[str, bool | float] = {"compress": True}
     verify(work / "q")
     loaded = qmoe.load(work / "q", dtype=torch.float32)

@@ -27,7 +27,8 @@ from qmoe.calib.batches import check_tokens, prepare
 from qmoe.cli import main as qmoe_command
 from qmoe.errors import QmoeError
 from qmoe.measure.score import load_any
-from qmoe.models.classes import config_faults, read_tokenizer
+from qmoe.models.auto import building
+from qmoe.models.classes import read_tokenizer
 
 FAMILIES = (
     *("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"),
@@ -324,7 +325,7 @@ class Mutator:
         if compress:
             return self._command(source, [])
         model = load_any(str(source), "float32", CPU)
-        with config_faults(str(source), "run"):
+        with building(str(source), what="run"):
             got = logits_of(model, IDS)
         expected = theirs(source, self.classes[family], IDS)
         self.outcomes["result" if expected is not None else "result, theirs fails"] += 1

@@ -16,7 +16,7 @@ from qmoe.store.inspect import inspect
 from qmoe.store.manifest import MANIFEST, read_sealed, write_sealed
 from qmoe.store.reader import Container
 from qmoe.store.writer import INDEX
-from qmoe.system.tensors import Spill
+from qmoe.system.spill import Spill
 
 
 def _auto(model):

@@ -19,9 +19,10 @@ from transformers import AutoTokenizer
 import qmoe
 from qmoe.calib.routing import Parked
 from qmoe.cli import main
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress
+from qmoe.compression.settings import Settings
 from qmoe.errors import CalibrationError, SourceError
-from qmoe.measure.score import load_any, score_checkpoint
+from qmoe.measure.score import evaluate, load_any
 from qmoe.models.streamed import StreamedModel
 from qmoe.publish.export import export
 from qmoe.publish.verify import verify
@@ -45,10 +46,8 @@ def _source(tiny, folder, family, dtype=torch.float32, **changes):
 
 def _compress(tiny, source, out, method="rtn", **options):
     text = tiny.save_text(out.with_name("text.txt"), 400)
-    options = {"calib_tokens": 96, "ctx": 24, **options}
-    return compress_checkpoint(
-        str(source), out, Settings(method=method, calib=str(text), **options)
-    )
+    options = {"calib_tokens": 96, "ctx": 24, "unseen": 0, **options}
+    return compress(str(source), out, Settings(method=method, calib=str(text), **options))
 
 
 def _edit(directory, **values):
@@ -257,7 +256,7 @@ def test_experts_of_any_width(tmp_path, tiny, width):
     _compress(tiny, source, tmp_path / "q", "rd", delta=0.5)
     text = str(tmp_path / "text.txt")
     for dtype in ("float32", "bfloat16"):
-        score_checkpoint(str(tmp_path / "q"), text, str(source), 24, 96, dtype, "cpu")
+        evaluate(str(tmp_path / "q"), text, str(source), 24, 96, dtype, "cpu")
 
 
 def test_eval_with_a_reference_of_a_composite_configuration(tmp_path, tiny, generic):
@@ -265,7 +264,7 @@ def test_eval_with_a_reference_of_a_composite_configuration(tmp_path, tiny, gene
     tiny.save_tokenizer(tmp_path / "source")
     _compress(tiny, tmp_path / "source", tmp_path / "q")
     text = str(tmp_path / "text.txt")
-    score = score_checkpoint(str(tmp_path / "q"), text, str(tmp_path / "source"), 24, 96)
+    score = evaluate(str(tmp_path / "q"), text, str(tmp_path / "source"), 24, 96)
     assert score.kl > 0
 
 
@@ -352,7 +351,7 @@ def test_tokens_without_an_embedding(tmp_path, tiny):
         _compress(tiny, source, tmp_path / "q")
     text = str(tmp_path / "text.txt")
     with pytest.raises(CalibrationError, match="have 24 rows"):
-        score_checkpoint(str(source), text, ctx=24)
+        evaluate(str(source), text, ctx=24)
 
 
 # ---- rows that a router orders -------------------------------------------------------------------
@@ -404,7 +403,7 @@ def test_the_published_class_is_compressed_and_loaded(tmp_path, tiny, generic, k
     _compress(tiny, tmp_path / "source", tmp_path / "q")
     assert type(qmoe.load(tmp_path / "q")).__name__ == name
     text = str(tmp_path / "text.txt")
-    score_checkpoint(str(tmp_path / "q"), text, str(tmp_path / "source"), 24, 96)
+    evaluate(str(tmp_path / "q"), text, str(tmp_path / "source"), 24, 96)
     assert type(load_any(str(tmp_path / "source"), "float32", torch.device("cpu"))) is type(model)
     with pytest.raises(qmoe.UnsupportedModelError, match=f"was compressed as {name}"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")

@@ -11,6 +11,7 @@ experts and give the same bytes.
 """
 
 import hashlib
+import os
 import resource
 import shutil
 import sys
@@ -29,6 +30,7 @@ from qmoe.calib.activations import ActivationStore
 from qmoe.calib.batches import check_tokens, described, inputs_only, prepare, split_batches
 from qmoe.calib.importance import fits, layer_importance
 from qmoe.calib.outputs import Durable, resume_point
+from qmoe.compression import unseen
 from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.carried import account, write_carried
 from qmoe.compression.dense import HEAD, DenseCoder
@@ -38,26 +40,27 @@ from qmoe.compression.probe import probed
 from qmoe.compression.rate import Controller, Curve, missed
 from qmoe.compression.report import CompressReport
 from qmoe.compression.settings import Settings as Settings
+from qmoe.compression.unseen import BATCH_TOKENS
 from qmoe.errors import InterruptedRunError
 from qmoe.models.classes import embeddings, plain_config, read_tokenizer
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
-from qmoe.store.writer import ContainerWriter, downloads_of
+from qmoe.store.writer import ContainerWriter, carried_files, downloads_of
 from qmoe.system.files import canonical_json
 from qmoe.system.machine import pick_device
 from qmoe.system.processes import World
 from qmoe.version import __version__
 
-_BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
 _REST = "rest"  # name of the unit of the container that holds what is outside the blocks
 Say = Callable[[str], object]
+_DEFAULTS = Settings()
 
 
-def compress_checkpoint(
+def compress(
     source: str,
-    out: Path,
-    settings: Settings,
+    out: str | os.PathLike[str],
+    settings: Settings = _DEFAULTS,
     progress: bool = False,
     world: World | None = None,
     say: Say = lambda text: None,
@@ -76,15 +79,15 @@ def compress_checkpoint(
         QmoeError: the input's fault, see qmoe.errors; the source is never written to and `out`
             never half-made. InterruptedRunError: ctrl-C.
     """
-    start = time.monotonic()
+    start, out = time.monotonic(), Path(out)
     world = world or World()
     if not world.first:
         progress, say = False, lambda text: None
     run = Compression(open_job(source, out, settings, world, progress, say), out, say)
     run.to_the_end()
     report = CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
-    if settings.bits is not None and (
-        sentence := missed(settings.bits, report.sizes.bits_per_weight)
+    if settings.target is not None and (
+        sentence := missed(settings.target, report.sizes.bits_per_weight)
     ):
         say(sentence)
     return report
@@ -101,7 +104,7 @@ def open_job(
     """Opens a source and reads the calibration text; no weight is read and nothing written.
 
     Args:
-        source, out, settings, world, progress, say: see `compress_checkpoint`.
+        source, out, settings, world, progress, say: see `compress`.
 
     Raises:
         QmoeError: settings, source or text are not usable.
@@ -112,13 +115,13 @@ def open_job(
     trusted = settings.trust_remote_code
     streamed = StreamedModel(checkpoint, trust_remote_code=trusted, device=device)
     tokenizer = read_tokenizer(checkpoint.directory, trusted)
-    text = (settings.calib, settings.calib_tokens, settings.context(streamed.config))
+    text = (settings.text, settings.calib_tokens, settings.context(streamed.config))
     data = prepare(tokenizer, streamed.config, *text, settings.seed, **settings.calib_rows)
     check_tokens(data, tokenizer, embeddings(streamed.model))
     say(f"calibration {described(data, tokenizer, settings.calib_rows.get('bos', 'auto'))}")
-    batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
+    batches = [inputs_only(b) for b in split_batches(data, BATCH_TOKENS)]
     parts = (settings, streamed, tokenizer, batches, method, device, world)
-    return Job(*parts, progress=progress)
+    return unseen.with_room(Job(*parts, progress=progress))
 
 
 class Compression:
@@ -153,7 +156,7 @@ class Compression:
         self.identity = {
             **settings.recorded(),
             "source": self.source,
-            "calib_sha256": _digest(job.batches),
+            "calib_sha256": _digest(job.batches[: len(job.batches) - job.own]),
             "versions": _versions(),
             "device": job.device.type,
             "layer_weights": "gradient" if self.by_gradient else "equal",
@@ -167,7 +170,7 @@ class Compression:
         """Writes the directory.
 
         Raises:
-            QmoeError: see `compress_checkpoint`.
+            QmoeError: see `compress`.
         """
         with ExitStack() as stack:
             self._begin(stack)
@@ -226,15 +229,20 @@ class Compression:
         return finished, done
 
     def _learn(self) -> None:
-        """Learns how much each layer matters and what it will take, or remembers it."""
-        job, known = self.job, self.finished.get(_REST, {})
+        """Learns what the model says by itself, how much each layer matters and what it will take,
+        or remembers it.
+        """
+        known = self.finished.get(_REST, {})
+        self.job = job = unseen.with_own_words(self.job, known.get("own_words"))
+        if self.dense is not None:
+            self.dense.learn_from(job)
         self.loop = BlockLoop(job, self.kept, self.work / "exchange")
         self.loop.dense = self.dense
         if self.by_gradient:
             self.loop.importance = known.get("importance") or job.world.share(
                 lambda: layer_importance(job.streamed, job.batches), "importance of the layers"
             )
-        bits = job.settings.bits
+        bits = job.settings.target
         if bits is not None:
             curves = known.get("curves") or probed(job, bits, self.loop.importance)
             options = job.settings.for_solver()
@@ -254,6 +262,7 @@ class Compression:
                     self.job.streamed.dense(lambda n: not n.startswith(inside) and n not in coded)
                 )
                 rest.note["importance"] = dict(self.loop.importance)
+                rest.note["own_words"] = unseen.of(self.job)
                 if self.loop.rate is not None:
                     rest.note["curves"] = [c.as_list() for c in self.loop.rate.curves]
         if self.writer is None:
@@ -297,9 +306,12 @@ class Compression:
         if self.dense is not None and last and HEAD not in self.finished:
             with self.writer.block(HEAD) as head:
                 self.dense.head(self.loop.whole_walk(), head)
+        config = _plain(streamed.config)
+        # a model with code of its own is nothing without it
+        code = ("*.py",) if config.get("auto_map") else ()
         self.writer.finish(
             [_REST, *carried, *(b.name for b in self.blocks), *last],
-            config=_plain(streamed.config),
+            config=config,
             settings={
                 **settings.recorded(),
                 "method": self.job.method.name,
@@ -308,7 +320,7 @@ class Compression:
             versions=_versions(),
             source={**streamed.checkpoint.origin, **self.source},
             report=account(streamed),
-            carry_from=streamed.checkpoint.directory,
+            files=carried_files(streamed.checkpoint.directory, code),
         )
 
     @contextmanager

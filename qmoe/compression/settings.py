@@ -9,6 +9,7 @@ from qmoe.compression.rate import check_target
 from qmoe.errors import QmoeError
 from qmoe.quantize import Method, get_method
 
+DEFAULT_BITS = 0.8
 _MACHINE = ("memory", "source_cache", "device", "trust_remote_code", "fresh")  # no byte depends
 
 
@@ -18,12 +19,14 @@ class Settings:
 
     Attributes:
         method: "rd", "qmoe", "rtn" or "gptq2" .. "gptq4".
-        bits: stored bits per expert weight to hit, or None.
-        delta: global step of rd, or None.
+        bits: stored bits per expert weight to hit, for rd; see `target`.
+        delta: global step of rd, in place of a target.
         dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
         calib: calibration text.
         calib_tokens: at most this many tokens of it.
         calib_rows: how it is read: `pack`, `chat`, `column`, `bos` of qmoe.calib.text.windows.
+        unseen: tokens that the model says by itself for each token of the text, so that what the
+            text does not reach counts too: see `qmoe.calib.own_words`.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
         solver_options: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`,
@@ -36,13 +39,14 @@ class Settings:
         fresh: discard an unfinished run on the same output.
     """
 
-    method: str
-    calib: str
+    method: str = "rd"
+    calib: str | None = None
     calib_tokens: int = 131072
     calib_rows: Mapping[str, Any] = field(default_factory=dict)
     bits: float | None = None
     delta: float | None = None
     dense_bits: int = 16
+    unseen: float = 0.5
     ctx: int | None = None
     seed: int = 0
     solver_options: Mapping[str, float] = field(default_factory=dict)
@@ -51,6 +55,23 @@ class Settings:
     device: str = "auto"
     trust_remote_code: bool = False
     fresh: bool = False
+
+    @property
+    def text(self) -> str:
+        """The calibration text.
+
+        Raises:
+            QmoeError: none is given.
+        """
+        if self.calib is None:
+            raise QmoeError("no calibration text is given; name one with --calib")
+        return self.calib
+
+    @property
+    def target(self) -> float | None:
+        """Stored bits per expert weight to hit: 0.8 where rd is given neither bits nor a step."""
+        plain = self.method == "rd" and self.delta is None
+        return DEFAULT_BITS if plain and self.bits is None else self.bits
 
     @property
     def by_gradient(self) -> bool:
@@ -67,7 +88,8 @@ class Settings:
         out["knobs"] = out.pop("solver_options")  # the name under which manifests keep them
         if not self.calib_rows:
             del out["calib_rows"]
-        out["calib"] = Path(self.calib).name
+        out["bits"] = self.target
+        out["calib"] = Path(self.calib).name if self.calib else None
         return out
 
     def context(self, config: Any) -> int:
@@ -94,8 +116,8 @@ class Settings:
         if self.method == "rd":
             if self.bits is not None and self.delta is not None:
                 raise QmoeError("--bits and --delta exclude each other; give one of them")
-            if self.bits is not None:
-                check_target(self.bits)
+            if self.target is not None:
+                check_target(self.target)
             step = {} if self.delta is None else {"delta": self.delta}
             return self.for_solver() | step
         if self.solver_options:

@@ -11,9 +11,9 @@ import torch
 from qmoe.calib.batches import check_tokens, described, prepare, split_batches
 from qmoe.errors import SourceError, UnsupportedModelError
 from qmoe.inference.load import load
-from qmoe.measure.perplexity import Score, evaluate
+from qmoe.measure.perplexity import Score, score_batches
+from qmoe.models.auto import building
 from qmoe.models.classes import (
-    config_faults,
     embeddings,
     model_class,
     read_config,
@@ -28,7 +28,7 @@ from qmoe.store.writer import INDEX
 from qmoe.system.machine import pick_device
 
 
-def score_checkpoint(
+def evaluate(
     model: str,
     text: str,
     reference: str | None = None,
@@ -73,8 +73,8 @@ def score_checkpoint(
     data = prepare(tokenizer, first.config, text, tokens or 2**40, ctx, seed=0, **rows)
     check_tokens(data, tokenizer, embeddings(first))
     say(f"evaluation {described(data, tokenizer, rows.get('bos', 'auto'))}")
-    with config_faults(model if reference is None else f"{model} or {reference}", "run"):
-        return evaluate(first, split_batches(data), other, progress)
+    with building(model if reference is None else f"{model} or {reference}", what="run"):
+        return score_batches(first, split_batches(data), other, progress)
 
 
 def load_any(model: str, dtype: str, device: torch.device, trust_remote_code: bool = False) -> Any:

@@ -6,9 +6,30 @@ names in each. Only where none is named, or one that belongs to another type of 
 transformers' Auto classes decide.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+from qmoe.errors import QmoeError, SourceError
+
+# What transformers raises on a config that it cannot build a model from.
+_BAD_CONFIG = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 # in this order: a type with a text-only and a multimodal class is the text-only one
 _TEXT = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
@@ -65,3 +86,26 @@ def _named(config: Any) -> Any:
     takes = getattr(cls, "config_class", None)
     fits = takes is not None and takes in (type(config), config.sub_configs.get("text_config"))
     return cls if fits else None
+
+
+@contextmanager
+def building(
+    where: str | Path, error: type[QmoeError] = SourceError, what: str = ""
+) -> Iterator[None]:
+    """Turns whatever transformers says about a config.json's model into one sentence.
+
+    Args:
+        where: the checkpoint.
+        error: raised instead.
+        what: transformers is doing with the model beside building it: "load", "run".
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _BAD_CONFIG as e:
+        says = (
+            f"describes a model that transformers cannot {what}" if what else "describes no model"
+        )
+        text = " ".join(str(e).split())[:200]
+        raise error(f"{where}/config.json {says}: {type(e).__name__}: {text}") from e

@@ -4,54 +4,20 @@ Knows nothing about weights.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationMixin
 
-from qmoe.errors import QmoeError, SourceError, UnsupportedModelError
-from qmoe.models.auto import auto_class
+from qmoe.errors import SourceError, UnsupportedModelError, reason
+from qmoe.models.auto import auto_class, building
 from qmoe.models.auto import model_class as known_class
 from qmoe.models.families.aliases import ALIASES
 from qmoe.source.checkpoint import Checkpoint
 
 _NOT_SETTINGS = ("model_type", "auto_map")
-
-
-# what transformers raises on a configuration that it cannot read, build a model from or run
-BAD_CONFIG = (
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
-    *(RuntimeError, StrictDataclassError, TypeError, ValueError),
-)
-
-
-@contextmanager
-def config_faults(where: str, what: str = "build") -> Iterator[None]:
-    """Inside, whatever transformers raises is the configuration's fault.
-
-    Args:
-        where: the checkpoint.
-        what: transformers is to do.
-
-    Raises:
-        SourceError: with the reason in one line.
-    """
-    try:
-        yield
-    except (QmoeError, torch.OutOfMemoryError):
-        raise
-    except BAD_CONFIG as error:
-        text = " ".join(str(error).split())[:200]
-        raise SourceError(
-            f"{where}: transformers {transformers.__version__} cannot {what} the model that "
-            f"config.json describes ({type(error).__name__}: {text}); is the file intact?"
-        ) from error
 
 
 def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
@@ -78,7 +44,7 @@ def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         )
     known = kind in transformers.CONFIG_MAPPING or kind in ALIASES
     try:
-        with config_faults(str(checkpoint.directory), "read"):
+        with building(checkpoint.directory):
             config = _read(checkpoint, kind, trust_remote_code)
     except SourceError as error:
         if known:
@@ -176,8 +142,7 @@ def read_tokenizer(directory: str | Path, trust_remote_code: bool) -> Any:
         return found
     except Exception as e:  # tokenizers raises nothing more special
         hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
+        raise SourceError(f"{directory}: no tokenizer can be read ({reason(e)}){hint}") from e
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qmoe.errors import SourceError
-from qmoe.models.classes import block_lists, config_faults, model_class, read_config
+from qmoe.models.auto import building
+from qmoe.models.classes import block_lists, model_class, read_config
 from qmoe.models.families.find import KINDS, find_experts, take_any_width
 from qmoe.models.finite import check_finite
 from qmoe.models.matching import (
@@ -101,7 +102,7 @@ class StreamedModel:
         self.checkpoint, self.dtype = checkpoint, dtype
         self.device = device or torch.device("cpu")
         config = read_config(checkpoint, trust_remote_code)
-        with config_faults(str(checkpoint.directory)):
+        with building(checkpoint.directory):
             self._build(*model_class(config, checkpoint, trust_remote_code))
         self._map_names()
         if self.config.dtype is None:
@@ -199,7 +200,7 @@ class StreamedModel:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=self._mapping,
         )
-        with plain_loading(), config_faults(str(self.checkpoint.directory), "load"):
+        with plain_loading(), building(str(self.checkpoint.directory), what="load"):
             info, _ = convert_and_load_state_dict_in_model(self.model, chosen, config)
         if info.mismatched_keys:
             name, disk, expected = sorted(info.mismatched_keys)[0]
