@@ -4,6 +4,7 @@ Knows nothing about weights.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from qmoe.models.auto import model_class as known_class
 from qmoe.models.families.aliases import ALIASES
 from qmoe.source.checkpoint import Checkpoint
 
+_COUNTS = re.compile(r".*(layers|experts|depth)")  # settings: how many modules there are
+_MANY = 4096  # of them may share a tensor
 _NOT_SETTINGS = ("model_type", "auto_map")
 
 
@@ -42,6 +45,7 @@ def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             f"{checkpoint.directory}: model type {kind!r} brings its own code; "
             "read it, then pass --trust-remote-code to run it"
         )
+    _check_counts(checkpoint, checkpoint.config)
     known = kind in transformers.CONFIG_MAPPING or kind in ALIASES
     try:
         with building(checkpoint.directory):
@@ -56,6 +60,20 @@ def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the checkpoint presents dense tensors
     return config
+
+
+def _check_counts(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """Refuses more layers or experts than the checkpoint can have tensors for: building the model
+    would take for ever."""
+    most = _MANY + len(checkpoint.names())
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(checkpoint, value)
+        elif isinstance(value, int | float) and _COUNTS.fullmatch(name) and value > most:
+            raise SourceError(
+                f"{checkpoint.directory}: config.json has {name} = {value}, but the checkpoint has "
+                f"{len(checkpoint.names())} tensors"
+            )
 
 
 def _read(checkpoint: Checkpoint, kind: str | None, trust_remote_code: bool) -> Any:
