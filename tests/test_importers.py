@@ -272,7 +272,7 @@ def test_imported_then_compressed(tmp_path, tiny, generic, kind, table_row):
     _, write, _, _ = CASES[kind]
     write(tmp_path / "src")
     source = IMPORTERS[kind](tmp_path / "src", tmp_path / "source").directory
-    passed = generic.prove(source, tmp_path, tiny, AutoModelForCausalLM, "qmoe", 512)
+    passed = generic.prove(source, tmp_path, tiny, AutoModelForCausalLM)
     config = json.loads((source / "config.json").read_text())
     row = generic.row(f"{NAMES[kind]}, imported", config["model_type"], passed, tmp_path)
     table_row("named", row)

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qmoe.calib.activations import ActivationStore
-from qmoe.calib.batches import inputs_only, prepare, split_batches
+from qmoe.calib.batches import check_tokens, described, inputs_only, prepare, split_batches
 from qmoe.calib.importance import fits, layer_importance
 from qmoe.calib.outputs import Durable, resume_point
 from qmoe.compression import unseen
@@ -42,7 +42,7 @@ from qmoe.compression.report import CompressReport, advice
 from qmoe.compression.settings import Settings
 from qmoe.compression.unseen import BATCH_TOKENS
 from qmoe.errors import InterruptedRunError
-from qmoe.models.classes import plain_config, read_tokenizer
+from qmoe.models.classes import embeddings, plain_config, read_tokenizer
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
@@ -83,7 +83,7 @@ def compress(
     world = world or World()
     if not world.first:
         progress, say = False, lambda text: None
-    run = Compression(open_job(source, out, settings, world, progress), out, say)
+    run = Compression(open_job(source, out, settings, world, progress, say), out, say)
     run.to_the_end()
     report = CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
     if settings.target is not None and (
@@ -96,12 +96,17 @@ def compress(
 
 
 def open_job(
-    source: str, out: Path, settings: Settings, world: World, progress: bool = False
+    source: str,
+    out: Path,
+    settings: Settings,
+    world: World,
+    progress: bool = False,
+    say: Say = lambda text: None,
 ) -> Job:
     """Opens a source and reads the calibration text; no weight is read and nothing written.
 
     Args:
-        source, out, settings, world, progress: see `compress`.
+        source, out, settings, world, progress, say: see `compress`.
 
     Raises:
         QmoeError: settings, source or text are not usable.
@@ -114,6 +119,8 @@ def open_job(
     tokenizer = read_tokenizer(checkpoint.directory, trusted)
     text = (settings.text, settings.calib_tokens, settings.context(streamed.config))
     data = prepare(tokenizer, streamed.config, *text, settings.seed, **settings.calib_rows)
+    check_tokens(data, tokenizer, embeddings(streamed.model))
+    say(f"calibration {described(data, tokenizer, settings.calib_rows.get('bos', 'auto'))}")
     batches = [inputs_only(b) for b in split_batches(data, BATCH_TOKENS)]
     parts = (settings, streamed, tokenizer, batches, method, device, world)
     return unseen.with_room(Job(*parts, progress=progress))

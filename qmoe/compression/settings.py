@@ -24,7 +24,7 @@ class Settings:
         dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
         calib: calibration text.
         calib_tokens: at most this many tokens of it.
-        calib_rows: how its documents are read: `pack`, `chat`, `column` of qmoe.calib.text.windows.
+        calib_rows: how it is read: `pack`, `chat`, `column`, `bos` of qmoe.calib.text.windows.
         unseen: tokens that the model says by itself for each token of the text, so that what the
             text does not reach counts too: see `qmoe.calib.own_words`.
         ctx: tokens of a window, None for the model's own length, at most 2048.

@@ -10,7 +10,7 @@ from qmoe.errors import QmoeError, reason
 from qmoe.inference.experts import Caches, EncodedExperts
 from qmoe.inference.quantizer import INTEGERS, OPENED
 from qmoe.inference.structure import check
-from qmoe.models.auto import auto_class
+from qmoe.models.auto import auto_class, model_class
 from qmoe.store.reader import Container
 from qmoe.system.hub import split_revision
 
@@ -49,7 +49,8 @@ def load(
     try:
         remote = bool(kwargs.get("trust_remote_code"))
         config = AutoConfig.from_pretrained(directory, trust_remote_code=remote)
-        model: PreTrainedModel = auto_class(config).from_pretrained(directory, **kwargs)
+        cls = model_class(config)[0] or auto_class(config)
+        model: PreTrainedModel = cls.from_pretrained(directory, **kwargs)
     finally:
         OPENED.reset(token)
         INTEGERS.reset(kept)

@@ -15,8 +15,8 @@ imports nothing of ours that uses transformers, except inside functions.
 import os
 import warnings
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,7 +116,7 @@ class QmoeQuantizer(HfQuantizer):
     ) -> None:
         from qmoe.inference.dense import keep_integers
         from qmoe.inference.experts import Caches
-        from qmoe.inference.structure import compare, swap
+        from qmoe.inference.structure import check_class, compare, swap
         from qmoe.store.reader import Container
 
         if not checkpoint_files:
@@ -126,6 +126,7 @@ class QmoeQuantizer(HfQuantizer):
         directory = Path(checkpoint_files[0]).parent
         if self.container is None or not directory.samefile(self.container.directory):
             self.container = Container.open(directory)
+        check_class(model, self.container)
         caches = Caches(self._cache_bytes())
         for layout in self.container.modules.values():
             swap(model, layout, self.container, caches)
@@ -181,7 +182,8 @@ class QmoeQuantizer(HfQuantizer):
         if self.container is not None:
             model.qmoe_manifest = self.container.manifest
             model.qmoe_directory = str(self.container.directory)
-        model.save_pretrained = MethodType(save_pretrained, model)
+        # no bound method: pickle would look it up by its name, and find the class's
+        model.save_pretrained = partial(save_pretrained, model)
         if torch.cuda.is_available():
             use_kernels(model)
         return model
