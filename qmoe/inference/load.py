@@ -24,7 +24,8 @@ from transformers import AutoConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qmoe.errors import CorruptError, QmoeError
+from qmoe.errors import CorruptError
+from qmoe.inference.cache import environment_bytes
 from qmoe.inference.dense import Decode, converters
 from qmoe.inference.experts import Caches, EncodedExperts
 from qmoe.inference.save import save_pretrained
@@ -33,9 +34,7 @@ from qmoe.models.auto import auto_class
 from qmoe.models.projects import register as register_models
 from qmoe.store.reader import Container, parse_quantization
 from qmoe.store.writer import INDEX
-from qmoe.system.hub import split_revision
-
-CACHE_VARIABLE = "QMOE_CACHE_BYTES"
+from qmoe.system.hub import download
 
 # What `load` has verified, for the quantizer that transformers creates on the way.
 _OPENED: ContextVar[Container | None] = ContextVar("opened", default=None)
@@ -98,7 +97,7 @@ class QmoeQuantizer(HfQuantizer):
         where = config._name_or_path
         if self.container is None and where:
             if not os.path.isdir(where):  # transformers itself would fetch config and weights only
-                where = _download(where, getattr(config, "_commit_hash", None))
+                where = download(where, getattr(config, "_commit_hash", None))
             self.container = Container.open(where)
             check(self.container)  # before a wrong config can shape a model
         config.transformers_weights = INDEX
@@ -122,12 +121,9 @@ class QmoeQuantizer(HfQuantizer):
     def _cache_bytes(self) -> int:
         if self.quantization_config.cache_bytes is not None:
             return int(self.quantization_config.cache_bytes)
-        text = os.environ.get(CACHE_VARIABLE, "0")
-        if not text.isdecimal():
-            raise QmoeError(f"{CACHE_VARIABLE} is {text!r}; it must be a number of bytes")
-        return int(text)
+        return environment_bytes()
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """None of the family's: tensors are stored under the names of the modules, to be taken
         literally. Encoded dense matrices are decoded."""
         return [] if self.container is None else converters(self.container, self.failures)
@@ -188,7 +184,7 @@ def load(
         FormatVersionError: another format version.
     """
     if not os.path.isdir(directory):
-        directory = _download(str(directory), kwargs.get("revision"))
+        directory = download(str(directory), kwargs.get("revision"))
     container = Container.open(directory)
     check(container)  # all this before transformers meets a damaged config
     token = _OPENED.set(container)
@@ -214,17 +210,3 @@ def set_cache_bytes(model: nn.Module, cache_bytes: int) -> None:
     for module in model.modules():
         if isinstance(module, EncodedExperts):
             module.caches = caches
-
-
-def _download(name: str, revision: str | None) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repo, at = split_revision(name)
-    try:
-        return str(snapshot_download(repo, revision=revision or at))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise QmoeError(
-            f"{name} is no directory and cannot be fetched from the hub: {reason}"
-        ) from e

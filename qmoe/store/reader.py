@@ -6,17 +6,18 @@ Knows nothing about models, transformers or devices.
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qmoe.errors import CorruptError
 from qmoe.store.manifest import check_files, check_version, read_manifest
 from qmoe.store.stored_dense import OFFSETS, STREAM, DenseGeometry, DenseStream, parse_dense
-from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.stored_experts import ExpertStream, check_offsets, used_runs
 from qmoe.store.writer import CARRIED_BLOCK, INDEX
 from qmoe.system.tensors import Entry, read_header, read_tensor
 from qmoe.types import ExpertsLayout, Projection
@@ -207,6 +208,29 @@ class Container:
         """
         layout = self.modules[path]
         return ExpertStream(layout, self.read(f"{path}.stream"), self.read(f"{path}.offsets"))
+
+    def some_experts(self, path: str, own: Sequence[int]) -> ExpertStream:
+        """Some of a module's experts, renumbered from 0 in the order given; only the bytes that
+        they use are read.
+
+        Args:
+            path: of the experts module.
+            own: indices of at least one expert.
+
+        Raises:
+            CorruptError: its offsets are not valid.
+        """
+        layout, offsets = self.modules[path], self.read(f"{path}.offsets")
+        file, start, entry = self.tensors[f"{path}.stream"]
+        check_offsets(layout, offsets, entry.shape[0])
+        runs, moved = used_runs(offsets[list(own)])
+        stream = torch.empty(sum(b - a for a, b in runs), dtype=torch.uint8)
+        at = 0
+        for a, b in runs:
+            run = Entry("U8", (b - a,), entry.begin + a, entry.begin + b)
+            stream[at : at + b - a] = read_tensor(self.directory / file, start, run)
+            at += b - a
+        return ExpertStream(replace(layout, experts=len(own)), stream, moved)
 
     def dense_matrix(self, name: str) -> DenseStream:
         """The encoded form of one dense matrix.
