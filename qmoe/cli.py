@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import click
 
+from qmoe.engines.commands import add_to
 from qmoe.errors import QmoeError
 
 
@@ -368,3 +369,6 @@ def bench_codec(as_json: bool) -> None:
     from qmoe.measure.codec_bench import run
 
     run(as_json)
+
+
+add_to(main)

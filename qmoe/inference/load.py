@@ -13,6 +13,8 @@ covered by tests/test_load.py.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import MethodType
@@ -123,7 +125,9 @@ class QmoeQuantizer(HfQuantizer):
             return int(self.quantization_config.cache_bytes)
         return environment_bytes()
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
         """None of the family's: tensors are stored under the names of the modules, to be taken
         literally. Encoded dense matrices are decoded."""
         return [] if self.container is None else converters(self.container, self.failures)
@@ -183,20 +187,38 @@ def load(
         CorruptError: any file is not as it was written.
         FormatVersionError: another format version.
     """
+    with verified(directory, kwargs.get("revision")) as container:
+        where = container.directory
+        remote = bool(kwargs.get("trust_remote_code"))
+        config = AutoConfig.from_pretrained(where, trust_remote_code=remote)
+        model = auto_class(config).from_pretrained(where, **kwargs)
+    if cache_bytes is not None:
+        set_cache_bytes(model, cache_bytes)
+    return model
+
+
+@contextmanager
+def verified(directory: str | os.PathLike[str], revision: str | None = None) -> Iterator[Container]:
+    """Opens and verifies a compressed checkpoint; what transformers loads from it in the meantime
+    is not verified a second time.
+
+    Args:
+        directory: or the id of a repository on the hub, which is downloaded whole.
+        revision: of the repository.
+
+    Raises:
+        CorruptError: any file is not as it was written.
+        FormatVersionError: another format version.
+    """
     if not os.path.isdir(directory):
-        directory = download(str(directory), kwargs.get("revision"))
+        directory = download(str(directory), revision)
     container = Container.open(directory)
     check(container)  # all this before transformers meets a damaged config
     token = _OPENED.set(container)
     try:
-        remote = bool(kwargs.get("trust_remote_code"))
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=remote)
-        model = auto_class(config).from_pretrained(directory, **kwargs)
+        yield container
     finally:
         _OPENED.reset(token)
-    if cache_bytes is not None:
-        set_cache_bytes(model, cache_bytes)
-    return model
 
 
 def set_cache_bytes(model: nn.Module, cache_bytes: int) -> None:

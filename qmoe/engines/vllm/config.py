@@ -91,7 +91,7 @@ class QmoeConfig(QuantizationConfig):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QmoeConfig":
         copy = type(self)()
-        vars(copy).update(self.__getstate__())
+        copy.__dict__.update(self.__getstate__())
         return copy
 
     @cached_property

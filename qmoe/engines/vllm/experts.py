@@ -123,7 +123,8 @@ class QmoeMoEMethod(FusedMoEMethodBase):
     @staticmethod
     def _index(layer: RoutedExperts, count: int) -> Tensor:
         if layer.expert_map is not None:  # expert parallel: as vLLM deals them
-            return layer.expert_map.long().cpu()
+            found: Tensor = layer.expert_map
+            return found.long().cpu()
         parallel = layer.moe_config.moe_parallel_config
         return dealt(count, parallel.tp_rank, parallel.tp_size)
 
@@ -146,7 +147,8 @@ class QmoeMoEMethod(FusedMoEMethodBase):
                     "experts a token are not supported, only of one"
                 )
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        return experts(x, index, topk_weights, layer.layer_name)
+        out: Tensor = experts(x, index, topk_weights, layer.layer_name)
+        return out
 
 
 def _to_gpu(module: EncodedExperts, device: torch.device) -> None:

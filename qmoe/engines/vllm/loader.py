@@ -15,6 +15,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from qmoe.engines.vllm.config import QmoeConfig
 from qmoe.errors import CorruptError, UnsupportedModelError
+from qmoe.store.reader import Container
 
 
 class QmoeLoader(DefaultModelLoader):
@@ -34,7 +35,8 @@ class QmoeLoader(DefaultModelLoader):
                 f"{model_config.model} was not written by `qmoe compress`; leave --load-format"
             )
         self.quant_config = vllm_config.quant_config
-        return super().load_model(vllm_config, model_config, prefix)
+        model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Fills the model and proves that nothing was left as it was before.
@@ -74,13 +76,13 @@ class QmoeLoader(DefaultModelLoader):
             yield from revert_weight_conversion(skeleton, own).items()
 
 
-def _dense(container: Any) -> list[str]:
+def _dense(container: Container) -> list[str]:
     names = [*container.dense_names(), *container.dense]
     experts = tuple(f"{path}." for path in container.modules)
     return [name for name in names if not name.startswith(experts)]
 
 
-def _read(container: Any, name: str, dtype: torch.dtype) -> Tensor:
+def _read(container: Container, name: str, dtype: torch.dtype) -> Tensor:
     if name not in container.dense:
         return container.read(name)
     return container.dense_matrix(name).decode().to(dtype)

@@ -33,7 +33,11 @@ def owned(index: Tensor) -> list[int]:
 
 
 def build(
-    container: Container, host: nn.Module, path: str, own: Sequence[int], caches: Caches,
+    container: Container,
+    host: nn.Module,
+    path: str,
+    own: Sequence[int],
+    caches: Caches,
     dtype: torch.dtype,
 ) -> EncodedExperts:
     """The encoded module of some of a layer's experts; nothing of the others is read.
