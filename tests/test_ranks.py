@@ -1,4 +1,4 @@
-"""Experts dealt to ranks: every expert once, only its own bytes, the sum of the ranks is the whole."""
+"""Experts dealt to ranks: every expert once, only its own bytes; the ranks add up to the layer."""
 
 import copy
 

@@ -71,5 +71,11 @@ def build(
 
 
 def bytes_of(module: EncodedExperts | None) -> int:
-    """Bytes that a rank keeps of a layer's experts."""
+    """Bytes that a rank keeps of a layer's experts, wherever they are."""
     return 0 if module is None else sum(p.nbytes for p in module.parameters())
+
+
+def expert_bytes(model: nn.Module) -> int:
+    """Bytes that a rank keeps of all layers' experts: ``llm.apply_model(expert_bytes)`` asks every
+    worker of vLLM."""
+    return sum(bytes_of(m) for m in model.modules() if isinstance(m, EncodedExperts))
