@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import qmoe
-from qmoe.compression.pipeline import Settings, compress_checkpoint
-from qmoe.measure.score import score_checkpoint
+from qmoe.compression.pipeline import compress
+from qmoe.compression.settings import Settings
+from qmoe.measure.score import evaluate
 from qmoe.publish.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,11 +39,9 @@ def main() -> None:
             print(f"compressing {SOURCE.name} with --method {name} ...", file=sys.stderr)
             settings = Settings(calib=CALIB, calib_tokens=TOKENS, ctx=CTX, **options)
             shown = sys.stderr.isatty()
-            report = compress_checkpoint(str(SOURCE), folder / name, settings, progress=shown)
+            report = compress(str(SOURCE), folder / name, settings, progress=shown)
             verify(folder / name)
-            score = score_checkpoint(
-                str(folder / name), DEV, str(SOURCE), CTX, TOKENS, progress=shown
-            )
+            score = evaluate(str(folder / name), DEV, str(SOURCE), CTX, TOKENS, progress=shown)
             rows.append({"method": name, **report.as_dict(), **score.as_dict()})
         show(rows)
         sample(folder / "rd")

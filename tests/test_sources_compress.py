@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress
+from qmoe.compression.settings import Settings
 from qmoe.publish.export import export
 
 CASES = {
@@ -26,7 +27,7 @@ def test_source_format_to_compressed_model(tmp_path, tiny, case):
     tiny.save_tokenizer(source)
     text = tiny.save_text(tmp_path / "text.txt", 1500)
     settings = Settings(method="qmoe", calib=str(text), calib_tokens=1024, ctx=128)
-    compress_checkpoint(str(source), tmp_path / "q", settings)
+    compress(str(source), tmp_path / "q", settings)
     model = qmoe.load(tmp_path / "q", dtype=torch.float32)
     export(tmp_path / "q", tmp_path / "dense", "float32")
     seq2seq = model.config.is_encoder_decoder

@@ -20,7 +20,9 @@ def run(command: Sequence[str]) -> None:
     Raises:
         QmoeError: there is no such thing.
     """
-    import qmoe.inference.load  # noqa: F401 - registers
+    from qmoe.inference.registration import register
+
+    register()
 
     name, *rest = command
     if name == "-m":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qmoe.errors import QmoeError
+from qmoe.errors import QmoeError, reason
 
 PAGE = 256  # tokens of a page of transformers' paged cache
 REQUESTS = 16  # that shall fit side by side
@@ -189,8 +189,7 @@ def _batches(server: Any) -> bool:
         if [list(o.generated_tokens) for o in found.values()] != [want]:
             raise ValueError("its tokens differ")
     except Exception as e:  # whatever it is, one request at a time still works
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        print(f"qmoe: one request at a time, no continuous batching ({reason})", file=sys.stderr)
+        print(f"qmoe: one request at a time, no continuous batching ({reason(e)})", file=sys.stderr)
         return False
     finally:
         if model.config._attn_implementation != before:

@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from qmoe.errors import CorruptError
+from qmoe.errors import CorruptError, reason
 from qmoe.inference.experts import Caches, EncodedExperts
 from qmoe.models.auto import auto_class
 from qmoe.models.families.find import kind_of, layout_of
@@ -50,8 +50,7 @@ def build(container: Container) -> Any:
                 return getattr(transformers, name)._from_config(config, dtype=dtype)
             return auto_class(config).from_config(config, dtype=dtype)
     except _BAD_CONFIG as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise CorruptError(f"{path} describes no model: {reason}") from e
+        raise CorruptError(f"{path} describes no model: {reason(e)}") from e
 
 
 def check(container: Container) -> None:

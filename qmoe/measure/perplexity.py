@@ -60,7 +60,7 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(
+def score_batches(
     model: Any,
     batches: Sequence[dict[str, Tensor]],
     reference: Any | None = None,

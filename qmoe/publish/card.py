@@ -4,18 +4,19 @@ Written from the manifest and what `qmoe inspect` counts, so every figure in it 
 Knows nothing about uploading.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from qmoe.store.inspect import FEW_TOKENS
+from qmoe.store.inspect import FEW_TOKENS, Inspection
+from qmoe.system.text import markdown_table
 
 
 def model_card(
     name: str,
     auto: str,
-    found: Mapping[str, Any],
+    found: Inspection,
     manifest: Mapping[str, Any],
     base: str | None = None,
     score: Mapping[str, Any] | None = None,
@@ -26,7 +27,7 @@ def model_card(
     Args:
         name: id of the repository, "owner/name".
         auto: name of transformers' class that loads it, "AutoModelForCausalLM".
-        found: from `qmoe.store.inspect.inspect` with `layers`.
+        found: from `qmoe.store.inspect.inspect`.
         manifest: of the checkpoint.
         base: id of the model on the hub that was compressed, if it is one.
         score: what `qmoe eval --json` said, if it was run.
@@ -42,7 +43,7 @@ def model_card(
         base_model=base,
         base_model_relation="quantized" if base else None,
         license=own,
-        tags=["qmoe", "moe", "mixture-of-experts", "quantized", found["model_type"]],
+        tags=["qmoe", "moe", "mixture-of-experts", "quantized", found.model_type],
     )
     parts = [
         f"---\n{front.to_yaml()}\n---",
@@ -57,17 +58,17 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(found: Mapping[str, Any], manifest: Mapping[str, Any], base: str | None) -> str:
+def _summary(found: Inspection, manifest: Mapping[str, Any], base: str | None) -> str:
     source = f"[{base}](https://huggingface.co/{base})" if base else f"`{_source(manifest)}`"
     return (
-        f"{source} with its experts at **{found['bits_per_weight']:.3f} bits per weight**, "
+        f"{source} with its experts at **{found.bits_per_weight:.3f} bits per weight**, "
         "everything stored for them counted. The experts stay encoded in memory; entropy-coded "
         "integers are decoded inside the matrix product."
     )
 
 
-def _use(name: str, auto: str, found: Mapping[str, Any]) -> str:
-    return f"""Written by qmoe {found["versions"].get("qmoe", "")}.
+def _use(name: str, auto: str, found: Inspection) -> str:
+    return f"""Written by qmoe {found.versions.get("qmoe", "")}.
 
 ```
 pip install qmoe    # or `pip install .` in its source
@@ -85,19 +86,19 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 every bit, and `qmoe export` makes a plain checkpoint that any runtime reads."""
 
 
-def _size(found: Mapping[str, Any]) -> str:
-    stored, source = found["stored_bytes"], found["source_bytes"]
+def _size(found: Inspection) -> str:
+    stored, source = found.stored_bytes, found.source_bytes
     rows = [
-        ("bits per expert weight, stored", f"{found['bits_per_weight']:.3f}"),
-        ("bits per expert weight, ideal", f"{found['ideal_bits_per_weight']:.3f}"),
-        ("bits per weight of the whole model", f"{found['model_bits_per_weight']:.3f}"),
-        ("expert weights", f"{found['expert_weights']:,}"),
-        ("other weights", f"{found['dense_weights']:,}"),
-        ("zeros among expert weights", f"{100 * found['zeros']:.1f} %"),
+        ("bits per expert weight, stored", f"{found.bits_per_weight:.3f}"),
+        ("bits per expert weight, ideal", f"{found.ideal_bits_per_weight:.3f}"),
+        ("bits per weight of the whole model", f"{found.model_bits_per_weight:.3f}"),
+        ("expert weights", f"{found.expert_weights:,}"),
+        ("other weights", f"{found.dense_weights:,}"),
+        ("zeros among expert weights", f"{100 * found.zeros:.1f} %"),
         ("bytes", f"{stored:,}"),
     ]
-    if found["coded_dense_weights"]:
-        bits = f"{found['coded_dense_bits_per_weight']:.3f}"
+    if found.coded_dense_weights:
+        bits = f"{found.coded_dense_bits_per_weight:.3f}"
         rows.insert(2, ("bits per coded weight beside the experts", bits))
     if source:
         rows.append(("bytes of the source", f"{source:,} ({source / stored:.1f} times as many)"))
@@ -105,21 +106,21 @@ def _size(found: Mapping[str, Any]) -> str:
         "Stored bits count streams, tables, scales, classes, offsets and padding. Ideal is the "
         "block-class entropy of the same integers plus the scales as stored."
     )
-    layers = _table(
+    layers = markdown_table(
         ("module", "projection", "bits", "ideal", "zeros"),
         [
             (
-                f"`{r['module']}`",
-                r["projection"],
-                f"{r['bits']:.3f}",
-                f"{r['ideal_bits']:.3f}",
-                f"{100 * r['zeros']:.1f} %",
+                f"`{r.module}`",
+                r.projection,
+                f"{r.bits:.3f}",
+                f"{r.ideal_bits:.3f}",
+                f"{100 * r.zeros:.1f} %",
             )
-            for r in found["layers"]
+            for r in found.layers
         ],
     )
     every = f"<details><summary>Every layer</summary>\n\n{layers}\n\n</details>"
-    return f"{_table(('', ''), rows)}\n\n{note}\n\n{every}"
+    return f"{markdown_table(('', ''), rows)}\n\n{note}\n\n{every}"
 
 
 def _quality(score: Mapping[str, Any]) -> str:
@@ -132,10 +133,10 @@ def _quality(score: Mapping[str, Any]) -> str:
         rows.append(("KL from the original, nats per token", f"{score['kl']:.5f}"))
         rows.append(("same most likely token", f"{100 * score['top1_agreement']:.1f} %"))
     rows.append(("tokens scored", f"{score['tokens']:,}"))
-    return _table(("", ""), rows)
+    return markdown_table(("", ""), rows)
 
 
-def _coverage(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+def _coverage(found: Inspection, manifest: Mapping[str, Any]) -> str:
     modules = manifest["report"]["modules"]
     seen = [n for m in modules.values() for n in m["tokens"] or ()]
     if not seen:
@@ -153,9 +154,9 @@ def _coverage(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
             notes[note] = notes.get(note, 0) + 1
     told = "".join(f"\n- {count} experts: {note}" for note, count in sorted(notes.items()))
     head = ("module", "fewest tokens", "median", "most", "experts without")
-    table = _table(head, rows)
+    table = markdown_table(head, rows)
     return (
-        f"Of {found['experts']:,} experts, {seen.count(0):,} saw no calibration token and "
+        f"Of {found.experts:,} experts, {seen.count(0):,} saw no calibration token and "
         f"{starved:,} fewer than {FEW_TOKENS}.{told and chr(10) + told}\n\n"
         f"<details><summary>Every layer</summary>\n\n{table}\n\n</details>"
     )
@@ -164,15 +165,11 @@ def _coverage(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
 def _settings(manifest: Mapping[str, Any]) -> str:
     given = [("source", _source(manifest)), *sorted(manifest["settings"].items())]
     given += [(f"version of {name}", v) for name, v in sorted(manifest["versions"].items())]
-    return _table(("", ""), [(name, f"`{value}`") for name, value in given if value is not None])
+    rows = [(name, f"`{value}`") for name, value in given if value is not None]
+    return markdown_table(("", ""), rows)
 
 
 def _source(manifest: Mapping[str, Any]) -> str:
     source = manifest["source"]
     revision = source.get("revision")
     return f"{source.get('name', 'unknown')}" + (f"@{revision}" if revision else "")
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in lines)

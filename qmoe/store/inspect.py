@@ -7,7 +7,8 @@ classes and padding, the offsets, and the entries of both in the headers of thei
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
 
@@ -15,6 +16,8 @@ from qmoe import codec
 from qmoe.store.manifest import MANIFEST
 from qmoe.store.reader import Container
 from qmoe.store.writer import INDEX
+from qmoe.system.tensors import DTYPE_NAMES
+from qmoe.system.text import size
 from qmoe.types import QuantizedMatrix
 
 FEW_TOKENS = 64  # below this an expert is called starved in the report
@@ -47,16 +50,97 @@ class Row:
     notes: int
 
 
-def inspect(directory: str | os.PathLike[str], layers: bool = False) -> dict[str, Any]:
-    """Totals of a compressed checkpoint as JSON values.
+@dataclass(frozen=True)
+class Inspection:
+    """What a compressed checkpoint holds, see `inspect`.
+
+    Attributes:
+        bits_per_weight: stored bits per expert weight.
+        ideal_bits_per_weight: of a perfect coder, scales as stored.
+        model_bits_per_weight: stored bits per weight of the whole model.
+        zeros: share of zeros among expert weights.
+        expert_weights, expert_bytes: of all experts.
+        dense_weights: all others that the model takes.
+        coded_dense_weights, coded_dense_bits_per_weight: those of them that ``--dense-bits`` coded;
+            the bits are None if there are none.
+        carried_weights: tensors that no module of the model takes.
+        tensors: what became of the source's tensors, fate -> number, or None if not recorded.
+        stored_bytes, source_bytes: of all files; the source's are None if not recorded.
+        experts: number of experts.
+        experts_without_tokens: those that calibration did not reach, None if not recorded.
+        format_version: of the container.
+        model_type: transformers' name of the architecture.
+        settings, versions: of the run that wrote it.
+        layers: one row per projection of every experts module, in the order of the model.
+    """
+
+    bits_per_weight: float
+    ideal_bits_per_weight: float
+    model_bits_per_weight: float
+    zeros: float
+    expert_weights: int
+    expert_bytes: int
+    dense_weights: int
+    coded_dense_weights: int
+    coded_dense_bits_per_weight: float | None
+    carried_weights: int
+    tensors: Mapping[str, int] | None
+    stored_bytes: int
+    source_bytes: int | None
+    experts: int
+    experts_without_tokens: int | None
+    format_version: int
+    model_type: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    layers: tuple[Row, ...]
+
+    def as_dict(self, layers: bool = False) -> dict[str, Any]:
+        """The JSON of `qmoe inspect`; with `layers` the rows too."""
+        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        return out | ({"layers": [vars(r) for r in self.layers]} if layers else {})
+
+    def text(self, layers: bool = False) -> str:
+        """The result for people; with `layers` a line for each projection."""
+        lines = [
+            f"{self.model_type}, {self.experts} experts, {self.expert_weights / 1e6:.1f} M expert "
+            f"weights and {self.dense_weights / 1e6:.1f} M others",
+            f"experts      {self.bits_per_weight:.3f} stored bits per weight "
+            f"(ideal {self.ideal_bits_per_weight:.3f}, {100 * self.zeros:.1f} % zeros)",
+        ]
+        if self.coded_dense_weights:
+            lines.append(
+                f"dense        {self.coded_dense_bits_per_weight:.3f} stored bits per weight "
+                f"for {self.coded_dense_weights / 1e6:.1f} M of the others"
+            )
+        ratio = (self.source_bytes or 0) / self.stored_bytes
+        lines += [
+            f"whole model  {self.model_bits_per_weight:.3f} bits per weight",
+            f"on disk      {size(self.stored_bytes)}, {ratio:.1f} times smaller than the source",
+        ]
+        if self.tensors:
+            fates = ", ".join(f"{n} {fate}" for fate, n in self.tensors.items() if n)
+            lines.append(f"tensors of the source: {fates}")
+        if self.experts_without_tokens:
+            lines.append(f"{self.experts_without_tokens} experts saw no calibration token")
+        return "\n".join(lines + (self._table() if layers else []))
+
+    def _table(self) -> list[str]:
+        lines = [f"{'module':40s} {'':8s} {'bits':>6s} {'ideal':>6s} {'zeros':>6s}  tokens"]
+        for r in self.layers:
+            low, middle, high = r.tokens or (0, 0, 0)
+            lines.append(
+                f"{r.module:40s} {r.projection:8s} {r.bits:6.3f} {r.ideal_bits:6.3f} "
+                f"{100 * r.zeros:5.1f}%  {low} to {high}, median {middle}"
+            )
+        return lines
+
+
+def inspect(directory: str | os.PathLike[str]) -> Inspection:
+    """Sizes, bits and coverage of a compressed checkpoint.
 
     Args:
         directory: the checkpoint.
-        layers: add "layers", the `rows` as objects.
-
-    Returns:
-        bits_per_weight, ideal_bits_per_weight, model_bits_per_weight, expert_weights,
-        stored_bytes, source_bytes and more.
 
     Raises:
         CorruptError: manifest, headers or config are not sound.
@@ -67,45 +151,41 @@ def inspect(directory: str | os.PathLike[str], layers: bool = False) -> dict[str
     expert_weights = sum(layout.weights for layout in modules)
     encoded = [f"{m.path}.{leaf}" for m in modules for leaf in ("stream", "offsets")]
     expert_bytes = sum(_stored(container, name) for name in encoded)
-    plain = [container.tensors[name][2] for name in container.dense_names()]
     coded = container.dense.values()
     coded_weights = sum(g.weights for g in coded)
     coded_bytes = sum(_stored(container, name) for g in coded for name in g.tensors)
+    plain = [container.tensors[name][2] for name in container.dense_names()]
     dense_weights = coded_weights + sum(prod(entry.shape) for entry in plain)
-    carried_weights = container.manifest["report"].get("carried_weights", 0)
-    files = container.manifest["files"]
+    manifest = container.manifest
+    carried = manifest["report"].get("carried_weights", 0)
+    files = manifest["files"]
     weight_files = [n for n in files if n.endswith(".safetensors") or n == INDEX]
     weight_bytes = sum(files[name]["bytes"] for name in weight_files)
     found = rows(container)
     tokens = [t for r in _reports(container).values() for t in r["tokens"] or ()]
-    settings = container.manifest["settings"]
-    out: dict[str, Any] = {
-        "bits_per_weight": 8 * expert_bytes / expert_weights,
-        "ideal_bits_per_weight": sum(r.ideal_bits * r.weights for r in found) / expert_weights,
-        "model_bits_per_weight": 8
-        * weight_bytes
-        / (expert_weights + dense_weights + carried_weights),
-        "zeros": sum(r.zeros * r.weights for r in found) / expert_weights,
-        "expert_weights": expert_weights,
-        "expert_bytes": expert_bytes,
-        "dense_weights": dense_weights,
-        "coded_dense_weights": coded_weights,
-        "coded_dense_bits_per_weight": 8 * coded_bytes / coded_weights if coded_weights else None,
-        "carried_weights": carried_weights,
-        "tensors": container.manifest["report"].get("tensors"),
-        "stored_bytes": sum(e["bytes"] for e in files.values())
+    return Inspection(
+        bits_per_weight=8 * expert_bytes / expert_weights,
+        ideal_bits_per_weight=sum(r.ideal_bits * r.weights for r in found) / expert_weights,
+        model_bits_per_weight=8 * weight_bytes / (expert_weights + dense_weights + carried),
+        zeros=sum(r.zeros * r.weights for r in found) / expert_weights,
+        expert_weights=expert_weights,
+        expert_bytes=expert_bytes,
+        dense_weights=dense_weights,
+        coded_dense_weights=coded_weights,
+        coded_dense_bits_per_weight=8 * coded_bytes / coded_weights if coded_weights else None,
+        carried_weights=carried,
+        tensors=manifest["report"].get("tensors"),
+        stored_bytes=sum(e["bytes"] for e in files.values())
         + (container.directory / MANIFEST).stat().st_size,
-        "source_bytes": container.manifest["source"].get("bytes"),
-        "experts": sum(layout.experts for layout in modules),
-        "experts_without_tokens": tokens.count(0) if tokens else None,
-        "format_version": container.manifest["format_version"],
-        "model_type": container.config.get("model_type"),
-        "settings": settings,
-        "versions": container.manifest["versions"],
-    }
-    if layers:
-        out["layers"] = [vars(r) for r in found]
-    return out
+        source_bytes=manifest["source"].get("bytes"),
+        experts=sum(layout.experts for layout in modules),
+        experts_without_tokens=tokens.count(0) if tokens else None,
+        format_version=manifest["format_version"],
+        model_type=str(container.config.get("model_type")),
+        settings=manifest["settings"],
+        versions=manifest["versions"],
+        layers=tuple(found),
+    )
 
 
 def rows(container: Container) -> list[Row]:
@@ -165,7 +245,7 @@ def _stored(container: Container, name: str) -> int:
     """Bytes of a tensor and of its entry in the header."""
     entry = container.tensors[name][2]
     header = {
-        "dtype": entry.dtype,
+        "dtype": DTYPE_NAMES[entry.dtype],
         "shape": list(entry.shape),
         "data_offsets": [entry.begin, entry.end],
     }

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from qmoe.errors import CorruptError
 from qmoe.store.manifest import check_files, check_version, read_manifest
-from qmoe.store.stored_dense import OFFSETS, STREAM, DenseGeometry, DenseStream, parse_dense
-from qmoe.store.stored_experts import ExpertStream, check_offsets, used_runs
+from qmoe.store.stored_dense import OFFSETS, STREAM, DenseGeometry, StoredMatrix, parse_dense
+from qmoe.store.stored_experts import StoredExperts, check_offsets, used_runs
 from qmoe.store.writer import CARRIED_BLOCK, INDEX
 from qmoe.system.tensors import Entry, read_header, read_tensor
-from qmoe.types import ExpertsLayout, Projection
+from qmoe.types import ExpertsLayout, ProjectionShape
 
 MAX_WEIGHTS = 1 << 48  # far above any model; bounds products of sizes before they are used
 
@@ -48,7 +48,7 @@ def parse_geometry(path: str, raw: Any) -> ExpertsLayout:
         raise CorruptError(text)
     if any(type(n) is not int or n < 1 for n in sizes) or len(set(names)) < len(names):
         raise CorruptError(text)
-    parts = tuple(Projection(n, r, c, inner=n == "down") for n, r, c in rows)
+    parts = tuple(ProjectionShape(n, r, c, inner=n == "down") for n, r, c in rows)
     layout = ExpertsLayout(path, kind, experts, parts)
     if layout.weights > MAX_WEIGHTS:
         raise CorruptError(text)
@@ -160,13 +160,8 @@ class Container:
             offsets = self.tensors.get(f"{path}.offsets")
             if stream is None or offsets is None:
                 raise CorruptError(f"config.json lists {path}, which has no stored streams")
-            s, o = stream[2], offsets[2]
             want = (layout.experts, len(layout.projections), 4)
-            if s.dtype != "U8" or len(s.shape) != 1 or o.dtype != "I64" or o.shape != want:
-                raise CorruptError(
-                    f"{path}: stream {s.dtype} {s.shape}, offsets {o.dtype} {o.shape}; "
-                    f"config.json asks for U8 [n] and I64 {want}"
-                )
+            _check_streams(path, stream[2], offsets[2], want)
         for name in self.tensors:
             path, _, leaf = name.rpartition(".")
             if leaf in ("stream", "offsets") and path not in self.modules:
@@ -177,12 +172,7 @@ class Container:
             stream, offsets = (self.tensors.get(t) for t in geometry.tensors)
             if stream is None or offsets is None or name in self.tensors:
                 raise CorruptError(f"config.json lists {name}, which is not stored encoded once")
-            s, o, want = stream[2], offsets[2], geometry.offsets_shape
-            if s.dtype != "U8" or len(s.shape) != 1 or o.dtype != "I64" or o.shape != want:
-                raise CorruptError(
-                    f"{name}: stream {s.dtype} {s.shape}, offsets {o.dtype} {o.shape}; "
-                    f"config.json asks for U8 [n] and I64 {want}"
-                )
+            _check_streams(name, stream[2], offsets[2], geometry.offsets_shape)
         for tensor in self.tensors:
             name, _, leaf = tensor.rpartition(".")
             if leaf in (STREAM, OFFSETS) and name not in self.dense:
@@ -200,16 +190,16 @@ class Container:
         file, start, entry = place
         return read_tensor(self.directory / file, start, entry)
 
-    def experts(self, path: str) -> ExpertStream:
+    def experts(self, path: str) -> StoredExperts:
         """The encoded matrices of one experts module.
 
         Raises:
             CorruptError: its offsets are not valid.
         """
         layout = self.modules[path]
-        return ExpertStream(layout, self.read(f"{path}.stream"), self.read(f"{path}.offsets"))
+        return StoredExperts(layout, self.read(f"{path}.stream"), self.read(f"{path}.offsets"))
 
-    def some_experts(self, path: str, own: Sequence[int]) -> ExpertStream:
+    def some_experts(self, path: str, own: Sequence[int]) -> StoredExperts:
         """Some of a module's experts, renumbered from 0 in the order given; only the bytes that
         they use are read.
 
@@ -227,12 +217,12 @@ class Container:
         stream = torch.empty(sum(b - a for a, b in runs), dtype=torch.uint8)
         at = 0
         for a, b in runs:
-            run = Entry("U8", (b - a,), entry.begin + a, entry.begin + b)
+            run = Entry(torch.uint8, (b - a,), entry.begin + a, entry.begin + b)
             stream[at : at + b - a] = read_tensor(self.directory / file, start, run)
             at += b - a
-        return ExpertStream(replace(layout, experts=len(own)), stream, moved)
+        return StoredExperts(replace(layout, experts=len(own)), stream, moved)
 
-    def dense_matrix(self, name: str) -> DenseStream:
+    def dense_matrix(self, name: str) -> StoredMatrix:
         """The encoded form of one dense matrix.
 
         Raises:
@@ -240,13 +230,23 @@ class Container:
         """
         geometry = self.dense[name]
         stream, offsets = geometry.tensors
-        return DenseStream(geometry, self.read(stream), self.read(offsets))
+        return StoredMatrix(geometry, self.read(stream), self.read(offsets))
 
     def dense_names(self) -> list[str]:
         """Names of the stored tensors that are not part of anything encoded."""
         encoded = {f"{path}.{leaf}" for path in self.modules for leaf in ("stream", "offsets")}
         encoded.update(tensor for geometry in self.dense.values() for tensor in geometry.tensors)
         return [name for name in self.tensors if name not in encoded]
+
+
+def _check_streams(name: str, stream: Entry, offsets: Entry, want: tuple[int, ...]) -> None:
+    """Compares types and shapes of the two tensors of something encoded."""
+    good = stream.dtype == torch.uint8 and len(stream.shape) == 1
+    if not good or offsets.dtype != torch.int64 or offsets.shape != want:
+        raise CorruptError(
+            f"{name}: stream {stream.dtype} {stream.shape}, offsets {offsets.dtype} "
+            f"{offsets.shape}; config.json asks for uint8 [n] and int64 {want}"
+        )
 
 
 def _carried_files(where: Path, manifest: dict[str, Any]) -> set[str]:

@@ -68,7 +68,7 @@ def used_runs(offsets: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
 
 
 @dataclass(frozen=True)
-class ExpertStream:
+class StoredExperts:
     """Streams of the matrices of one experts module.
 
     Attributes:
@@ -109,7 +109,7 @@ class ExpertStream:
         except CorruptError as e:
             raise CorruptError(f"{self._name(expert, projection)}: {e}") from e
 
-    def matrix(self, expert: int, projection: int, tables: codec.Tables) -> codec.Layout:
+    def matrix(self, expert: int, projection: int, tables: codec.Tables) -> codec.ParsedMatrix:
         """Parses one matrix, walking its streams to their ends, and compares its shape.
 
         Args:

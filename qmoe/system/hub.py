@@ -9,7 +9,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
-from qmoe.errors import QmoeError
+from qmoe.errors import QmoeError, reason
 
 # What calls of huggingface_hub raise. The HTTP library below it has changed its name twice; the
 # base of its errors is what huggingface_hub's own derive from.
@@ -49,7 +49,6 @@ def download(name: str, revision: str | None) -> str:
     try:
         return str(snapshot_download(repo, revision=revision or at))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise QmoeError(
-            f"{name} is no directory and cannot be fetched from the hub: {reason}"
+            f"{name} is no directory and cannot be fetched from the hub: {reason(e)}"
         ) from e

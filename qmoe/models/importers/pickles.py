@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qmoe.errors import SourceError
+from qmoe.errors import SourceError, reason
 
 
 def load_pickle(path: Path) -> dict[str, Any]:
@@ -23,9 +23,8 @@ def load_pickle(path: Path) -> dict[str, Any]:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise SourceError(
-            f"{path} cannot be read as a torch checkpoint ({reason}): missing, damaged, or with "
+            f"{path} cannot be read as a torch checkpoint ({reason(e)}): missing, damaged, or with "
             "objects that run code"
         ) from e
     if not isinstance(value, dict):

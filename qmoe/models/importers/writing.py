@@ -2,10 +2,10 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qmoe.errors import OutputError, SourceError
-from qmoe.system.tensors import DTYPE_NAMES
+from qmoe.system.tensors import Streamed, tensor_bytes, write_tensors
 
 SHARD_BYTES = 4 << 30
 
@@ -153,43 +153,32 @@ def _write_shards(directory: Path, parts: dict[str, Part]) -> None:
             if len(groups) > 1
             else "model.safetensors"
         )
-        _write_file(directory / file, {n: parts[n] for n in group})
+        write_tensors(
+            directory / file,
+            {
+                n: Streamed(parts[n].dtype, parts[n].shape, partial(_chunks, n, parts[n]))
+                for n in group
+            },
+        )
         where.update(dict.fromkeys(group, file))
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _write_file(path: Path, parts: dict[str, Part]) -> None:
-    """One safetensors file, its header first, since all shapes are known before any value."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, part in parts.items():
-        start, end = end, end + math.prod(part.shape) * part.dtype.itemsize
-        header[name] = {
-            "dtype": DTYPE_NAMES[part.dtype],
-            "shape": list(part.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for name, part in parts.items():
-            written = 0
-            for piece in part.pieces():
-                if piece.dtype != part.dtype:
-                    raise SourceError(
-                        f"{name}: the source mixes {part.dtype} and {piece.dtype}; convert it to "
-                        "one dtype first"
-                    )
-                flat = piece.contiguous().view(-1).view(torch.uint8)
-                f.write(flat.numpy().data)
-                written += flat.numel()
-            if written != header[name]["data_offsets"][1] - header[name]["data_offsets"][0]:
-                raise SourceError(
-                    f"{name}: {written} bytes came from {', '.join(part.sources)}, expected "
-                    f"{header[name]['data_offsets']}"
-                )
-        f.flush()
-        os.fsync(f.fileno())
+def _chunks(name: str, part: Part) -> Iterator[memoryview]:
+    """The bytes of a tensor, if the source has the number and the type of values that it should."""
+    size, written = math.prod(part.shape) * part.dtype.itemsize, 0
+    for piece in part.pieces():
+        if piece.dtype != part.dtype:
+            raise SourceError(
+                f"{name}: the source mixes {part.dtype} and {piece.dtype}; convert it to one dtype "
+                "first"
+            )
+        written += piece.nbytes
+        if written <= size:
+            yield tensor_bytes(piece)
+    if written != size:
+        raise SourceError(
+            f"{name}: {written} bytes came from {', '.join(part.sources)}, expected {size}"
+        )
