@@ -103,6 +103,8 @@ class QmoeMoEMethod(FusedMoEMethodBase):
                 f"{layer.layer_name}: vLLM has {layer.global_num_experts} experts, {path} has "
                 f"{layout.experts} (redundant experts and fused shared experts are not supported)"
             )
+        if current_platform.is_cpu():
+            _refuse_bias(layer)
         index = self._index(layer, layout.experts)
         own = owned(index)
         module = None
@@ -149,6 +151,17 @@ class QmoeMoEMethod(FusedMoEMethodBase):
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         out: Tensor = experts(x, index, topk_weights, layer.layer_name)
         return out
+
+
+def _refuse_bias(layer: RoutedExperts) -> None:
+    """vLLM 0.32's router for CPUs leaves the correction bias out, in silence, unless experts are in
+    groups (`vllm...fused_moe.router.cpu_router`); ERNIE would be given other experts."""
+    bias = layer.e_score_correction_bias
+    if bias is not None and not layer.use_grouped_topk and bool(bias.any()):
+        raise UnsupportedModelError(
+            f"{layer.layer_name}: vLLM's router for CPUs ignores the correction bias that this "
+            "model's routing needs; use a GPU, or `qmoe serve` without --engine vllm"
+        )
 
 
 def _to_gpu(module: EncodedExperts, device: torch.device) -> None:
