@@ -140,6 +140,7 @@ class QmoeQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from qmoe.inference.adapters import watch_peft
         from qmoe.inference.save import save_pretrained
 
         if self.failures:
@@ -154,6 +155,7 @@ class QmoeQuantizer(HfQuantizer):
             model.qmoe_manifest = self.container.manifest
             model.qmoe_directory = str(self.container.directory)
         model.save_pretrained = MethodType(save_pretrained, model)
+        watch_peft()
         if torch.cuda.is_available():
             from qmoe.inference.cuda import register  # needs triton, which not every platform has
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import qmoe
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import Settings, compress
 from qmoe.store.manifest import MANIFEST, read_sealed, write_sealed
 
 pytest.importorskip("vllm")
@@ -66,7 +66,7 @@ def in_transformers(out):
 
 def compressed(source, out, text, **options):
     settings = Settings(method="rtn", calib=str(text), calib_tokens=256, ctx=32, **options)
-    compress_checkpoint(str(source), out, settings)
+    compress(str(source), out, settings)
     return out
 
 
