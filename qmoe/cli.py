@@ -88,6 +88,13 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value not in (None, False)}
 
 
+_with_code = click.option(
+    "--with-code",
+    is_flag=True,
+    help="Add a file through which trust_remote_code=True loads it without an `import qmoe`.",
+)
+
+
 def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     click.echo(json.dumps(result) if as_json else text)
 
@@ -149,6 +156,7 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @_device
 @_trust
 @click.option("--fresh", is_flag=True, help="Discard an unfinished earlier run on OUT.")
+@_with_code
 @_json
 def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     """Compress SOURCE, a directory or owner/name[@revision] of the hub, into OUT."""
@@ -284,6 +292,7 @@ def verify(out: Path, as_json: bool) -> None:
 )
 @click.option("--base", default=None, help="Hub id of the original, if the manifest has none.")
 @click.option("--license", "license_id", default=None, help="License id of the original, shown.")
+@_with_code
 @_json
 def push(out: Path, repo: str, as_json: bool, **options: Any) -> None:
     """Verify OUT, then upload it to REPO (owner/name) of the hub with a model card."""

@@ -24,7 +24,7 @@ def _losses(model, ids, steps):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(float(loss))
+        found.append(loss.item())
     return found
 
 

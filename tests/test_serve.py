@@ -51,6 +51,8 @@ class Server:
             if found := re.search(r"http://localhost:(\d+)/v1", line):
                 self.port = int(found.group(1))
                 break
+        else:
+            raise AssertionError(f"it ended: {''.join(self.log)}")
         threading.Thread(target=lambda: [*self.process.stderr], daemon=True).start()
 
     def ask(self, method, path, body=None):

@@ -41,6 +41,7 @@ from qmoe.compression.report import CompressReport
 from qmoe.compression.settings import Settings as Settings
 from qmoe.errors import InterruptedRunError
 from qmoe.models.classes import plain_config, read_tokenizer
+from qmoe.models.code import loading_code
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
@@ -108,6 +109,8 @@ def open_job(
     checkpoint = open_checkpoint(source, cache=cache)
     trusted = settings.trust_remote_code
     streamed = StreamedModel(checkpoint, trust_remote_code=trusted, device=device)
+    if settings.with_code:
+        loading_code(streamed.config, type(streamed.model))  # refused now, not after hours
     tokenizer = read_tokenizer(checkpoint.directory, trusted)
     text = (settings.text, settings.calib_tokens, settings.context(streamed.config))
     data = prepare(tokenizer, streamed.config, *text, settings.seed, **settings.calib_rows)
@@ -292,9 +295,13 @@ class Compression:
         if self.dense is not None and last and HEAD not in self.finished:
             with self.writer.block(HEAD) as head:
                 self.dense.head(self.loop.whole_walk(), head)
+        config = _plain(streamed.config)
+        code: dict[str, bytes] = {}
+        if settings.with_code:
+            code, config["auto_map"] = loading_code(streamed.config, type(streamed.model))
         self.writer.finish(
             [_REST, *carried, *(b.name for b in self.blocks), *last],
-            config=_plain(streamed.config),
+            config=config,
             settings={
                 **settings.recorded(),
                 "method": self.job.method.name,
@@ -304,6 +311,7 @@ class Compression:
             source={**streamed.checkpoint.origin, **self.source},
             report=account(streamed),
             carry_from=streamed.checkpoint.directory,
+            extra_files=code,
         )
 
     @contextmanager
