@@ -8,6 +8,7 @@ import torch
 import qmoe
 from qmoe.engines.vllm.ranks import build, bytes_of, dealt, owned
 from qmoe.errors import CorruptError
+from qmoe.inference.cuda import run_kernels, settle
 from qmoe.inference.experts import Caches, run_on_cpu
 from qmoe.inference.structure import build as skeleton_of
 from qmoe.store.reader import Container
@@ -64,6 +65,22 @@ def test_the_sum_of_the_ranks_is_the_whole_layer(with_biases):
     assert torch.allclose(total, want, atol=1e-6)
     whole = container.tensors[f"{path}.stream"][2].shape[0]
     assert whole <= kept < 1.3 * whole  # more only by tables that both ranks use
+
+
+def test_a_layer_settled_for_the_kernels_needs_no_streams(with_biases):
+    """As vLLM loads it on a GPU; here the operators run their torch twins."""
+    container = Container.open(with_biases)
+    path, layout = next(iter(container.modules.items()))
+    host = skeleton_of(container).get_submodule(path)
+    own = owned(dealt(layout.experts, 0, 2))
+    module = build(container, host, path, own, Caches(), torch.float32)
+    g = torch.Generator().manual_seed(1)
+    hidden, weights = torch.randn(5, 64, generator=g), torch.rand(5, 2, generator=g)
+    index = torch.tensor([[0, -1], [1, 0], [-1, -1], [-1, 1], [1, -1]])
+    want = run_on_cpu(module, hidden, index, weights)
+    settle(module, torch.device("cpu"))
+    assert module.stream.numel() == module.offsets.numel() == 0
+    assert torch.allclose(run_kernels(module, hidden, index, weights), want, atol=1e-5)
 
 
 def test_only_the_bytes_of_ones_own_experts_are_read(with_biases, monkeypatch):

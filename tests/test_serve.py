@@ -1,5 +1,6 @@
 """`qmoe serve`, `qmoe chat`, `qmoe exec` with a small compressed model, in real processes."""
 
+import hashlib
 import http.client
 import json
 import re
@@ -18,17 +19,32 @@ from transformers import AutoTokenizer
 import qmoe
 from qmoe.engines import chat as chats
 from qmoe.engines.serve import cache_blocks
+from qmoe.store.manifest import MANIFEST, read_sealed, write_sealed
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 PROMPTS = ["w1 w2 w3", "w9 w30", "w4 w4 w5 w6 w7", "w33"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny, compressed):
+def model(tmp_path_factory, tiny):
     """A compressed tiny Mixtral with a tokenizer that has no chat template."""
-    out = tmp_path_factory.mktemp("serve") / "q"
-    shutil.copytree(compressed[0], out)
-    tiny.save_tokenizer(out)
+    folder = tmp_path_factory.mktemp("serve")
+    source = tiny.save("mixtral", folder / "source")
+    tiny.save_tokenizer(source)
+    text = str(tiny.save_text(folder / "text.txt", 400))
+    settings = qmoe.Settings(method="rtn", calib=text, calib_tokens=256, ctx=32)
+    qmoe.compress(str(source), folder / "q", settings)
+    return folder / "q"
+
+
+def _with_template(model, out):
+    """A copy whose tokenizer has a chat template."""
+    shutil.copytree(model, out)
+    (out / "chat_template.jinja").write_text(TEMPLATE)
+    manifest = read_sealed(out / MANIFEST)
+    digest = hashlib.sha256(TEMPLATE.encode()).hexdigest()
+    manifest["files"]["chat_template.jinja"] = {"bytes": len(TEMPLATE), "sha256": digest}
+    write_sealed(out / MANIFEST, manifest)
     return out
 
 
@@ -122,9 +138,7 @@ def test_a_model_without_a_chat_template_says_so(server):
 
 def test_a_model_with_a_chat_template_talks_and_ctrl_c_ends_it(model, tmp_path):
     pytest.importorskip("fastapi")
-    out = tmp_path / "q"
-    shutil.copytree(model, out)
-    (out / "chat_template.jinja").write_text(TEMPLATE)
+    out = _with_template(model, tmp_path / "q")
     server = Server(str(out), "--port", "0", "--no-batching", "--dtype", "float32")
     body = {"messages": [{"role": "user", "content": "w1 w2 w3"}], "max_tokens": 8}
     status, text = server.ask("POST", "/v1/chat/completions", {**body, "temperature": 0})

@@ -90,6 +90,21 @@ def _pack(module: EncodedExperts, device: torch.device) -> _Pack:
     return made
 
 
+def settle(module: EncodedExperts, device: torch.device) -> None:
+    """Lays a layer out for the kernels now and for good: its streams, which would be on the device
+    a second time, are dropped. For engines that load once and capture graphs.
+
+    Args:
+        module: with its streams; afterwards only `run_kernels` can run it.
+        device: where it will run.
+    """
+    pack = _pack(module, device)
+    for parameter in (module.stream, module.offsets):
+        parameter.data = parameter.data.new_empty(0)
+    module.__dict__[_PACK] = pack  # its key is the same two parameters
+    module._checked = None
+
+
 def _plain_swiglu(module: EncodedExperts) -> bool:
     """Whether the experts are ``down(silu(gate) * up)`` with gate rows first and nothing else."""
     host: Any = module.host

@@ -165,7 +165,8 @@ def _refuse_bias(layer: RoutedExperts) -> None:
 
 
 def _to_gpu(module: EncodedExperts, device: torch.device) -> None:
-    from qmoe.inference.cuda import register
+    from qmoe.inference.cuda import register, settle
 
     register()
-    module.to(device)
+    settle(module, device)
+    module.to(device)  # norms; of the streams nothing is left
