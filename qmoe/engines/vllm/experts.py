@@ -104,7 +104,7 @@ class QmoeMoEMethod(FusedMoEMethodBase):
                 f"{layout.experts} (redundant experts and fused shared experts are not supported)"
             )
         if current_platform.is_cpu():
-            _refuse_bias(layer)
+            _refuse_routing(layer)
         index = self._index(layer, layout.experts)
         own = owned(index)
         module = None
@@ -153,14 +153,20 @@ class QmoeMoEMethod(FusedMoEMethodBase):
         return out
 
 
-def _refuse_bias(layer: RoutedExperts) -> None:
-    """vLLM 0.32's router for CPUs leaves the correction bias out, in silence, unless experts are in
-    groups (`vllm...fused_moe.router.cpu_router`); ERNIE would be given other experts."""
-    bias = layer.e_score_correction_bias
-    if bias is not None and not layer.use_grouped_topk and bool(bias.any()):
+def _refuse_routing(layer: RoutedExperts) -> None:
+    """What vLLM 0.32's router for CPUs (`fused_moe.router.cpu_router`) does not compute where
+    experts are in no groups: a correction bias is left out in silence, which gives ERNIE other
+    experts; sigmoid scores end the engine at the first token."""
+    if layer.use_grouped_topk or layer.custom_routing_function is not None:
+        return
+    bias, scores = layer.e_score_correction_bias, layer.scoring_func
+    lacking = f"{scores} scores" if scores not in ("softmax", "sqrtsoftplus") else ""
+    if scores == "softmax" and bias is not None and bool(bias.any()):
+        lacking = "the correction bias"
+    if lacking:
         raise UnsupportedModelError(
-            f"{layer.layer_name}: vLLM's router for CPUs ignores the correction bias that this "
-            "model's routing needs; use a GPU, or `qmoe serve` without --engine vllm"
+            f"{layer.layer_name}: vLLM's router for CPUs does not know {lacking} that this model "
+            "routes by; use a GPU, or `qmoe serve` without --engine vllm"
         )
 
 
