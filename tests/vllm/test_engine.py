@@ -4,12 +4,18 @@ coded dense matrices; what each rank keeps; what is refused."""
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import qmoe
 from qmoe.compression.pipeline import Settings, compress
@@ -194,3 +200,48 @@ def test_a_wrong_file_is_refused_before_the_port_opens(qwen, tmp_path, fault):
     assert done.returncode != 0
     assert {"version": "format version 99", "bit": "is corrupt: sha256"}[fault] in done.stderr
     assert "Uvicorn running" not in done.stderr + done.stdout
+
+
+def _complete(port, body):
+    request = urllib.request.Request(
+        f"http://localhost:{port}/v1/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    return urllib.request.urlopen(request).read().decode()
+
+
+def test_a_server_streams_and_answers_side_by_side(mixtral):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "qmoe", "serve", str(mixtral), "--engine", "vllm"]
+    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "64"]
+    command += ["--max-num-seqs", "8", "--enforce-eager"]
+    server = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    log = []
+    try:
+        for line in server.stderr:
+            log.append(line)
+            if "Application startup complete" in line:
+                break
+        else:
+            raise AssertionError("".join(log)[-6000:])
+        threading.Thread(target=lambda: [*server.stderr], daemon=True).start()
+        tokenizer = AutoTokenizer.from_pretrained(mixtral)
+        wanted = [tokenizer.decode(t) for t in in_transformers(mixtral)]
+        bodies = [
+            {"model": str(mixtral), "prompt": p, "max_tokens": TOKENS, "temperature": 0}
+            for p in PROMPTS
+        ]
+        bodies = [b | {"ignore_eos": True} for b in bodies]
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda b: _complete(port, b), bodies * 2))
+        assert [json.loads(f)["choices"][0]["text"] for f in found] == wanted * 2
+        events = _complete(port, bodies[0] | {"stream": True}).splitlines()
+        parts = [json.loads(e[6:])["choices"][0]["text"] for e in events if e[:7] == "data: {"]
+        assert len(parts) > 2
+        assert "".join(parts) == wanted[0]
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
