@@ -214,7 +214,7 @@ SCRIPT = """
 import sys
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print("LOADED", type(model).__name__, __name__, len(sys.argv), "qmoe" in open(__file__).read())
+print("LOADED", type(model).__name__, __name__, len(sys.argv))
 """
 
 
@@ -226,7 +226,7 @@ def test_a_script_that_knows_nothing_of_us_loads_a_compressed_model(model, tmp_p
     command = [sys.executable, "-m", "qmoe", "exec", *name, str(model)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "LOADED MixtralForCausalLM __main__ 2 False" in done.stdout
+    assert "LOADED MixtralForCausalLM __main__ 2" in done.stdout
     plain = subprocess.run(
         [sys.executable, str(script), str(model)], capture_output=True, text=True
     )

@@ -6,6 +6,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 from qmoe.errors import QmoeError
 
@@ -30,12 +31,9 @@ def run(command: Sequence[str]) -> None:
             raise QmoeError("-m needs the name of a module")
         sys.argv = rest
         sys.path.insert(0, os.getcwd())  # as `python -m` does
-        try:
-            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-        except ImportError as e:
-            if e.name is not None and rest[0].split(".")[0] == e.name.split(".")[0]:
-                raise QmoeError(f"no module named {rest[0]} in this environment") from e
-            raise
+        if not _there(rest[0]):
+            raise QmoeError(f"no module named {rest[0]} in this environment")
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         return
     if os.path.isfile(name):
         sys.argv = [name, *rest]
@@ -50,3 +48,10 @@ def run(command: Sequence[str]) -> None:
         )
     sys.argv = [name, *rest]
     sys.exit(next(iter(found)).load()())
+
+
+def _there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:  # a package that it would be in is missing
+        return False
