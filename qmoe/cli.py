@@ -137,6 +137,13 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     help="Apply the chat template to each row's messages (or its text); packs.",
 )
 @_option(
+    "--unseen",
+    default="0.5",
+    type=click.FloatRange(0, 16),
+    help="Tokens that the model says by itself, per token of the text, so that what the text does "
+    "not reach is kept too; 0: the text alone.",
+)
+@_option(
     "--ctx", default="the model's, at most 2048", type=click.IntRange(2), help="Window length."
 )
 @_option("--seed", default="0", type=int)

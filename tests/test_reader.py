@@ -70,7 +70,7 @@ def test_unknown_version(tmp_path):
         (lambda q: q.update(quant_method="gptq"), "is not qmoe"),
         (lambda q: q.update(modules={}), "no experts module"),
         (lambda q: q["modules"].update({"n.experts": q["modules"]["m.experts"]}), "no stored"),
-        (lambda q: q["modules"]["m.experts"].update(kind="?"), "geometry"),
+        (lambda q: q["modules"]["m.experts"].update(kind=7), "geometry"),
         (lambda q: q["modules"]["m.experts"].update(experts=3), "asks for"),
         (lambda q: q["modules"]["m.experts"].update(experts=True), "geometry"),
         (lambda q: q["modules"]["m.experts"].update(experts=-2), "geometry"),

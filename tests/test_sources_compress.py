@@ -14,6 +14,9 @@ CASES = {
     "mxfp4": ("gpt_oss", lambda t, d: t.to_mxfp4(d)),
     "int4": ("deepseek_v3", lambda t, d: t.to_int4(d)),
     "gptq": ("qwen3_moe", lambda t, d: t.to_gptq(d)),
+    "awq": ("qwen3_moe", lambda t, d: t.to_awq(d)),
+    "nvfp4 modelopt": ("deepseek_v3", lambda t, d: t.to_nvfp4(d)),
+    "nvfp4 compressed-tensors": ("mixtral", lambda t, d: t.to_nvfp4(d, "compressed-tensors")),
     "torch pickles": ("switch_transformers", lambda t, d: t.to_shards(d, 3, "bin")),
 }
 

@@ -53,12 +53,16 @@ class DenseCoder:
         bits: stored bits per weight.
         """
         self.streamed, self.bits, self.device = job.streamed, bits, job.device
-        self._tokens = {False: learnable(job.batches, job.tokenizer, decoder=False)}
-        if self.streamed.config.is_encoder_decoder:
-            self._tokens[True] = learnable(job.batches, job.tokenizer, decoder=True)
+        self.learn_from(job)
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._inside: list[tuple[Tensor, Tensor]] = []
         self._tied = {name for name, _ in tied_names(self.streamed.model)}
+
+    def learn_from(self, job: Job) -> None:
+        """Takes the tokens of a job's batches as those of the walks to come."""
+        self._tokens = {False: learnable(job.batches, job.tokenizer, decoder=False)}
+        if self.streamed.config.is_encoder_decoder:
+            self._tokens[True] = learnable(job.batches, job.tokenizer, decoder=True)
 
     def names(self) -> set[str]:
         """Parameters that will be coded; nothing has to be loaded."""

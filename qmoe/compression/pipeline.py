@@ -30,6 +30,7 @@ from qmoe.calib.activations import ActivationStore
 from qmoe.calib.batches import inputs_only, prepare, split_batches
 from qmoe.calib.importance import fits, layer_importance
 from qmoe.calib.outputs import Durable, Known, Sound, resume_point
+from qmoe.compression import unseen
 from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.carried import account, write_carried
 from qmoe.compression.dense import HEAD, DenseCoder
@@ -39,19 +40,19 @@ from qmoe.compression.probe import probed
 from qmoe.compression.rate import Controller, Curve, missed
 from qmoe.compression.report import CompressReport
 from qmoe.compression.settings import Settings as Settings
+from qmoe.compression.unseen import BATCH_TOKENS
 from qmoe.errors import InterruptedRunError, UnsupportedModelError
 from qmoe.models.classes import plain_config, read_tokenizer
 from qmoe.models.code import loading_code
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
-from qmoe.store.writer import ContainerWriter, downloads_of
+from qmoe.store.writer import ContainerWriter, carried_files, downloads_of
 from qmoe.system.files import canonical_json, writing
 from qmoe.system.machine import pick_device
 from qmoe.system.processes import World
 from qmoe.version import __version__
 
-_BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
 _REST = "rest"  # name of the unit of the container that holds what is outside the blocks
 Say = Callable[[str], object]
 _DEFAULTS = Settings()
@@ -115,9 +116,9 @@ def open_job(
     tokenizer = read_tokenizer(checkpoint.directory, trusted)
     text = (settings.text, settings.calib_tokens, settings.context(streamed.config))
     data = prepare(tokenizer, streamed.config, *text, settings.seed, **settings.calib_rows)
-    batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
+    batches = [inputs_only(b) for b in split_batches(data, BATCH_TOKENS)]
     parts = (settings, streamed, tokenizer, batches, method, device, world)
-    return Job(*parts, progress=progress)
+    return unseen.with_room(Job(*parts, progress=progress))
 
 
 class Compression:
@@ -152,7 +153,7 @@ class Compression:
         self.identity = {
             **settings.recorded(),
             "source": self.source,
-            "calib_sha256": _digest(job.batches),
+            "calib_sha256": _digest(job.batches[: len(job.batches) - job.own]),
             "versions": _versions(),
             "device": job.device.type,
             "layer_weights": "gradient" if self.by_gradient else "equal",
@@ -265,8 +266,13 @@ class Compression:
         return finished, done
 
     def _learn(self) -> None:
-        """Learns how much each layer matters and what it will take, or remembers it."""
-        job, known = self.job, self.finished.get(_REST, {})
+        """Learns what the model says by itself, how much each layer matters and what it will take,
+        or remembers it.
+        """
+        known = self.finished.get(_REST, {})
+        self.job = job = unseen.with_own_words(self.job, known.get("own_words"))
+        if self.dense is not None:
+            self.dense.learn_from(job)
         self.loop = BlockLoop(job, self.kept, self.work / "exchange")
         self.loop.dense = self.dense
         if self.by_gradient:
@@ -293,6 +299,7 @@ class Compression:
                     self.job.streamed.dense(lambda n: not n.startswith(inside) and n not in coded)
                 )
                 rest.note["importance"] = dict(self.loop.importance)
+                rest.note["own_words"] = unseen.of(self.job)
                 if self.loop.rate is not None:
                     rest.note["curves"] = [c.as_list() for c in self.loop.rate.curves]
         if self.writer is None:
@@ -339,9 +346,12 @@ class Compression:
             with self.writer.block(HEAD) as head:
                 self.dense.head(self.loop.whole_walk(), head)
         config = _plain(streamed.config)
-        code: dict[str, bytes] = {}
+        # a model with code of its own is nothing without it
+        code = ("*.py",) if config.get("auto_map") else ()
+        files = carried_files(streamed.checkpoint.directory, code)
         if settings.with_code:
-            code, config["auto_map"] = loading_code(streamed.config, type(streamed.model))
+            more, config["auto_map"] = loading_code(streamed.config, type(streamed.model))
+            files |= more
         self.writer.finish(
             [_REST, *carried, *(b.name for b in self.blocks), *last],
             config=config,
@@ -353,8 +363,7 @@ class Compression:
             versions=_versions(),
             source={**streamed.checkpoint.origin, **self.source},
             report=account(streamed),
-            carry_from=streamed.checkpoint.directory,
-            extra_files=code,
+            files=files,
         )
 
     @contextmanager

@@ -26,6 +26,8 @@ class Settings:
         calib: calibration text.
         calib_tokens: at most this many tokens of it.
         calib_rows: how its documents are read: `pack`, `chat`, `column` of qmoe.calib.text.windows.
+        unseen: tokens that the model says by itself for each token of the text, so that what the
+            text does not reach counts too: see `qmoe.calib.own_words`.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
         solver_options: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`,
@@ -47,6 +49,7 @@ class Settings:
     bits: float | None = None
     delta: float | None = None
     dense_bits: int = 16
+    unseen: float = 0.5
     ctx: int | None = None
     seed: int = 0
     solver_options: Mapping[str, float] = field(default_factory=dict)

@@ -5,7 +5,6 @@ One block is decoded at a time. Knows nothing about calibration or solvers.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from qmoe.models.families.find import KINDS
 from qmoe.store.reader import Container
 from qmoe.store.stored_dense import STREAM
 from qmoe.store.writer import CARRIED_BLOCK, carried_files
-from qmoe.system.files import canonical_json, sync_directory, write_file, writing
+from qmoe.system.files import canonical_json, check_vacant, staged, write_file
 from qmoe.system.spill import Spill
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -72,22 +71,10 @@ def export(
     if dtype not in DTYPES:
         raise OutputError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     out = Path(os.path.abspath(destination))
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} already exists; choose another directory or remove it")
+    check_vacant(out)
     container = Container.open(directory)
-    work = out.with_name(out.name + ".partial")
-    try:
-        with writing(work):
-            if work.is_dir():
-                shutil.rmtree(work)
-            work.mkdir(parents=True)
+    with staged(out, "export") as work:
         _write(container, work, DTYPES[dtype], progress)
-        with writing(out):
-            os.rename(work, out)
-            sync_directory(out.parent)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     size = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     return Exported(out, dtype, size)
 

@@ -286,7 +286,7 @@ def _entry(name: str, raw: Any, where: str, error: type[QmoeError]) -> Entry:
         raise error(text)
     if kind not in DTYPES:
         raise error(
-            f"{where}: tensor {name!r} has dtype {kind[:20]}, which is not supported (known: "
+            f"{where}: tensor {name!r} has dtype {kind[:20]!r}, which is not supported (known: "
             f"{', '.join(DTYPES)})"
         )
     dtype, need = DTYPES[kind], prod(shape) * DTYPES[kind].itemsize

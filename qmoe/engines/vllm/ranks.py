@@ -55,7 +55,7 @@ def build(
         likewise; what all experts share (a norm behind them) is whole.
     """
     streams = container.some_experts(path, own)
-    module = EncodedExperts(host, streams.layout, 0, caches)
+    module = EncodedExperts(host, streams.layout, streams.stream.numel(), caches)
     module.stream.data, module.offsets.data = streams.stream, streams.offsets
     whole = container.modules[path].experts
     for name in [n for n, _ in module.named_parameters()]:

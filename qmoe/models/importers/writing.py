@@ -2,7 +2,7 @@
 
 import json
 import math
-import shutil
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qmoe.errors import OutputError, SourceError
+from qmoe.errors import SourceError
+from qmoe.system.files import check_vacant, staged, writing
 from qmoe.system.tensors import Streamed, tensor_bytes, write_tensors
 
 SHARD_BYTES = 4 << 30
@@ -65,9 +66,8 @@ def write_model(
     parts: dict[str, Part],
     stored: set[str],
     ignored: set[str],
-    files: dict[str, Path],
     notes: tuple[str, ...] = (),
-    tokenizer: Any = None,
+    more: Callable[[Path], object] = lambda directory: None,
 ) -> Imported:
     """Write a checkpoint under a temporary name and rename it when complete.
 
@@ -77,34 +77,20 @@ def write_model(
         parts: by parameter name of the model.
         stored: names of all tensors of the source.
         ignored: those of them that no parameter needs.
-        files: further files by name (tokenizer), copied.
         notes: passed on.
-        tokenizer: written if given.
+        more: puts further files (tokenizer) into the directory that it is given.
 
     Raises:
         OutputError: the destination exists or cannot be written.
         SourceError: the parts are not exactly the model's parameters, or leave source tensors over.
     """
-    target = Path(destination)
-    if target.exists():
-        raise OutputError(f"{target} exists; remove it or choose another directory")
+    target = Path(os.path.abspath(destination))
+    check_vacant(target)
     _check(config, parts, stored, ignored)
-    work = target.with_name(target.name + ".partial")
-    try:
-        if work.exists():
-            shutil.rmtree(work)
-        work.mkdir(parents=True)
+    with staged(target, "import") as work, writing(target):
         config.save_pretrained(work)
-        for name, path in files.items():
-            shutil.copyfile(path, work / name)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(work)
+        more(work)
         _write_shards(work, parts)
-        work.rename(target)
-    except OSError as e:
-        raise OutputError(
-            f"{target} cannot be written ({e.strerror or e}); is the disk full?"
-        ) from e
     used = sorted({s for p in parts.values() for s in p.sources})
     total = sum(math.prod(p.shape) for p in parts.values())
     return Imported(target, total, tuple(used), tuple(sorted(ignored & stored)), notes)
