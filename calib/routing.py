@@ -104,6 +104,15 @@ class Parked:
             torch.equal(self.hidden[a], self.hidden[b]) for a, b in zip(first, second, strict=True)
         )
 
+    def spread(self, world: World, experts: range, owner: int) -> None:
+        """Sends the outputs of some experts, which one process has filled in, to all that are apart
+        from it."""
+        for expert in experts:
+            token, slot = self.slots(expert)
+            values = self.output[token, slot]
+            world.spread(values, owner)
+            self.output[token, slot] = values
+
     def release(self, store: ActivationStore) -> None:
         """Gives the tensors back to the store's budget."""
         for t in (self.hidden, self.index, self.weight, self.output, self.token):
@@ -142,8 +151,10 @@ def park(
         n: (len(h), h.shape[1], i.shape[1], h.dtype, t is not None)
         for n, (h, i, _, t) in seen.items()
     }
-    for other in world.collect(found, f"routing of {path}"):
+    owner: dict[int, int] = {}
+    for rank, other in enumerate(world.collect(found, f"routing of {path}")):
         found |= other
+        owner |= dict.fromkeys(other, rank)
     if not found:  # a part of the model that text never reaches: its experts see no tokens
         cols = layout_of(path, module).projections[0].cols
         found = {n: (0, cols, 1, walk.streamed.dtype, False) for n in range(len(walk.batches))}
@@ -163,6 +174,12 @@ def park(
         hidden[part] = h
         output[part] = 0
         store.release(h)
+    if world.apart:
+        for n in sorted(owner):
+            part = slice(starts[n], starts[n + 1])
+            for shared in (hidden, index, weight):
+                world.spread(shared[part], owner[n])
+        output.zero_()
     world.meet(f"routing of {path}")
     return Parked(hidden, index, weight, rows, output, token)
 

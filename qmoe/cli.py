@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import click
 
+from qmoe.engines.commands import add_to
 from qmoe.errors import QmoeError
 
 
@@ -86,6 +87,12 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that the user wrote."""
     return {name: value for name, value in options.items() if value not in (None, False)}
 
+
+_with_code = click.option(
+    "--with-code",
+    is_flag=True,
+    help="Add a file through which trust_remote_code=True loads it without an `import qmoe`.",
+)
 
 _TEXTS = ".txt, .json, .jsonl, .csv, .parquet or a datasets name"
 _ROWS = ("column", "pack", "chat", "bos")
@@ -190,6 +197,7 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @_device
 @_trust
 @click.option("--fresh", is_flag=True, help="Discard an unfinished earlier run on OUT.")
+@_with_code
 @_json
 def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     """Compress SOURCE, a directory or owner/name[@revision] of the hub, into OUT."""
@@ -325,6 +333,7 @@ def verify(out: Path, as_json: bool) -> None:
 )
 @click.option("--base", default=None, help="Hub id of the original, if the manifest has none.")
 @click.option("--license", "license_id", default=None, help="License id of the original, shown.")
+@_with_code
 @_json
 def push(out: Path, repo: str, as_json: bool, **options: Any) -> None:
     """Verify OUT, then upload it to REPO (owner/name) of the hub with a model card."""
@@ -409,3 +418,6 @@ def bench_codec(as_json: bool) -> None:
     from qmoe.measure.codec_bench import run
 
     run(as_json)
+
+
+add_to(main)

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import qmoe
 from qmoe.errors import CorruptError, OutputError, QmoeError
 from qmoe.inference import experts
+from qmoe.inference.cache import CACHE_VARIABLE
 from qmoe.inference.experts import EncodedExperts
 from qmoe.inference.load import set_cache_bytes
-from qmoe.inference.quantizer import CACHE_VARIABLE
 from qmoe.models.families import find as layouts
 from qmoe.models.projects.fairseq_moe import FairseqMoeConfig
 from qmoe.models.projects.megatron_moe import MegatronMoeConfig

@@ -168,6 +168,8 @@ class BlockLoop:
         writer = target.experts(layout) if target is not None else None
         put = writer.add_batch if writer is not None and alone else self._hand_over
         coverage = quantize_layer(job, layout, module, streams, put, importance)
+        if self.exchange is not None and job.world.apart:
+            self._send(layout)
         report: dict[str, Any] = {}
         if target is not None and writer is not None:
             if not alone:
@@ -224,6 +226,19 @@ class BlockLoop:
     def _hand_over(self, batch: EncodedBatch) -> None:
         """Leaves a batch where the first process finds it."""
         batch.save(self._place(batch.projection, batch.experts[0]))
+
+    def _send(self, layout: ExpertsLayout) -> None:
+        """Brings the batches of processes that are apart to where the first finds them."""
+        world, left = self.job.world, list(groups(layout))
+        mine: dict[tuple[str, int], bytes] = {}
+        for i in world.mine(len(left)) if not world.first else ():
+            for projection in layout.projections:
+                path = self._place(projection.name, left[i].start)
+                mine[projection.name, left[i].start] = path.read_bytes()
+                path.unlink()
+        for found in world.gather(mine, f"experts of {layout.path}"):
+            for place, data in found.items():
+                self._place(*place).write_bytes(data)
 
     def _gather(self, layout: ExpertsLayout, writer: ExpertsWriter) -> None:
         """Stores all processes' batches, in the order in which one process would have."""

@@ -131,6 +131,10 @@ def quantize_layer(
     for other_tokens, other_notes in world.collect((tokens, notes), f"experts of {layout.path}"):
         tokens |= other_tokens
         notes |= other_notes
+    if world.apart:
+        for i, group in enumerate(todo):
+            for stream in streams:
+                stream.parked.spread(world, group, i % world.size)
     experts = range(layout.experts)
     return Coverage([tokens[e] for e in experts], [notes[e] for e in experts])
 

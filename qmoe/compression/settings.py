@@ -10,7 +10,8 @@ from qmoe.errors import QmoeError
 from qmoe.quantize import Method, get_method
 
 DEFAULT_BITS = 0.8
-_MACHINE = ("memory", "source_cache", "device", "trust_remote_code", "fresh")  # no byte depends
+# no byte of a weight depends on these
+_MACHINE = ("memory", "source_cache", "device", "trust_remote_code", "fresh", "with_code")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Settings:
         device: where solvers and forwards run.
         trust_remote_code: run the source's own model code.
         fresh: discard an unfinished run on the same output.
+        with_code: add the file that lets ``trust_remote_code=True`` load the output without an
+            ``import qmoe``, see `qmoe.models.code`.
     """
 
     method: str = "rd"
@@ -55,6 +58,7 @@ class Settings:
     device: str = "auto"
     trust_remote_code: bool = False
     fresh: bool = False
+    with_code: bool = False
 
     @property
     def text(self) -> str:

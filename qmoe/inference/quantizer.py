@@ -23,12 +23,12 @@ import torch
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qmoe.errors import CorruptError, QmoeError
+from qmoe.errors import CorruptError
+from qmoe.inference.cache import environment_bytes
+from qmoe.system.hub import download
 
 if TYPE_CHECKING:
     from qmoe.store.reader import Container
-
-CACHE_VARIABLE = "QMOE_CACHE_BYTES"
 
 # What `load` has verified, for the quantizer that transformers creates on the way.
 OPENED: ContextVar["Container | None"] = ContextVar("opened", default=None)
@@ -85,7 +85,6 @@ class QmoeQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """Not about attention: the hook that runs after the config is read and before weight files
         are resolved."""
-        from qmoe.inference.load import download
         from qmoe.inference.structure import check
         from qmoe.store.reader import Container, parse_quantization
         from qmoe.store.writer import INDEX
@@ -139,10 +138,7 @@ class QmoeQuantizer(HfQuantizer):
     def _cache_bytes(self) -> int:
         if self.quantization_config.cache_bytes is not None:
             return int(self.quantization_config.cache_bytes)
-        text = os.environ.get(CACHE_VARIABLE, "0")
-        if not text.isdecimal():
-            raise QmoeError(f"{CACHE_VARIABLE} is {text!r}; it must be a number of bytes")
-        return int(text)
+        return environment_bytes()
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: Any = None
@@ -167,6 +163,7 @@ class QmoeQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from qmoe.inference.adapters import watch_peft
         from qmoe.inference.dense import give_scales
         from qmoe.inference.save import save_pretrained
 
@@ -184,6 +181,7 @@ class QmoeQuantizer(HfQuantizer):
             model.qmoe_directory = str(self.container.directory)
         # no bound method: pickle would look it up by its name, and find the class's
         model.save_pretrained = partial(save_pretrained, model)
+        watch_peft()
         if torch.cuda.is_available():
             use_kernels(model)
         return model
