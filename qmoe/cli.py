@@ -20,6 +20,9 @@ import click
 
 from qmoe.engines.commands import add_to
 from qmoe.errors import QmoeError
+from qmoe.options import device as _device
+from qmoe.options import given as _given
+from qmoe.options import option as _option
 
 
 class _Bytes(click.ParamType[int]):
@@ -72,20 +75,6 @@ _json = click.option(
 _trust = click.option(
     "--trust-remote-code", is_flag=True, help="Run model code that the source brings along."
 )
-
-
-def _option(*names: str, default: str, help: str = "", **more: Any) -> Callable[..., Any]:
-    """An option that is passed on only if it is given; its help quotes the default."""
-    text = f"{help} [default: {default}]".strip()
-    return click.option(*names, default=None, help=text, **more)
-
-
-_device = _option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the user wrote."""
-    return {name: value for name, value in options.items() if value not in (None, False)}
 
 
 _with_code = click.option(
