@@ -16,9 +16,8 @@ COMPILERS = ("triton.jit", "gluon.jit", "njit", "numba.njit", "nb.njit")
 PENDING = {
     ("qmoe.calib.batches", "prepare"),
     ("qmoe.calib.text", "windows"),
-    ("qmoe.kernels.pack", "pack_projection"),
-    ("qmoe.measure.kernels.gpu", "repeated"),
     ("qmoe.measure.kernels.static", "kernels"),
+    ("qmoe.measure.kernels.static", "report"),
     ("qmoe.measure.kernels.static", "run"),
     ("qmoe.measure.kernels.trace", "trace"),
 }
