@@ -169,7 +169,7 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @_option(
     "--ctx", default="the model's, at most 2048", type=click.IntRange(2), help="Window length."
 )
-@_option("--seed", default="0", type=int)
+@_option("--seed", default="0", type=click.IntRange(0, 2**63 - 1))
 @_option(
     "--memory",
     default="8GiB",
@@ -258,7 +258,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     help="Window length of calibration and evaluation.",
 )
 @_option("--tokens", default="all", type=click.IntRange(2), help="Evaluate at most so many tokens.")
-@_option("--seed", default="0", type=int)
+@_option("--seed", default="0", type=click.IntRange(0, 2**63 - 1))
 @_device
 @click.option("--keep", is_flag=True, help="Keep the compressed checkpoints in OUT.")
 @_json
