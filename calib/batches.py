@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmoe.calib.default_text import windows as default_windows
 from qmoe.calib.text import span_corruption, windows
+from qmoe.errors import CalibrationError
 
 _TOKENS_AT_ONCE = 4096  # bounds the logits: 4096 x vocabulary x 4 bytes for each model
 
@@ -20,7 +22,7 @@ SPAN_WINDOW = 180  # tokens of text behind one span-corruption sample where the 
 def prepare(
     tokenizer: Any,
     config: Any,
-    source: str,
+    source: str | None,
     tokens: int,
     ctx: int,
     seed: int,
@@ -35,7 +37,8 @@ def prepare(
         tokenizer: of the model.
         config: the model's config; decides between windows (decoder-only) and span corruption
             (encoder-decoder).
-        source: text file or data set, see `qmoe.calib.text`.
+        source: text file or data set, see `qmoe.calib.text`; None is the text of the package,
+            which takes none of the options for rows.
         tokens: at most this many tokens of text.
         ctx: tokens of a window.
         seed: of the masked spans.
@@ -44,11 +47,18 @@ def prepare(
     Raises:
         CalibrationError: the text is shorter than one window.
     """
+    window = min(ctx, SPAN_WINDOW) if config.is_encoder_decoder else ctx
+    if source is None:
+        if pack or chat or column != "text":
+            raise CalibrationError(
+                "--calib-column, --calib-pack and --calib-chat say how rows of --calib are read; "
+                "give --calib with them"
+            )
+        ids = default_windows(tokenizer, tokens, window)
+    else:
+        ids = windows(tokenizer, source, tokens, window, seed, pack=pack, chat=chat, column=column)
     if not config.is_encoder_decoder:
-        ids = windows(tokenizer, source, tokens, ctx, seed, pack=pack, chat=chat, column=column)
         return {"input_ids": ids, "labels": ids}
-    window = min(ctx, SPAN_WINDOW)
-    ids = windows(tokenizer, source, tokens, window, seed, pack=pack, chat=chat, column=column)
     return span_corruption(ids, tokenizer, seed)
 
 

@@ -86,13 +86,7 @@ def windows(
         if not (pack or chat):
             return _separate(documents, str(source), count, ctx, seed)
         ids = _packed(tokenizer, documents, count * ctx)
-    n = min(len(ids) // ctx, count)
-    if n == 0:
-        raise CalibrationError(
-            f"{str(source)!r} holds {len(ids)} tokens, less than one window of {ctx}; give more "
-            "text or a smaller --ctx"
-        )
-    return torch.tensor(ids[: n * ctx], dtype=torch.int64).view(n, ctx)
+    return cut(ids, count, ctx, str(source))
 
 
 def span_corruption(
@@ -173,7 +167,7 @@ def _plain(tokenizer: Any, path: Path, need: int) -> list[int]:
             with path.open(encoding="utf-8") as f:
                 text = f.read(characters)
                 at_end = not f.read(1)
-            ids = _ids(tokenizer, text)
+            ids = token_ids(tokenizer, text)
             if at_end or len(ids) >= need:
                 return ids[:need]
             characters *= 2
@@ -181,27 +175,60 @@ def _plain(tokenizer: Any, path: Path, need: int) -> list[int]:
         raise CalibrationError(f"{path} cannot be read as UTF-8 text ({e})") from e
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text, no special tokens added."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def _encode(tokenizer: Any, row: Any, chat: bool) -> list[int]:
     if not chat:
-        return _ids(tokenizer, row)
+        return token_ids(tokenizer, row)
     if not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
             "the tokenizer has no chat template; calibrate on plain text instead"
         )
-    messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
+    return encode_messages(
+        tokenizer, [{"role": "user", "content": row}] if isinstance(row, str) else row
+    )
+
+
+def encode_messages(tokenizer: Any, messages: Any) -> list[int]:
+    """Ids of a conversation in the tokenizer's chat template.
+
+    Args:
+        tokenizer: has a template.
+        messages: what the template takes, objects of "role" and "content".
+
+    Raises:
+        CalibrationError: the template does not take them, or jinja2 is missing.
+    """
     jinja = _optional("jinja2", "jinja2", "a chat template")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except (jinja.TemplateError, KeyError, TypeError, ValueError) as e:
         raise CalibrationError(
             f"the chat template does not take the messages {str(messages)[:200]} ({e}); give rows "
             "of role and content as the model knows them"
         ) from e
-    return _ids(tokenizer, text)
+    return token_ids(tokenizer, text)
+
+
+def cut(ids: list[int], count: int, ctx: int, source: str) -> Tensor:
+    """The first `count` windows of a token sequence, fewer if it is shorter.
+
+    Returns:
+        int64 [n, ctx], 1 <= n <= count.
+
+    Raises:
+        CalibrationError: less than one window.
+    """
+    n = min(len(ids) // ctx, count)
+    if n == 0:
+        raise CalibrationError(
+            f"{source!r} holds {len(ids)} tokens, less than one window of {ctx}; give more "
+            "text or a smaller --ctx"
+        )
+    return torch.tensor(ids[: n * ctx], dtype=torch.int64).view(n, ctx)
 
 
 def _separate(

@@ -107,8 +107,9 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     "--calib",
     "calib",
     type=str,
-    required=True,
-    help="Calibration text: .txt, .jsonl, .parquet or a datasets name.",
+    default=None,
+    help="Calibration text: .txt, .jsonl, .parquet or a datasets name; default: a mix of prose, "
+    "code, mathematics and dialogue that comes with qmoe.",
 )
 @click.option("--calib-tokens", type=click.IntRange(1), default=131072, show_default=True)
 @click.option(

@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from qmoe.calib import default_text
 from qmoe.calib.activations import ActivationStore
 from qmoe.calib.batches import inputs_only, prepare, split_batches
 from qmoe.calib.importance import fits, layer_importance
@@ -62,7 +63,7 @@ class Settings:
         bits: stored bits per expert weight to hit, or None.
         delta: global step of rd, or None.
         dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
-        calib: calibration text.
+        calib: calibration text; None is the one that comes with the package.
         calib_tokens: at most this many tokens of it.
         calib_rows: how its documents are read: `pack`, `chat`, `column` of qmoe.calib.text.windows.
         ctx: tokens of a window, None for the model's own length, at most 2048.
@@ -78,7 +79,7 @@ class Settings:
     """
 
     method: str
-    calib: str
+    calib: str | None = None
     calib_tokens: int = 131072
     calib_rows: Mapping[str, Any] = field(default_factory=dict)
     bits: float | None = None
@@ -104,7 +105,7 @@ class Settings:
             del out[name]
         if not self.calib_rows:
             del out["calib_rows"]
-        out["calib"] = Path(self.calib).name
+        out["calib"] = default_text.NAME if self.calib is None else Path(self.calib).name
         return out
 
 
@@ -152,6 +153,8 @@ def compress_checkpoint(
     goal = (settings.memory, out, settings.bits, dense, by_gradient, world.size)
     plan = make_plan(host, method, batches, *goal)
     say(plan.text())
+    if settings.calib is None:
+        say(default_text.describe(tokenizer, settings.calib_tokens, data["input_ids"].numel()))
     if wanted and not by_gradient:
         say("layers count alike: the gradients of the whole model do not fit in --memory")
     identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}

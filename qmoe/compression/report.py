@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmoe.store.inspect import FEW_TOKENS, inspect
+from qmoe.store.inspect import FEW_TOKENS, NEARLY_ERASED, inspect
 from qmoe.store.manifest import read_manifest
 
 _SIZES = (
     "bits_per_weight",
+    "bits_as_read",
+    "experts_nearly_erased",
     "ideal_bits_per_weight",
     "model_bits_per_weight",
     "expert_weights",
@@ -76,12 +78,26 @@ class CompressReport:
             f"experts {s['bits_per_weight']:.3f} stored bits per weight "
             f"(ideal {s['ideal_bits_per_weight']:.3f}), "
             f"whole model {s['model_bits_per_weight']:.3f}",
+            *_read_line(s),
             f"{self.seconds:.0f} s, peak memory {self.peak_rss_bytes / 2**20:.0f} MiB",
             f"coverage: {self.experts} experts, {self.without_tokens} saw no token, "
             f"{self.starved} fewer than {FEW_TOKENS}",
         ]
         lines += [f"  {count} experts: {note}" for note, count in sorted(self.notes.items())]
         return "\n".join(lines)
+
+
+def _read_line(found: dict[str, Any]) -> list[str]:
+    """What a token reads, and how many experts are nearly gone."""
+    out = []
+    if found["bits_as_read"] is not None:
+        out.append(f"as read      {found['bits_as_read']:.3f} bits per weight, weighted by routing")
+    if found["experts_nearly_erased"]:
+        out.append(
+            f"{found['experts_nearly_erased']} of {found['experts']} experts have less than "
+            f"{NEARLY_ERASED:g} bit per weight: the calibration text hardly used them"
+        )
+    return out
 
 
 def _dense_line(found: dict[str, Any]) -> list[str]:
@@ -103,6 +119,7 @@ def inspect_text(found: dict[str, Any]) -> str:
         f"and {found['dense_weights'] / 1e6:.1f} M others",
         f"experts      {found['bits_per_weight']:.3f} stored bits per weight "
         f"(ideal {found['ideal_bits_per_weight']:.3f}, {100 * found['zeros']:.1f} % zeros)",
+        *_read_line(found),
         *_dense_line(found),
         f"whole model  {found['model_bits_per_weight']:.3f} bits per weight",
         f"on disk      {found['stored_bytes'] / 2**20:.2f} MiB, {ratio:.1f} times smaller "

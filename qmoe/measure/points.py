@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qmoe import codec
+from qmoe.calib import default_text
 from qmoe.compression.pipeline import Settings, compress_checkpoint
 from qmoe.errors import CorruptError
 from qmoe.measure.dictionary import dictionary_bits
@@ -153,7 +154,7 @@ class Points:
     def _key(self, settings: Settings) -> str:
         job = {
             **settings.recorded(),
-            "calib": _content(settings.calib),
+            "calib": default_text.sha256() if settings.calib is None else _content(settings.calib),
             "source": open_checkpoint(self.source).fingerprint(),
             "text": _content(self.text),
             "eval": [self.tokens, self.ctx],

@@ -7,17 +7,24 @@ classes and padding, the offsets, and the entries of both in the headers of thei
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from qmoe import codec
+from qmoe.errors import CorruptError
 from qmoe.store.manifest import MANIFEST
 from qmoe.store.reader import Container
+from qmoe.store.stored_experts import bad_range
 from qmoe.store.writer import INDEX
 from qmoe.types import QuantizedMatrix
 
 FEW_TOKENS = 64  # below this an expert is called starved in the report
+NEARLY_ERASED = 0.1  # stored bits per weight: below this little is left of an expert
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,8 @@ def inspect(directory: str | os.PathLike[str], layers: bool = False) -> dict[str
         layers: add "layers", the `rows` as objects.
 
     Returns:
-        bits_per_weight, ideal_bits_per_weight, model_bits_per_weight, expert_weights,
-        stored_bytes, source_bytes and more.
+        bits_per_weight, bits_as_read (see `bits_as_read`), ideal_bits_per_weight,
+        model_bits_per_weight, expert_weights, stored_bytes, source_bytes and more.
 
     Raises:
         CorruptError: manifest, headers or config are not sound.
@@ -79,8 +86,10 @@ def inspect(directory: str | os.PathLike[str], layers: bool = False) -> dict[str
     found = rows(container)
     tokens = [t for r in _reports(container).values() for t in r["tokens"] or ()]
     settings = container.manifest["settings"]
+    bits = expert_bits(container)
     out: dict[str, Any] = {
         "bits_per_weight": 8 * expert_bytes / expert_weights,
+        "bits_as_read": bits_as_read(container, bits),
         "ideal_bits_per_weight": sum(r.ideal_bits * r.weights for r in found) / expert_weights,
         "model_bits_per_weight": 8
         * weight_bytes
@@ -98,6 +107,7 @@ def inspect(directory: str | os.PathLike[str], layers: bool = False) -> dict[str
         "source_bytes": container.manifest["source"].get("bytes"),
         "experts": sum(layout.experts for layout in modules),
         "experts_without_tokens": tokens.count(0) if tokens else None,
+        "experts_nearly_erased": sum(int((b < NEARLY_ERASED).sum()) for b in bits.values()),
         "format_version": container.manifest["format_version"],
         "model_type": container.config.get("model_type"),
         "settings": settings,
@@ -106,6 +116,50 @@ def inspect(directory: str | os.PathLike[str], layers: bool = False) -> dict[str
     if layers:
         out["layers"] = [vars(r) for r in found]
     return out
+
+
+def expert_bits(container: Container) -> dict[str, Tensor]:
+    """Stored bits per weight of every expert: its streams, and its share of tables that experts
+    share, of offsets and of headers.
+
+    Args:
+        container: an opened checkpoint; of every experts module only the offsets are read.
+
+    Returns:
+        {module path: float64 [experts]}.
+    """
+    out = {}
+    for path, layout in container.modules.items():
+        offsets = container.read(f"{path}.offsets")
+        if bad := bad_range(offsets, container.tensors[f"{path}.stream"][2].shape[0]):
+            raise CorruptError(f"{path}: {bad[1]}")
+        own = (offsets[..., 3] - offsets[..., 2]).sum(1).double()
+        whole = sum(_stored(container, f"{path}.{leaf}") for leaf in ("stream", "offsets"))
+        shared = (whole - float(own.sum())) / layout.experts
+        out[path] = 8 * (own + shared) * layout.experts / layout.weights
+    return out
+
+
+def bits_as_read(container: Container, bits: Mapping[str, Tensor]) -> float | None:
+    """Stored bits per weight as a token reads them: experts weighted by the calibration tokens that
+    were routed to them. Above the stored bits where routing is uneven or busy experts got more.
+
+    Args:
+        container: an opened checkpoint.
+        bits: from `expert_bits`.
+
+    Returns:
+        None where the manifest has no counts.
+    """
+    read = seen = 0.0
+    for path, report in _reports(container).items():
+        if not report["tokens"]:
+            return None
+        tokens = torch.tensor(report["tokens"], dtype=torch.float64)
+        size = container.modules[path].weights / container.modules[path].experts
+        read += float((tokens * bits[path]).sum()) * size
+        seen += float(tokens.sum()) * size
+    return read / seen if seen else None
 
 
 def rows(container: Container) -> list[Row]:
