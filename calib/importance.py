@@ -14,20 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmoe.models.downloads import begin_walk, leave
-from qmoe.models.streamed import Host
+from qmoe.models.streamed import StreamedModel
 
 TOKENS = 16384  # calibration tokens behind the gradients
 _STEPS = 16  # per octave, of the importance that is handed on: see layer_importance
 _ROOM = 2.5  # float32 weights, and activations of a batch with its gradients, per byte of weights
 
 
-def fits(host: Host, memory: int) -> bool:
+def fits(streamed: StreamedModel, memory: int) -> bool:
     """Whether the model in float32, with a batch's activations, stays within `memory` bytes."""
-    weights: int = sum(p.numel() for p in host.model.parameters())
+    weights: int = sum(p.numel() for p in streamed.model.parameters())
     return _ROOM * 4 * weights <= memory
 
 
-def layer_importance(host: Host, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+def layer_importance(
+    streamed: StreamedModel, batches: Sequence[dict[str, Tensor]]
+) -> dict[str, float]:
     """Importance of every experts module, with a geometric mean of 1 up to its rounding.
 
     It is rounded to sixteenths of an octave (a step of 4.4 %, far below what it is known to): the
@@ -35,22 +37,22 @@ def layer_importance(host: Host, batches: Sequence[dict[str, Tensor]]) -> dict[s
     1e-5, and that is not to reach the bytes of a checkpoint.
 
     Args:
-        host: the source, with everything outside its blocks loaded; all blocks are for the time of
+        streamed: the source, everything outside its blocks loaded; all blocks are for the time of
             the call.
         batches: calibration inputs; about TOKENS tokens of them are used.
 
     Returns:
         {module path: importance}.
     """
-    blocks = list(host.blocks())
-    begin_walk(host, blocks)
+    blocks = list(streamed.blocks())
+    begin_walk(streamed, blocks)
     for block in blocks:
-        host.load_block(block)
-        leave(host, block)
-    parameters = list(host.model.parameters())
+        streamed.load_block(block)
+        leave(streamed, block)
+    parameters = list(streamed.model.parameters())
     for p in parameters:
         p.requires_grad_(False)
-    squares = {layout.path: 0.0 for layout, _ in host.experts}
+    squares = {layout.path: 0.0 for layout, _ in streamed.experts}
     generator = torch.Generator().manual_seed(0)
     count = max(1, TOKENS // max(1, batches[0]["input_ids"].numel()))
     tokens = 0
@@ -58,10 +60,10 @@ def layer_importance(host: Host, batches: Sequence[dict[str, Tensor]]) -> dict[s
         batch = batches[i * len(batches) // min(count, len(batches))]
         # a few rows at a time: the graph of a whole batch would be the larger part of the memory
         for rows in range(len(batch["input_ids"])):
-            one = {k: v[rows : rows + 1].to(host.device) for k, v in batch.items()}
-            tokens += _add(host, one, generator, squares)
+            one = {k: v[rows : rows + 1].to(streamed.device) for k, v in batch.items()}
+            tokens += _add(streamed, one, generator, squares)
     for block in blocks:
-        host.free(block)
+        streamed.free(block)
     means = torch.tensor([squares[path] / tokens for path in squares], dtype=torch.float64)
     means = means / means.clamp_min(1e-30).log().mean().exp()
     return dict(zip(squares, _rounded(means.clamp(1e-3, 1e3)).tolist(), strict=True))
@@ -74,12 +76,15 @@ def _rounded(importance: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def _add(
-    host: Host, batch: dict[str, Tensor], generator: torch.Generator, squares: dict[str, float]
+    streamed: StreamedModel,
+    batch: dict[str, Tensor],
+    generator: torch.Generator,
+    squares: dict[str, float],
 ) -> int:
     """Adds one sample's squared gradients; returns its number of predictions."""
     probes: dict[str, Tensor] = {}
     handles = []
-    for layout, module in host.experts:
+    for layout, module in streamed.experts:
 
         def hook(_: Any, __: Any, out: Tensor, path: str = layout.path) -> Tensor:
             probes[path] = torch.zeros_like(out, requires_grad=True)
@@ -87,7 +92,7 @@ def _add(
 
         handles.append(module.register_forward_hook(hook))
     try:
-        logits = host.model(**batch, use_cache=False).logits.flatten(0, 1).float()
+        logits = streamed.model(**batch, use_cache=False).logits.flatten(0, 1).float()
     finally:
         for handle in handles:
             handle.remove()

@@ -122,7 +122,7 @@ def park(
         found |= other
     if not found:  # a part of the model that text never reaches: its experts see no tokens
         cols = layout_of(path, module).projections[0].cols
-        found = {n: (0, cols, 1, walk.host.dtype) for n in range(len(walk.batches))}
+        found = {n: (0, cols, 1, walk.streamed.dtype) for n in range(len(walk.batches))}
     rows = [found[n][0] for n in sorted(found)]
     _, cols, slots, dtype = next(iter(found.values()))
     hidden = store.shared(world, (sum(rows), cols), dtype)

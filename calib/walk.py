@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qmoe.calib.outputs import Outputs, tree
-from qmoe.models.streamed import BlockRef, Host
+from qmoe.models.streamed import BlockRef, StreamedModel
 
 Batch = dict[str, Tensor]
 
@@ -34,8 +34,8 @@ class Walk:
     """Activations of every batch at the last finished block of each block list, for one stream of
     the model.
 
-    Two walks over one host (the original model's stream and the quantized one's) may be interleaved
-    block by block.
+    Two walks over one model (the original's stream, the quantized one's) may be interleaved block
+    by block.
 
     Attributes:
         batch: index of the batch that is running.
@@ -45,15 +45,15 @@ class Walk:
 
     def __init__(
         self,
-        host: Host,
+        streamed: StreamedModel,
         batches: Sequence[Batch],
         outputs: Outputs,
         mine: Sequence[int] | None = None,
     ) -> None:
-        """Args: host, batches: the model and its inputs. outputs: keeps what blocks return. mine:
-        the share of this process, by default all.
+        """Args: streamed, batches: model and inputs. outputs: keeps what blocks return. mine: the
+        share of this process, by default all.
         """
-        self.host, self.batches, self.outputs = host, batches, outputs
+        self.streamed, self.batches, self.outputs = streamed, batches, outputs
         self.mine = range(len(batches)) if mine is None else mine
         self.batch = 0
         self.finished: dict[str, str] = {}
@@ -89,10 +89,10 @@ class Walk:
         self.batch = batch
         self._read.clear()
         inputs = {name: self._place(tensor) for name, tensor in self.batches[batch].items()}
-        return self.host.model(**inputs, use_cache=False)
+        return self.streamed.model(**inputs, use_cache=False)
 
     def _place(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.host.device)
+        return tensor.to(self.streamed.device)
 
     def _stored(self, list_name: str) -> Any:
         if list_name not in self._read:  # every finished block of the list asks, with one answer
@@ -103,7 +103,7 @@ class Walk:
 
     @contextmanager
     def _stubs(self, block: BlockRef | None, current: dict[str, Any]) -> Iterator[None]:
-        blocks = list(self.host.blocks())
+        blocks = list(self.streamed.blocks())
 
         def stub(b: BlockRef, real: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:

@@ -46,7 +46,7 @@ def cut_streams(
     weight belongs to two segments.
 
     Args:
-        words, stream_start, row_class, slot_class: of a `Layout`.
+        words, stream_start, row_class, slot_class: of a `ParsedMatrix`.
         table_of, lookup, limit: of its `Tables`, lookup flat.
         cuts: int64 [rows * pieces, segments + 1, 3], written: bit, position, groups before, at the
             start of each segment and at the end;

@@ -15,7 +15,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """Choices for one architecture.
 
     Attributes:
@@ -52,25 +52,25 @@ class Plan:
 
 BATCHES = (1, 2, 4, 8)
 PLANS = {
-    80: Plan(fill=108 * 8 * 32, scratch_bytes=32 << 20),
-    89: Plan(fill=128 * 8 * 32, scratch_bytes=48 << 20),
-    90: Plan(),
-    100: Plan(fill=148 * 8 * 32, scratch_bytes=96 << 20),
+    80: LaunchPlan(fill=108 * 8 * 32, scratch_bytes=32 << 20),
+    89: LaunchPlan(fill=128 * 8 * 32, scratch_bytes=48 << 20),
+    90: LaunchPlan(),
+    100: LaunchPlan(fill=148 * 8 * 32, scratch_bytes=96 << 20),
 }
-PORTABLE = Plan(asm=False, shared=False, warps=1)  # the interpreter and AMD
+PORTABLE = LaunchPlan(asm=False, shared=False, warps=1)  # the interpreter and AMD
 
 
-def plan_for(capability: int) -> Plan:
+def plan_for(capability: int) -> LaunchPlan:
     """Plan of a CUDA compute capability (10 * major + minor); `PORTABLE` below 8.0."""
     known = [c for c in PLANS if c <= capability]
     return PLANS[max(known)] if known else PORTABLE
 
 
-_forced: list[Plan] = []
+_forced: list[LaunchPlan] = []
 
 
 @contextmanager
-def forced(plan: Plan) -> Iterator[None]:
+def forced(plan: LaunchPlan) -> Iterator[None]:
     """Every device has this plan inside the context; for measurements, not thread-safe."""
     _forced.append(plan)
     try:
@@ -79,20 +79,20 @@ def forced(plan: Plan) -> Iterator[None]:
         _forced.pop()
 
 
-def plan_of(device: torch.device) -> Plan:
+def plan_of(device: torch.device) -> LaunchPlan:
     """Plan of a device."""
     return _forced[-1] if _forced else _plan_of(device)
 
 
 @lru_cache
-def _plan_of(device: torch.device) -> Plan:
+def _plan_of(device: torch.device) -> LaunchPlan:
     if device.type != "cuda" or torch.version.hip is not None:
         return PORTABLE
     major, minor = torch.cuda.get_device_capability(device)
     return plan_for(10 * major + minor)
 
 
-def segments(plan: Plan, rows: int, cols: int, top_k: int) -> int:
+def segments(plan: LaunchPlan, rows: int, cols: int, top_k: int) -> int:
     """Segments per stream so that one token's experts fill the GPU, without segments below
     `plan.segment` columns.
     """
@@ -102,7 +102,7 @@ def segments(plan: Plan, rows: int, cols: int, top_k: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def batch_of(plan: Plan, tokens: int, top_k: int, experts: int) -> int:
+def batch_of(plan: LaunchPlan, tokens: int, top_k: int, experts: int) -> int:
     """Tokens per expert that one pass of the matvec handles, 1, 2, 4 or 8; 0 = the grouped product
     is cheaper.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qmoe.kernels import matvec
 from qmoe.kernels.launch import batch_of, plan_of
-from qmoe.kernels.pack import Projection
+from qmoe.kernels.pack import PackedProjection
 from qmoe.kernels.project import (
     FOUR_WARPS,
     INTERPRETED,
@@ -44,8 +44,8 @@ class ExpertsPack:
     [E, hidden, inner].
     """
 
-    up: Projection
-    down: Projection
+    up: PackedProjection
+    down: PackedProjection
 
     def __post_init__(self) -> None:
         if self.up.experts != self.down.experts or self.up.cols != self.down.rows:
@@ -67,7 +67,7 @@ class ExpertsPack:
 def _project(
     x: Tensor, index: Tensor, fan: int, tensors: Sequence[Tensor], numbers: Sequence[int]
 ) -> Tensor:
-    p = Projection.from_parts(tensors, numbers)
+    p = PackedProjection.from_parts(tensors, numbers)
     if x.device.type == "cpu" and not INTERPRETED:
         return project_torch(p, x, index, fan)
     return project(p, x, index, fan)
@@ -86,7 +86,7 @@ def _experts_silu(
     down: Sequence[Tensor], down_numbers: Sequence[int],
 ) -> Tensor:  # fmt: skip
     pack = ExpertsPack(
-        Projection.from_parts(up, up_numbers), Projection.from_parts(down, down_numbers)
+        PackedProjection.from_parts(up, up_numbers), PackedProjection.from_parts(down, down_numbers)
     )
     if hidden.device.type == "cpu" and not INTERPRETED:
         return _twin(pack, hidden, index, weights, silu_gate)
@@ -106,7 +106,7 @@ def _(
     return torch.empty_like(hidden)
 
 
-def project_pairs(p: Projection, x: Tensor, index: Tensor) -> Tensor:
+def project_pairs(p: PackedProjection, x: Tensor, index: Tensor) -> Tensor:
     """``y[t] = W[index[t]] @ x[t]`` as a custom operator: kernels on a GPU, the twin on a CPU.
 
     Args:

@@ -22,21 +22,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qmoe.codec import Layout, Tables
+from qmoe.codec import ParsedMatrix, Tables
 from qmoe.errors import CorruptError
 from qmoe.kernels.interleave import cut_streams, interleave
 from qmoe.kernels.recode import shorten
 
 LANES = 32
 NO_ROW = 0xFFFFFF
-CONTEXTS = 128  # entries of a context map: row class + column class is below 126
+MAP_WIDTH = 128  # entries of a context map: row class + column class is below 126
 MAX_ADVANCE = 63
 MAX_STEPS = 32767
 RECORD = 4  # int32s per program: first word, end word, groups, span
 
 
 @dataclass(frozen=True)
-class Projection:
+class PackedProjection:
     """One projection of all experts of a layer, e.g. gate and up together: [E] matrices [rows,
     cols], in kernel form.
 
@@ -119,7 +119,7 @@ class Projection:
         ]
 
     @classmethod
-    def from_parts(cls, tensors: Sequence[Tensor], numbers: Sequence[int]) -> "Projection":
+    def from_parts(cls, tensors: Sequence[Tensor], numbers: Sequence[int]) -> "PackedProjection":
         """Inverse of `tensors` and `numbers`."""
         names = [f.name for f in fields(cls)[_FIRST_TENSOR:]]
         values: dict[str, Tensor | None] = dict(zip(names, tensors, strict=True))
@@ -138,7 +138,7 @@ class Projection:
             **cast(Any, values),
         )
 
-    def to(self, device: torch.device | str) -> "Projection":
+    def to(self, device: torch.device | str) -> "PackedProjection":
         """A copy with all tensors on `device`."""
         names = [f.name for f in fields(self)[_FIRST_TENSOR:] if getattr(self, f.name) is not None]
         return replace(self, **{n: getattr(self, n).to(device) for n in names})
@@ -148,10 +148,12 @@ class Projection:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
-_FIRST_TENSOR = [f.name for f in fields(Projection)].index("words")
+_FIRST_TENSOR = [f.name for f in fields(PackedProjection)].index("words")
 
 
-def pack_projection(matrices: Sequence[tuple[Tables, Layout]], segments: int = 1) -> Projection:
+def pack_projection(
+    matrices: Sequence[tuple[Tables, ParsedMatrix]], segments: int = 1
+) -> PackedProjection:
     """Kernel form of one projection of a layer.
 
     Args:
@@ -201,7 +203,7 @@ def pack_projection(matrices: Sequence[tuple[Tables, Layout]], segments: int = 1
         scales[e] = np.where(columns[e] >= 0, m.col_scale.numpy()[columns[e]], 0)
     negative = [m.row_scale if m.row_scale_neg is None else m.row_scale_neg for _, m in matrices]
     starts = np.stack([p.starts for p in parts]) if segments > 1 else np.zeros(1, np.int32)
-    return Projection(
+    return PackedProjection(
         experts=len(matrices),
         rows=first.rows,
         cols=first.cols,
@@ -244,11 +246,11 @@ class _Programs:
     words: int
 
 
-def _words(m: Layout) -> NDArray[np.uint32]:
+def _words(m: ParsedMatrix) -> NDArray[np.uint32]:
     return m.words.numpy().view(np.uint32)
 
 
-def _programs(tables: Tables, m: Layout, segments: int) -> _Programs:
+def _programs(tables: Tables, m: ParsedMatrix, segments: int) -> _Programs:
     row_class = m.row_class.numpy()
     cuts = np.empty((m.rows * m.pieces, segments + 1, 3), np.int64)
     bad = cut_streams(
@@ -305,7 +307,7 @@ def _values(t: Tables) -> NDArray[np.int64]:
 
 def _lookup(groups: Sequence[Tables], wide: bool) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
     """Device lookup tables of all groups and their context maps."""
-    entries, maps, base = [], np.zeros((len(groups), CONTEXTS), np.int32), 0
+    entries, maps, base = [], np.zeros((len(groups), MAP_WIDTH), np.int32), 0
     for g, t in enumerate(groups):
         length, advance = t.lookup & 15, t.lookup >> 8 & 63
         value = _values(t) + (128 if wide else 32)
@@ -317,7 +319,7 @@ def _lookup(groups: Sequence[Tables], wide: bool) -> tuple[NDArray[np.generic], 
                 else entry.astype(np.uint16).view(np.int16)
             ).ravel()
         )
-        table = np.minimum(np.arange(CONTEXTS), t.table_of.size - 1)
+        table = np.minimum(np.arange(MAP_WIDTH), t.table_of.size - 1)
         maps[g] = t.table_of[table].astype(np.int32) << t.limit
         maps[g, -1] = base
         base += entries[-1].size

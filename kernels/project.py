@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 
 from qmoe.kernels import decode, grouped, matvec, pair_groups, shared
-from qmoe.kernels.launch import Plan, batch_of, plan_of
-from qmoe.kernels.pack import NO_ROW, Projection
+from qmoe.kernels.launch import LaunchPlan, batch_of, plan_of
+from qmoe.kernels.pack import NO_ROW, PackedProjection
 
 INTERPRETED = not isinstance(
     matvec.matvec, triton.JITFunction
@@ -19,7 +19,7 @@ ONE_WARP = {"num_warps": 1, "enable_fp_fusion": True}
 FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-def decode_torch(p: Projection, expert: int) -> Tensor:
+def decode_torch(p: PackedProjection, expert: int) -> Tensor:
     """Codes of one expert by position: float32 [rows, pieces, span + 1], the weight of the column
     at position i at index i.
 
@@ -66,14 +66,14 @@ def decode_torch(p: Projection, expert: int) -> Tensor:
     return codes[:-1, :, :stored]
 
 
-def weights_torch(p: Projection, expert: int) -> Tensor:
+def weights_torch(p: PackedProjection, expert: int) -> Tensor:
     """Dense weights of one expert, float32 [rows, cols]: codes * column scale * row scale, as
     `QuantizedMatrix.dequantize`.
     """
     return _dense(p, expert, decode_torch(p, expert))
 
 
-def _dense(p: Projection, expert: int, codes: Tensor) -> Tensor:
+def _dense(p: PackedProjection, expert: int, codes: Tensor) -> Tensor:
     scale = p.row_scale[expert][:, None]
     if p.row_scale_neg is not None:
         scale = torch.where(
@@ -86,7 +86,7 @@ def _dense(p: Projection, expert: int, codes: Tensor) -> Tensor:
     return out[:, :-1].contiguous()
 
 
-def project_torch(p: Projection, x: Tensor, index: Tensor, fan: int) -> Tensor:
+def project_torch(p: PackedProjection, x: Tensor, index: Tensor, fan: int) -> Tensor:
     """Twin of `project`: ``y[t] = W[index[t]] @ x[t // fan]`` in float32, zeros where index is
     outside 0..E-1.
     """
@@ -105,7 +105,7 @@ def inputs_type(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
 
-def decoder_args(p: Projection) -> tuple[Tensor, ...]:
+def decoder_args(p: PackedProjection) -> tuple[Tensor, ...]:
     """The tensors that every decoding kernel starts with."""
     return (
         p.words,
@@ -136,7 +136,7 @@ def make_groups(index: Tensor, experts: int, batch: int) -> tuple[Tensor, Tensor
     return expert, members, slots
 
 
-def gathered(p: Projection, x: Tensor, expert: Tensor, members: Tensor, fan: int) -> Tensor:
+def gathered(p: PackedProjection, x: Tensor, expert: Tensor, members: Tensor, fan: int) -> Tensor:
     """Scaled inputs of every group: [groups, P, width, B], see `matvec.gather_inputs`."""
     count, batch = members.shape
     xs = torch.empty(count, p.pieces, p.width, batch, dtype=inputs_type(x), device=x.device)
@@ -148,7 +148,7 @@ def gathered(p: Projection, x: Tensor, expert: Tensor, members: Tensor, fan: int
     return xs
 
 
-def partial_sums(p: Projection, xs: Tensor, expert: Tensor, plan: Plan) -> Tensor:
+def partial_sums(p: PackedProjection, xs: Tensor, expert: Tensor, plan: LaunchPlan) -> Tensor:
     """float32 [groups, P * S, B, rows]: every segment's share of W[expert] xs."""
     count, _, _, batch = xs.shape
     bits = 8 * xs.element_size()
@@ -173,11 +173,11 @@ def partial_sums(p: Projection, xs: Tensor, expert: Tensor, plan: Plan) -> Tenso
 
 
 def project(
-    p: Projection,
+    p: PackedProjection,
     x: Tensor,
     index: Tensor,
     fan: int,
-    plan: Plan | None = None,
+    plan: LaunchPlan | None = None,
     batch: int | None = None,
 ) -> Tensor:
     """``y[t] = W[index[t]] @ x[t // fan]`` by the kernels.
@@ -210,7 +210,7 @@ def project(
 
 
 def decode_experts(
-    p: Projection, out: Tensor, counts: Tensor, first: int, plan: Plan, ratio: bool
+    p: PackedProjection, out: Tensor, counts: Tensor, first: int, plan: LaunchPlan, ratio: bool
 ) -> None:
     """Fills out [slots, rows, P, depth] with the codes of experts first.. that have counts > 0;
     `ratio` see `decode.decode_active`.
@@ -231,7 +231,9 @@ def decode_experts(
         )  # fmt: skip
 
 
-def project_grouped(p: Projection, x: Tensor, index: Tensor, fan: int, plan: Plan) -> Tensor:
+def project_grouped(
+    p: PackedProjection, x: Tensor, index: Tensor, fan: int, plan: LaunchPlan
+) -> Tensor:
     """`project` by decoding every active expert once, `plan.scratch_bytes` at a time."""
     pairs = index.numel()
     expert = torch.where((index >= 0) & (index < p.experts), index, p.experts).long()
@@ -264,7 +266,7 @@ def project_grouped(p: Projection, x: Tensor, index: Tensor, fan: int, plan: Pla
     return y
 
 
-def weights(p: Projection, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def weights(p: PackedProjection, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Dense weights of one expert by the kernel, [rows, cols]: float32 equals `weights_torch` bit
     for bit.
     """

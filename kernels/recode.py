@@ -14,7 +14,7 @@ import numba as nb
 import numpy as np
 import torch
 
-from qmoe.codec import Layout, Tables
+from qmoe.codec import ParsedMatrix, Tables
 from qmoe.codec.format.arrays import I32, U8, U32
 from qmoe.codec.format.huffman import canonical_codes, code_lengths, fill_lookup
 from qmoe.errors import CorruptError
@@ -23,7 +23,7 @@ LONG, SHORT = 8, 7  # code limits: as stored, as rewritten; both give groups of 
 _PADDING = 4  # words behind the streams, which decoders and this loop may touch
 
 
-def shorten(matrices: Sequence[tuple[Tables, Layout]]) -> list[tuple[Tables, Layout]]:
+def shorten(matrices: Sequence[tuple[Tables, ParsedMatrix]]) -> list[tuple[Tables, ParsedMatrix]]:
     """Rewrites the matrices whose tables allow it; the others come back as they are.
 
     Args:
@@ -63,7 +63,7 @@ def _short_tables(tables: Tables) -> tuple[Tables, U32] | None:
     return replace(tables, limit=SHORT, lengths=tuple(shorter)), codes
 
 
-def _rewrite(tables: Tables, short: Tables, codes: U32, m: Layout) -> Layout:
+def _rewrite(tables: Tables, short: Tables, codes: U32, m: ParsedMatrix) -> ParsedMatrix:
     growth = max(
         Fraction(int(new), int(old))
         for pair in zip(short.lengths, tables.lengths, strict=True)
@@ -104,7 +104,7 @@ def _recode(
     """Follows every stream and writes the new code of each symbol.
 
     Args:
-        words, stream_start, row_class, slot_class: of a `Layout`.
+        words, stream_start, row_class, slot_class: of a `ParsedMatrix`.
         table_of, lookup: of its `Tables` of LONG bits.
         codes: uint32 [tables, 2^LONG], code | length << 8.
         out: zeros, long enough, with two words to spare; written.

@@ -1,11 +1,93 @@
 """Mixture-of-experts models below one bit per expert weight, run without unpacking.
 
-Importing the package registers the format with transformers.
+Importing the package registers the format with transformers, as soon as that is imported too; the
+names below are imported when they are first used.
 """
 
-from qmoe.inference.load import load
-from qmoe.models.projects import register
+import typing as _typing
+
+from qmoe.errors import (
+    CalibrationError,
+    CapacityError,
+    CorruptError,
+    FormatVersionError,
+    HubError,
+    InterruptedRunError,
+    LostProcessError,
+    NonFiniteError,
+    OutputError,
+    QmoeError,
+    SourceError,
+    UnsupportedModelError,
+)
+from qmoe.lazy import attribute as _attribute
+from qmoe.lazy import when_transformers_is_imported as _when_transformers_is_imported
 from qmoe.version import __version__
 
-__all__ = ["__version__", "load"]
-register()  # model types of ours, for imported checkpoints
+if _typing.TYPE_CHECKING:
+    from qmoe.compression.pipeline import Settings
+    from qmoe.compression.pipeline import compress_checkpoint as compress
+    from qmoe.compression.report import CompressReport
+    from qmoe.inference.load import load
+    from qmoe.measure.perplexity import Score
+    from qmoe.measure.score import score_checkpoint as evaluate
+    from qmoe.publish.export import export
+    from qmoe.publish.push import Pushed, push
+    from qmoe.publish.verify import Verified, verify
+    from qmoe.store.inspect import Inspection, inspect
+
+_FACE = {
+    "CompressReport": "qmoe.compression.report:CompressReport",
+    "Inspection": "qmoe.store.inspect:Inspection",
+    "Pushed": "qmoe.publish.push:Pushed",
+    "Score": "qmoe.measure.perplexity:Score",
+    "Settings": "qmoe.compression.pipeline:Settings",
+    "Verified": "qmoe.publish.verify:Verified",
+    "compress": "qmoe.compression.pipeline:compress_checkpoint",
+    "evaluate": "qmoe.measure.score:score_checkpoint",
+    "export": "qmoe.publish.export:export",
+    "inspect": "qmoe.store.inspect:inspect",
+    "load": "qmoe.inference.load:load",
+    "push": "qmoe.publish.push:push",
+    "verify": "qmoe.publish.verify:verify",
+}
+
+__all__ = [
+    "CalibrationError",
+    "CapacityError",
+    "CompressReport",
+    "CorruptError",
+    "FormatVersionError",
+    "HubError",
+    "Inspection",
+    "InterruptedRunError",
+    "LostProcessError",
+    "NonFiniteError",
+    "OutputError",
+    "Pushed",
+    "QmoeError",
+    "Score",
+    "Settings",
+    "SourceError",
+    "UnsupportedModelError",
+    "Verified",
+    "__version__",
+    "compress",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "push",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> _typing.Any:
+    return _attribute(name, _FACE)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+_when_transformers_is_imported()

@@ -257,11 +257,10 @@ def sweep(source: str, out: Path, bits: str, methods: str, as_json: bool, **opti
 @_json
 def inspect(out: Path, layers: bool, as_json: bool) -> None:
     """Sizes, bits per weight and expert coverage of a compressed checkpoint; decodes nothing."""
-    from qmoe.compression.report import inspect_text
     from qmoe.store.inspect import inspect as run
 
-    found = run(out, layers=layers)
-    _show(found, as_json, inspect_text(found))
+    found = run(out)
+    _show(found.as_dict(layers), as_json, found.text(layers))
 
 
 @main.command()

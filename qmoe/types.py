@@ -95,7 +95,7 @@ class QuantizedMatrix:
 
 
 @dataclass(frozen=True)
-class Projection:
+class ProjectionShape:
     """One matrix that every expert of a module has.
 
     Attributes:
@@ -126,7 +126,7 @@ class ExpertsLayout:
     path: str
     kind: str
     experts: int
-    projections: tuple[Projection, ...]
+    projections: tuple[ProjectionShape, ...]
 
     @property
     def weights(self) -> int:

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import qmoe
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.measure.score import score_checkpoint
 from qmoe.publish.verify import verify
 

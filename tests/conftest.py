@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from qmoe.compression.coding import encode_experts
 from qmoe.models.classes import plain_config
 from qmoe.models.families.find import KINDS, find_experts, read_expert, write_expert
 from qmoe.store.writer import ContainerWriter
@@ -171,8 +172,9 @@ def _write(model: PreTrainedModel, out: Path, **options: object) -> PreTrainedMo
                     for p in layout.projections:
                         matrices = [r[p.name] for r in rounded]
                         half = layout.experts // 2
-                        experts.add_group(p.name, range(half), matrices[:half])
-                        experts.add_group(p.name, range(half, layout.experts), matrices[half:])
+                        for some in (range(half), range(half, layout.experts)):
+                            part = matrices[some.start : some.stop]
+                            experts.add_batch(encode_experts(p.name, some, part))
                     for e, r in enumerate(rounded):
                         write_expert(module, e, {k: m.dequantize() for k, m in r.items()})
                     tokens = [3 * e for e in range(layout.experts)]

@@ -4,12 +4,13 @@ import hashlib
 
 import torch
 
+from qmoe.compression.coding import encode_experts
 from qmoe.store.manifest import MANIFEST, read_sealed, write_sealed
 from qmoe.store.writer import ContainerWriter
-from qmoe.types import ExpertsLayout, Projection, QuantizedMatrix
+from qmoe.types import ExpertsLayout, ProjectionShape, QuantizedMatrix
 
 FINISH = {"config": {"model_type": "x"}, "settings": {}, "versions": {}, "source": {}}
-LAYOUT = ExpertsLayout("m.experts", "fused", 2, (Projection("up", 8, 16, False),))
+LAYOUT = ExpertsLayout("m.experts", "fused", 2, (ProjectionShape("up", 8, 16, False),))
 
 
 def matrix(seed):
@@ -29,7 +30,7 @@ def fill(writer, name, seed=0):
         if name == "m":
             experts = block.experts(LAYOUT)
             for e in (1, 0):
-                experts.add_group("up", [e], [matrix(e)])
+                experts.add_batch(encode_experts("up", [e], [matrix(e)]))
             block.finish_experts("m.experts", [5, 0], ["", "no tokens: rounded"])
         block.note = {"seed": seed}
 

@@ -20,9 +20,10 @@ from transformers.models.auto.configuration_auto import (
 )
 
 import qmoe
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.models.families.find import repair
-from qmoe.models.streamed import Host
+from qmoe.models.streamed import StreamedModel
 from qmoe.publish.export import export
 from qmoe.publish.verify import verify
 from qmoe.source.checkpoint import open_checkpoint
@@ -363,7 +364,7 @@ def stored_as(source: Path) -> str:
     """The format of a source's experts, and what it holds that no module takes."""
     checkpoint = open_checkpoint(source)
     found = checkpoint.quantization or "plain"
-    unused = Host(checkpoint).unused
+    unused = StreamedModel(checkpoint).unused
     return f"{found}, {len(unused)} tensors without a module" if unused else found
 
 

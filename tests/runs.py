@@ -2,12 +2,20 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from qmoe.compression import job as compression
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
+from qmoe.models.streamed import StreamedModel
+from qmoe.source.checkpoint import open_checkpoint
 
 Job = tuple[Path, Settings]
 
@@ -27,6 +35,17 @@ def make_job(tiny: ModuleType, folder: Path, shards: int = 1, **shape: int) -> J
     tiny.save_tokenizer(source)
     text = tiny.save_text(folder / "text.txt", 9000)
     return source, Settings(method="rd", delta=8.0, calib=str(text), calib_tokens=8500, ctx=128)
+
+
+def opened(
+    source: Path, batches: Sequence[dict[str, Tensor]], **settings: object
+) -> compression.Job:
+    """A job whose source is open and whose calibration inputs are given; no text is read."""
+    chosen = Settings(**{"method": "rd", "calib": "", **settings})
+    streamed = StreamedModel(open_checkpoint(str(source)))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    device = torch.device("cpu")
+    return compression.Job(chosen, streamed, tokenizer, batches, chosen.solver(), device)
 
 
 def arguments(job: Job, out: Path) -> list[str]:

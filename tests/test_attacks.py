@@ -12,7 +12,7 @@ import qmoe
 from qmoe.errors import QmoeError
 from qmoe.publish.verify import check_stream, verify
 from qmoe.store.reader import Container
-from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.stored_experts import StoredExperts
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_streams_that_no_checksum_protects(compressed):
         if torch.equal(stream, good):
             continue
         with pytest.raises(QmoeError):
-            check_stream(ExpertStream(whole.layout, stream, whole.offsets))
+            check_stream(StoredExperts(whole.layout, stream, whole.offsets))
 
 
 def test_offsets_that_point_elsewhere(compressed):
@@ -122,7 +122,7 @@ def test_offsets_that_point_elsewhere(compressed):
         if [a, b] == before:
             continue
         offsets[e, j, 2 * k : 2 * k + 2] = torch.tensor([a, b])
-        streams = ExpertStream(whole.layout, whole.stream, offsets)
+        streams = StoredExperts(whole.layout, whole.stream, offsets)
         try:
             check_stream(streams)
         except QmoeError:

@@ -10,6 +10,7 @@ import torch
 from container_parts import FINISH, LAYOUT, fill, make, matrix, tree
 from safetensors.torch import load_file
 
+from qmoe.compression.coding import encode_experts
 from qmoe.errors import OutputError
 from qmoe.store.manifest import MANIFEST
 from qmoe.store.reader import Container
@@ -277,18 +278,19 @@ def _unstorable(block):
 
 
 def _incomplete(block):
-    block.experts(LAYOUT).add_group("up", [0], [matrix(0)])
+    block.experts(LAYOUT).add_batch(encode_experts("up", [0], [matrix(0)]))
     block.finish_experts("m.experts")
 
 
 def _repeated(block):
-    block.experts(LAYOUT).add_group("up", [0, 0], [matrix(0), matrix(1)])
+    block.experts(LAYOUT).add_batch(encode_experts("up", [0, 0], [matrix(0), matrix(1)]))
 
 
 def _wrong_shape(block):
     codes = torch.zeros(16, 8, dtype=torch.int8)
     scales = torch.zeros(16, dtype=torch.int16)
-    block.experts(LAYOUT).add_group("up", [0], [QuantizedMatrix(codes, scales, scales[:8])])
+    wrong = QuantizedMatrix(codes, scales, scales[:8])
+    block.experts(LAYOUT).add_batch(encode_experts("up", [0], [wrong]))
 
 
 def _open(block):

@@ -137,9 +137,9 @@ def test_compress_model_out_and_nothing_else(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "calibration: the bundled text" in done.stderr
     found = inspect(tmp_path / "out")
-    assert found["settings"]["calib"] == "bundled"
-    assert found["settings"]["bits"] == 0.8
-    assert json.loads(done.stdout.splitlines()[-1])["bits_as_read"] == found["bits_as_read"]
+    assert found.settings["calib"] == "bundled"
+    assert found.settings["bits"] == 0.8
+    assert json.loads(done.stdout.splitlines()[-1])["bits_as_read"] == found.bits_as_read
 
 
 def test_the_wheel_holds_the_text(tmp_path):

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
-from qmoe import codec
+from qmoe.compression.coding import encode_planes
 from qmoe.compression.dense import find_step
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError, OutputError
 from qmoe.publish.export import export
 from qmoe.publish.verify import verify
@@ -21,7 +22,7 @@ from qmoe.store.block import BlockWriter
 from qmoe.store.inspect import inspect
 from qmoe.store.manifest import MANIFEST, read_manifest, read_sealed, write_sealed
 from qmoe.store.reader import Container
-from qmoe.store.stored_dense import DenseGeometry, DenseStream, parse_dense
+from qmoe.store.stored_dense import DenseGeometry, StoredMatrix, parse_dense
 from qmoe.system.files import canonical_json, file_sha256
 
 # shapes large enough that side data does not eat the rate
@@ -143,13 +144,11 @@ def test_tied_embeddings_are_stored_once_and_stay_tied(work):
 def test_stored_bits_are_those_asked_for(bits, work):
     source, out = work("mixtral", bits)
     found = inspect(out)
-    assert found["coded_dense_bits_per_weight"] == pytest.approx(bits, rel=0.03)
-    sizes = found["expert_bytes"] + found["coded_dense_weights"] * bits / 8
-    assert found["model_bits_per_weight"] > 8 * sizes / (
-        found["expert_weights"] + found["dense_weights"]
-    )
+    assert found.coded_dense_bits_per_weight == pytest.approx(bits, rel=0.03)
+    sizes = found.expert_bytes + found.coded_dense_weights * bits / 8
+    assert found.model_bits_per_weight > 8 * sizes / (found.expert_weights + found.dense_weights)
     report = read_manifest(out)["report"]["dense"]
-    assert sum(r["weights"] for r in report.values()) == found["coded_dense_weights"]
+    assert sum(r["weights"] for r in report.values()) == found.coded_dense_weights
     original = AutoModelForCausalLM.from_pretrained(source).state_dict()
     container = Container.open(out)
     for name in container.dense:
@@ -299,8 +298,10 @@ def test_bands_and_planes_through_a_block(rows, band, bits, known, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "journal").mkdir()
     with BlockWriter(tmp_path / "data", tmp_path / "journal", "b", 1 << 30) as block:
-        report = block.add_dense(geometry, bands)
-        stream = [codec.encode_group([m]) for planes in bands for m in planes]
+        sizes = [(len(r), 96) for r in geometry.bands]
+        coded = [encode_planes(planes, size) for planes, size in zip(bands, sizes, strict=True)]
+        report = block.add_dense(geometry, coded)
+        stream = [plane for planes in coded for plane in planes]
         with pytest.raises(ValueError, match="twice"):
             block._spill.add("w.dense_offsets", torch.zeros(1))
     blobs = torch.cat([b for e in stream for b in (e.tables, e.matrices[0])])
@@ -311,7 +312,7 @@ def test_bands_and_planes_through_a_block(rows, band, bits, known, tmp_path):
     ends = sizes.cumsum(0).reshape(*geometry.offsets_shape[:2], 2)
     begins = ends - sizes.reshape(ends.shape)
     offsets = torch.stack([begins, ends], -1).flatten(2)
-    decoded = DenseStream(geometry, blobs, offsets).decode()
+    decoded = StoredMatrix(geometry, blobs, offsets).decode()
     exact = torch.cat([sum(m.dequantize() for m in planes) for planes in bands])
     assert torch.equal(decoded, exact)
     error = (decoded - weight).norm() / weight.norm()
@@ -319,7 +320,7 @@ def test_bands_and_planes_through_a_block(rows, band, bits, known, tmp_path):
     bad = offsets.clone()
     bad[-1, -1, 3] += 4
     with pytest.raises(CorruptError, match="of a stream of"):
-        DenseStream(geometry, blobs, bad)
+        StoredMatrix(geometry, blobs, bad)
 
 
 def test_the_hessian_guides_the_error():

@@ -146,32 +146,32 @@ def test_verify_compares_tensors_with_the_manifest(compressed, tmp_path):
 
 def test_inspect_counts_what_is_on_disk(compressed):
     out, dense = compressed
-    found = inspect(out, layers=True)
+    found = inspect(out)
     blocks = dense.config.num_hidden_layers
     weights = blocks * 4 * (192 * 64 + 64 * 96)
     container = Container.open(out)
     streams = sum(e.end - e.begin for n, (_, _, e) in container.tensors.items() if "experts" in n)
-    assert found["expert_weights"] == weights
-    assert 8 * streams / weights < found["bits_per_weight"] < 8 * (streams + 400 * blocks) / weights
-    assert 0 < found["ideal_bits_per_weight"] < found["bits_per_weight"]
-    assert found["stored_bytes"] == sum(p.stat().st_size for p in out.iterdir())
-    assert found["source_bytes"] == 1000
+    assert found.expert_weights == weights
+    assert 8 * streams / weights < found.bits_per_weight < 8 * (streams + 400 * blocks) / weights
+    assert 0 < found.ideal_bits_per_weight < found.bits_per_weight
+    assert found.stored_bytes == sum(p.stat().st_size for p in out.iterdir())
+    assert found.source_bytes == 1000
     shards = [*out.glob("*.safetensors"), out / INDEX]
     total = sum(p.numel() for p in dense.parameters())
     bits = 8 * sum(p.stat().st_size for p in shards) / total
-    assert found["model_bits_per_weight"] == pytest.approx(bits)
+    assert found.model_bits_per_weight == pytest.approx(bits)
     zeros = sum(
         int((layouts.read_expert(m, e)[p.name] == 0).sum())
         for layout, m in layouts.find_experts(dense)
         for e in range(4)
         for p in layout.projections
     )
-    assert found["zeros"] == pytest.approx(zeros / weights)
-    assert (found["experts"], found["experts_without_tokens"]) == (4 * blocks, blocks)
-    row = found["layers"][1]
-    assert (row["module"], row["projection"]) == ("model.layers.0.mlp.experts", "down")
-    assert (row["tokens"], row["without_tokens"], row["notes"]) == ((0, 6, 9), 1, 1)
-    json.dumps(found)
+    assert found.zeros == pytest.approx(zeros / weights)
+    assert (found.experts, found.experts_without_tokens) == (4 * blocks, blocks)
+    row = found.layers[1]
+    assert (row.module, row.projection) == ("model.layers.0.mlp.experts", "down")
+    assert (row.tokens, row.without_tokens, row.notes) == ((0, 6, 9), 1, 1)
+    json.dumps(found.as_dict(layers=True))
 
 
 def test_inspect_decodes_nothing(compressed, tmp_path):
@@ -179,8 +179,8 @@ def test_inspect_decodes_nothing(compressed, tmp_path):
     out = tmp_path / "c"
     shutil.copytree(compressed[0], out)
     _rewrite_stream(out, torch.Tensor.zero_)
-    before = inspect(compressed[0])["bits_per_weight"]
-    assert inspect(out)["bits_per_weight"] == before
+    before = inspect(compressed[0]).bits_per_weight
+    assert inspect(out).bits_per_weight == before
     (out / MANIFEST).write_bytes((out / MANIFEST).read_bytes().replace(b"random", b"Random"))
     with pytest.raises(CorruptError):
         inspect(out)

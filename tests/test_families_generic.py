@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from qmoe.errors import UnsupportedModelError
-from qmoe.models.streamed import Host
+from qmoe.models.streamed import StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
 
 
@@ -70,7 +70,7 @@ def test_what_cannot_be_compressed(kind, tmp_path, tiny, table_row):
     config.save_pretrained(tmp_path / "source")
     save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "source" / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match="is not a language model"):
-        Host(open_checkpoint(tmp_path / "source"))
+        StreamedModel(open_checkpoint(tmp_path / "source"))
 
 
 def test_discovery_finds_the_interface():

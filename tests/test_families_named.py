@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 import qmoe
 from qmoe.calib.batches import inputs_only, prepare, split_batches
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError, OutputError
 from qmoe.measure.perplexity import evaluate
 from qmoe.measure.score import load_any, score_checkpoint
@@ -115,7 +116,7 @@ def test_published_layout(tmp_path, tiny, generic, case, table_row):
     passed = generic.prove(source, tmp_path, tiny, type(model))
     kind = json.loads((source / "config.json").read_text())["model_type"]
     table_row("named", generic.row(case, kind, passed, tmp_path))
-    counts = inspect(tmp_path / "q")["tensors"]
+    counts = inspect(tmp_path / "q").tensors
     assert sum(counts.values()) == len(load_file(source / "model.safetensors"))
     assert counts["carried"] == len(carried)
     assert counts["left out"] == 0
@@ -156,10 +157,10 @@ def test_an_export_keeps_what_its_carried_tensors_mean(tmp_path, tiny):
     (tmp_path / "q").rename(tmp_path / "first")
     _compressed(tmp_path / "dense", tmp_path, tiny)
     after = inspect(tmp_path / "q")
-    assert after["tensors"]["carried"] == before["tensors"]["carried"] == len(carried)
+    assert after.tensors["carried"] == before.tensors["carried"] == len(carried)
     weights = open_checkpoint(source)
     unused = [n for n in weights.names() if ".layers.3." in n]
-    assert after["carried_weights"] == sum(prod(weights.shape(n)) for n in unused)
+    assert after.carried_weights == sum(prod(weights.shape(n)) for n in unused)
 
 
 @pytest.mark.slow
@@ -168,7 +169,7 @@ def test_every_named_family(tmp_path, tiny, generic, family, table_row):
     model.save_pretrained(tmp_path / "source")
     passed = generic.prove(tmp_path / "source", tmp_path, tiny, type(model))
     table_row("named", generic.row(tiny.TITLES[family], family, passed, tmp_path))
-    counts = inspect(tmp_path / "q")["tensors"]
+    counts = inspect(tmp_path / "q").tensors
     assert counts["carried"] == 0
     assert sum(counts.values()) == len(load_file(tmp_path / "source" / "model.safetensors"))
 
@@ -187,7 +188,7 @@ def test_carried_tensors_are_verified_and_do_not_disturb(tmp_path, tiny):
     out = tmp_path / "q"
     assert report.as_dict()["tensors"]["carried"] == len(added)
     found = inspect(out)
-    assert found["carried_weights"] == sum(v.numel() for v in added.values())
+    assert found.carried_weights == sum(v.numel() for v in added.values())
     assert verify(out).tensors == len(read_sealed(out / MANIFEST)["tensors"])
     listed = json.loads((out / "qmoe.safetensors.index.json").read_text())["weight_map"]
     assert not listed.keys() & added.keys()

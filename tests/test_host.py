@@ -17,7 +17,7 @@ from qmoe.calib.routing import park, plugged
 from qmoe.calib.walk import Walk
 from qmoe.errors import NonFiniteError, QmoeError, SourceError, UnsupportedModelError
 from qmoe.models.families.find import expert_forward
-from qmoe.models.streamed import Host
+from qmoe.models.streamed import StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-mixtral"
@@ -79,32 +79,32 @@ def _stream(directory, batches):
     """Every block with its experts read one at a time, outputs plugged back in: the whole
     machinery, no quantizer.
     """
-    host = Host(open_checkpoint(str(directory)))
-    host.load_rest()
+    streamed = StreamedModel(open_checkpoint(str(directory)))
+    streamed.load_rest()
     with ActivationStore(1000) as store:
-        walk = Walk(host, batches, Resident(store))
+        walk = Walk(streamed, batches, Resident(store))
         reads = []
-        for block in host.blocks():
-            host.load_block(block, host.encoded_names(block))
+        for block in streamed.blocks():
+            streamed.load_block(block, streamed.encoded_names(block))
             with ExitStack() as stack:
-                for layout, module in host.experts_of(block):
+                for layout, module in streamed.experts_of(block):
                     parked = park(
                         walk, block, layout.path, module, layout.projections[-1].rows, store
                     )
                     for e in range(layout.experts):
-                        weights = host.read_expert(layout, module, e)
+                        weights = streamed.read_expert(layout, module, e)
                         reads.append((layout.path, e))
                         token, slot = parked.slots(e)
                         y = expert_forward(module, weights, e, parked.hidden[token])
                         parked.output[token, slot] = y * parked.weight[token, slot, None]
                     stack.enter_context(plugged(walk, module, parked))
                 walk.run(block)
-            host.free(block)
+            streamed.free(block)
             left = [n for n, p in block.module.named_parameters() if not p.is_meta]
             assert left == []
         assert store.spilled > 0
         assert len(reads) == len(set(reads))
-        return host, list(walk.logits())
+        return streamed, list(walk.logits())
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_streamed_logits_are_the_models(tmp_path, kind, config):
     if kind == "switch_transformers":
         for b in batches:
             b["decoder_input_ids"] = torch.randint(3, 90, (2, 7))
-    host, logits = _stream(directory, batches)
-    full = type(host.model).from_pretrained(directory).eval()
+    streamed, logits = _stream(directory, batches)
+    full = type(streamed.model).from_pretrained(directory).eval()
     with torch.no_grad():
         for batch, got in zip(batches, logits, strict=True):
             want = full(**batch, use_cache=False).logits
@@ -126,11 +126,11 @@ def test_streamed_logits_are_the_models(tmp_path, kind, config):
 
 
 def test_dense_tensors_keep_their_disk_dtype_and_leave_out_experts():
-    host = Host(open_checkpoint(str(EXAMPLE)))
-    block = next(host.blocks())
-    names = host.encoded_names(block)
-    host.load_block(block, names)
-    dense = dict(host.dense(lambda n: n.startswith(f"{block.name}.") and n not in names))
+    streamed = StreamedModel(open_checkpoint(str(EXAMPLE)))
+    block = next(streamed.blocks())
+    names = streamed.encoded_names(block)
+    streamed.load_block(block, names)
+    dense = dict(streamed.dense(lambda n: n.startswith(f"{block.name}.") and n not in names))
     assert {t.dtype for t in dense.values()} == {torch.bfloat16}
     assert not any("experts" in n for n in dense)
     assert f"{block.name}.mlp.gate.weight" in dense
@@ -146,9 +146,9 @@ def test_no_thread_of_transformers_outlives_an_interrupted_load(monkeypatch, bef
     if before is not None:
         monkeypatch.setenv(name, before)
     monkeypatch.setattr(transformers.core_model_loading, "ThreadPoolExecutor", refuse)
-    host = Host(open_checkpoint(str(EXAMPLE)))
-    host.load_rest()
-    host.load_block(next(host.blocks()))
+    streamed = StreamedModel(open_checkpoint(str(EXAMPLE)))
+    streamed.load_rest()
+    streamed.load_block(next(streamed.blocks()))
     assert os.environ.get(name) == before
 
 
@@ -167,20 +167,22 @@ def _edit(directory, change):
 def test_unknown_model_type_is_refused(copy):
     _edit(copy, lambda c: c.update(model_type="no_such_model"))
     with pytest.raises(UnsupportedModelError, match="no_such_model"):
-        Host(open_checkpoint(str(copy)))
+        StreamedModel(open_checkpoint(str(copy)))
 
 
 def test_model_without_experts_is_refused(tmp_path):
     directory = _tiny(tmp_path, "llama", **LLAMA)
     with pytest.raises(UnsupportedModelError, match="no mixture-of-experts"):
-        Host(open_checkpoint(str(directory)))
+        StreamedModel(open_checkpoint(str(directory)))
 
 
 def test_config_that_disagrees_with_the_tensors_is_refused(copy):
     _edit(copy, lambda c: c.update(num_key_value_heads=4))
-    host = Host(open_checkpoint(str(copy)))
+    streamed = StreamedModel(open_checkpoint(str(copy)))
     with pytest.raises(SourceError, match="does not match"):
-        host.load_block(next(host.blocks()), host.encoded_names(next(host.blocks())))
+        streamed.load_block(
+            next(streamed.blocks()), streamed.encoded_names(next(streamed.blocks()))
+        )
 
 
 def test_missing_tensor_is_named(copy):
@@ -188,7 +190,7 @@ def test_missing_tensor_is_named(copy):
     del tensors["model.layers.1.self_attn.q_proj.weight"]
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(SourceError, match=r"layers\.1\.self_attn\.q_proj"):
-        Host(open_checkpoint(str(copy)))
+        StreamedModel(open_checkpoint(str(copy)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -196,11 +198,11 @@ def test_non_finite_expert_is_named(copy, bad):
     tensors = load_file(copy / "model.safetensors")
     tensors["model.layers.0.block_sparse_moe.experts.3.w2.weight"][5, 7] = bad
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    host = Host(open_checkpoint(str(copy)))
-    layout, module = host.experts[0]
-    host.read_expert(layout, module, 2)
+    streamed = StreamedModel(open_checkpoint(str(copy)))
+    layout, module = streamed.experts[0]
+    streamed.read_expert(layout, module, 2)
     with pytest.raises(NonFiniteError, match=r"experts\.3\.w2"):
-        host.read_expert(layout, module, 3)
+        streamed.read_expert(layout, module, 3)
 
 
 def test_every_error_is_a_qmoe_error():

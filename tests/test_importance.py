@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmoe.calib.importance import layer_importance
-from qmoe.models.streamed import Host
+from qmoe.models.streamed import StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -23,9 +23,9 @@ def batches():
 
 
 def _importance(batches):
-    host = Host(open_checkpoint(str(MODEL)))
-    host.load_rest()
-    return layer_importance(host, batches)
+    streamed = StreamedModel(open_checkpoint(str(MODEL)))
+    streamed.load_rest()
+    return layer_importance(streamed, batches)
 
 
 def test_importance_is_the_cost_of_noise_in_kl(batches):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from qmoe.compression.pipeline import compress_checkpoint
-from qmoe.compression.report import inspect_text
 from qmoe.store.inspect import bits_as_read, expert_bits, inspect
 from qmoe.store.reader import Container
 
@@ -36,7 +35,7 @@ def test_experts_together_take_what_is_stored(out):
     weights = {p: la.weights / la.experts for p, la in container.modules.items()}
     total = sum(float(b.sum()) * weights[p] for p, b in bits.items())
     found = inspect(out)
-    assert total / found["expert_weights"] == pytest.approx(found["bits_per_weight"], rel=1e-12)
+    assert total / found.expert_weights == pytest.approx(found.bits_per_weight, rel=1e-12)
 
 
 def test_an_expert_takes_its_own_streams(out):
@@ -59,7 +58,7 @@ def test_as_read_weighs_experts_by_their_tokens(out):
     container = Container.open(out)
     bits = expert_bits(container)
     even = _with_tokens(container, lambda n: [7] * n)
-    assert bits_as_read(even, bits) == pytest.approx(inspect(out)["bits_per_weight"], rel=1e-12)
+    assert bits_as_read(even, bits) == pytest.approx(inspect(out).bits_per_weight, rel=1e-12)
     first = _with_tokens(container, lambda n: [5] + [0] * (n - 1))
     assert bits_as_read(first, bits) == pytest.approx(
         sum(float(b[0]) for b in bits.values()) / len(bits)
@@ -75,11 +74,11 @@ def test_as_read_weighs_experts_by_their_tokens(out):
 def test_inspect_names_both(out, monkeypatch):
     found = inspect(out)
     own = bits_as_read(Container.open(out), expert_bits(Container.open(out)))
-    assert found["bits_as_read"] == own
-    assert "as read" in inspect_text(found)
-    assert found["experts_nearly_erased"] == 0
-    assert "less than" not in inspect_text(found)
+    assert found.bits_as_read == own
+    assert "as read" in found.text()
+    assert found.experts_nearly_erased == 0
+    assert "less than" not in found.text()
     monkeypatch.setattr("qmoe.store.inspect.NEARLY_ERASED", 100.0)
     erased = inspect(out)
-    assert erased["experts_nearly_erased"] == erased["experts"]
-    assert f"{erased['experts']} of {erased['experts']} experts" in inspect_text(erased)
+    assert erased.experts_nearly_erased == erased.experts
+    assert f"{erased.experts} of {erased.experts} experts" in erased.text()

@@ -12,7 +12,7 @@ import torch
 from qmoe.codec import decode_codes, encode_group
 from qmoe.errors import CorruptError
 from qmoe.kernels import launch, ops, project, shared
-from qmoe.kernels.pack import NO_ROW, Projection, pack_projection
+from qmoe.kernels.pack import NO_ROW, PackedProjection, pack_projection
 from qmoe.measure.kernels import gpu as bench
 from qmoe.measure.kernels import sass, static
 from qmoe.measure.kernels.sample import packed, parsed, sample_matrix
@@ -100,7 +100,7 @@ def test_packing_refuses_what_does_not_fit():
 def test_projection_survives_its_flat_form():
     for negative in (False, True):
         p = pack_projection(parsed([matrix(20, 30, negative=negative)]))
-        q = Projection.from_parts(p.tensors(), p.numbers())
+        q = PackedProjection.from_parts(p.tensors(), p.numbers())
         for f in dataclasses.fields(p):
             a, b = getattr(p, f.name), getattr(q, f.name)
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -14,9 +14,12 @@ import qmoe
 from qmoe.errors import CorruptError, OutputError, QmoeError
 from qmoe.inference import experts
 from qmoe.inference.experts import EncodedExperts
-from qmoe.inference.load import CACHE_VARIABLE, set_cache_bytes
+from qmoe.inference.load import set_cache_bytes
+from qmoe.inference.quantizer import CACHE_VARIABLE
 from qmoe.models.families import layouts
-from qmoe.models.projects import FairseqMoeConfig, MegatronMoeConfig, OpenMoeConfig
+from qmoe.models.projects.fairseq_moe import FairseqMoeConfig
+from qmoe.models.projects.megatron_moe import MegatronMoeConfig
+from qmoe.models.projects.openmoe import OpenMoeConfig
 
 
 def _auto(model):

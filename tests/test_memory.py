@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import make_job
+from runs import make_job, opened
 
 from qmoe.calib.activations import ActivationStore
-from qmoe.compression.blocks import Run
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.blocks import BlockLoop
+from qmoe.compression.pipeline import compress_checkpoint
 from qmoe.compression.plan import make_plan
+from qmoe.compression.settings import Settings
 from qmoe.errors import CapacityError
-from qmoe.models.streamed import Host
-from qmoe.quantize import get_method
+from qmoe.models.streamed import StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
 from qmoe.system import heap
 
@@ -71,7 +71,7 @@ def test_holes_of_the_heap_are_given_back_where_the_c_library_can():
 
 
 def test_no_tensor_outlives_being_stored(tiny, tmp_path, monkeypatch):
-    stored, alive, dense, block = [], [], Host.dense, Run.block
+    stored, alive, dense, block = [], [], StreamedModel.dense, BlockLoop.block
 
     def watched_dense(self, want):
         for name, tensor in dense(self, want):
@@ -86,8 +86,8 @@ def test_no_tensor_outlives_being_stored(tiny, tmp_path, monkeypatch):
         block(self, *args)
         alive.extend(name for name, ref in stored if ref() is not None)
 
-    monkeypatch.setattr(Host, "dense", watched_dense)
-    monkeypatch.setattr(Run, "block", watched_block)
+    monkeypatch.setattr(StreamedModel, "dense", watched_dense)
+    monkeypatch.setattr(BlockLoop, "block", watched_block)
     source, settings = make_job(tiny, tmp_path)
     compress_checkpoint(str(source), tmp_path / "out", settings)
     assert len(stored) > 4
@@ -146,21 +146,20 @@ def test_too_little_disk_is_refused_with_both_numbers(make, tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk needs root")
     try:
-        host = Host(open_checkpoint(str(source)))
         batch = {"input_ids": torch.zeros(8, 512, dtype=torch.long)}
+        job = opened(source, [batch], method="qmoe")
         with pytest.raises(CapacityError, match=r"has 1\.0 MiB free, this run needs .*MiB"):
-            make_plan(host, get_method("qmoe"), [batch], 8 << 30, disk / "a" / "out", None)
+            make_plan(job, disk / "a" / "out")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_plan_grows_with_what_it_depends_on(make, tmp_path):
     source, _ = make(2, 8)
-    host = Host(open_checkpoint(str(source)))
 
     def plan(tokens: int, memory: int = 8 << 30):
         batches = [{"input_ids": torch.zeros(1, 1024, dtype=torch.long)}] * (tokens // 1024)
-        return make_plan(host, get_method("rd"), batches, memory, tmp_path / "out", 0.8)
+        return make_plan(opened(source, batches, bits=0.8, memory=memory), tmp_path / "out")
 
     few, many = plan(1 << 10), plan(1 << 20)
     assert many.activations > 500 * few.activations
@@ -169,5 +168,5 @@ def test_plan_grows_with_what_it_depends_on(make, tmp_path):
     tight = plan(1 << 20, many.floor + (64 << 20))
     assert tight.peak < many.peak
     assert tight.disk > many.disk
-    assert few.read == host.checkpoint.source_bytes
+    assert few.read == open_checkpoint(str(source)).source_bytes
     assert few.text().startswith("plan: read ")

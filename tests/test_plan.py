@@ -11,21 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import make_job
-from transformers import AutoTokenizer
+from runs import make_job, opened
 
 from qmoe.compression import pipeline as compress
 from qmoe.compression.dense import DenseCoder
 from qmoe.compression.estimate import START, Speeds, Work, seconds
 from qmoe.compression.pipeline import compress_checkpoint
-from qmoe.compression.plan import Plan, make_plan
-from qmoe.models.streamed import Host
+from qmoe.compression.plan import Needs, make_plan
 from qmoe.quantize import get_method
-from qmoe.source.checkpoint import open_checkpoint
-from qmoe.types import ExpertsLayout, Projection
+from qmoe.system.processes import World
+from qmoe.types import ExpertsLayout, ProjectionShape
 
 LAYOUT = ExpertsLayout(
-    "m", "fused", 64, (Projection("up", 1536, 2048, False), Projection("down", 2048, 768, True))
+    "m",
+    "fused",
+    64,
+    (ProjectionShape("up", 1536, 2048, False), ProjectionShape("down", 2048, 768, True)),
 )
 WORK = Work(
     layouts=[LAYOUT] * 10,
@@ -52,15 +53,12 @@ def source(tiny, tmp_path_factory) -> Path:
     return make_job(tiny, tmp_path_factory.mktemp("plan"), **shape)[0]
 
 
-def _plan(source: Path, dense_bits: float = 16, **options: object) -> Plan:
-    host = Host(open_checkpoint(str(source)))
+def _plan(source: Path, dense_bits: float = 16, processes: int = 1) -> Needs:
     batches = [{"input_ids": torch.full((8, 128), 20)}] * 2
-    dense = None
-    if dense_bits < 16:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        dense = DenseCoder(host, dense_bits, batches, tokenizer, torch.device("cpu"))
-    method = get_method("rd")
-    return make_plan(host, method, batches, 8 << 30, source / "out", 0.8, dense, **options)
+    job = opened(source, batches, bits=0.8)
+    job = dataclasses.replace(job, world=World(size=processes))
+    dense = DenseCoder(job, dense_bits) if dense_bits < 16 else None
+    return make_plan(job, source / "out", dense)
 
 
 def test_dense_bits_are_planned(source):
@@ -91,7 +89,7 @@ def test_disk_of_a_real_run(tiny, tmp_path, monkeypatch, bits):
     shape = {"hidden_size": 128, "num_local_experts": 16, "num_hidden_layers": 4}
     source, settings = make_job(tiny, tmp_path, **shape)
     settings = dataclasses.replace(settings, bits=bits, delta=None if bits else 8.0)
-    made: list[Plan] = []
+    made: list[Needs] = []
     monkeypatch.setattr(compress, "make_plan", lambda *a: made.append(make_plan(*a)) or made[-1])
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -152,4 +150,4 @@ def test_speeds_are_those_of_the_shapes():
     [(46.4, "about 46 s on"), (119.0, "about 119 s on"), (150.0, "about 2 min on")],
 )
 def test_short_times_are_seconds(time, words):
-    assert words in Plan(1, 1, 1, 1, 1, 1, 1, time).text()
+    assert words in Needs(1, 1, 1, 1, 1, 1, 1, time).text()

@@ -73,17 +73,17 @@ def test_everything_arrives_in_one_commit(out, hub, tmp_path):
     assert front["pipeline_tag"] == "text-generation"
     assert front["library_name"] == "transformers"
     assert {"qmoe", "moe", "mixtral"} <= set(front["tags"])
-    figures = inspect(out, layers=True)
-    assert f"**{figures['bits_per_weight']:.3f} bits per weight**" in text
-    assert f"| bytes | {figures['stored_bytes']:,} |" in text
+    figures = inspect(out)
+    assert f"**{figures.bits_per_weight:.3f} bits per weight**" in text
+    assert f"| bytes | {figures.stored_bytes:,} |" in text
     assert "| perplexity | 12.500 (+25.00 %) |" in text
     assert "| same most likely token | 75.0 % |" in text
-    modules = len({row["module"] for row in figures["layers"]})  # in each, the first expert
+    modules = len({row.module for row in figures.layers})  # in each, the first expert
     assert f"experts, {modules} saw no calibration token" in text
     assert f"- {modules} experts: no tokens: rounded" in text
     assert "| method | `round` |" in text
-    for row in figures["layers"]:
-        shown = f"| `{row['module']}` | {row['projection']} | {row['bits']:.3f} |"
+    for row in figures.layers:
+        shown = f"| `{row.module}` | {row.projection} | {row.bits:.3f} |"
         assert shown in text
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmoe.compression.pipeline import Settings, compress_checkpoint
-from qmoe.compression.rate import CLOSE, Controller, Curve, check_target, missed
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.rate import REHEARSAL_TOLERANCE, Controller, Curve, check_target, missed
+from qmoe.compression.settings import Settings
 from qmoe.errors import QmoeError
 from qmoe.store.inspect import inspect
 
@@ -41,7 +42,7 @@ def test_targets_are_met(uneven, tmp_path, bits):
     source, text = uneven
     settings = Settings("rd", str(text), 3000, bits=bits, ctx=128)
     compress_checkpoint(str(source), tmp_path / "out", settings)
-    assert inspect(tmp_path / "out")["bits_per_weight"] == pytest.approx(bits, rel=0.01)
+    assert inspect(tmp_path / "out").bits_per_weight == pytest.approx(bits, rel=0.01)
 
 
 def test_a_target_that_side_data_exceed_is_said_to_be_missed(tiny, tmp_path):
@@ -50,8 +51,8 @@ def test_a_target_that_side_data_exceed_is_said_to_be_missed(tiny, tmp_path):
     text, heard = tiny.save_text(tmp_path / "text.txt", 2000), []
     settings = Settings("rd", str(text), 1024, bits=0.25, ctx=128)
     report = compress_checkpoint(str(source), tmp_path / "out", settings, say=heard.append)
-    assert report.sizes["bits_per_weight"] > 0.26
-    assert heard[-1] == missed(0.25, report.sizes["bits_per_weight"])
+    assert report.sizes.bits_per_weight > 0.26
+    assert heard[-1] == missed(0.25, report.sizes.bits_per_weight)
     assert heard[-1].startswith("--bits 0.25 is missed by +")
     assert not missed(0.8, 0.807)
 
@@ -101,7 +102,7 @@ def test_last_module_is_tried_until_it_fits():
         if better is None:
             break
         delta = better
-    assert abs(60 + real(delta) - 100) <= CLOSE * 100
+    assert abs(60 + real(delta) - 100) <= REHEARSAL_TOLERANCE * 100
 
 
 def test_small_last_module_is_not_tried():

@@ -11,7 +11,7 @@ import qmoe
 from qmoe.errors import CorruptError, FormatVersionError
 from qmoe.store.manifest import MANIFEST, read_manifest
 from qmoe.store.reader import Container
-from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.stored_experts import StoredExperts
 from qmoe.store.writer import INDEX
 from qmoe.system.files import canonical_json
 from qmoe.system.tensors import DTYPES, Spill, read_header, read_tensor
@@ -126,7 +126,7 @@ def test_index_that_disagrees(tmp_path):
 def test_offsets_are_validated(offsets):
     stream = torch.zeros(100, dtype=torch.uint8)
     with pytest.raises(CorruptError, match=r"m\.experts"):
-        ExpertStream(LAYOUT, stream, torch.tensor(offsets))
+        StoredExperts(LAYOUT, stream, torch.tensor(offsets))
 
 
 def _header(tmp_path, header, data=b"\0" * 8, length=None):

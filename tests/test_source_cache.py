@@ -13,7 +13,8 @@ from hub import commit_of
 from safetensors.torch import load_file, save_file
 
 from qmoe.cli import main
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.errors import InterruptedRunError, SourceError
 from qmoe.measure.score import score_checkpoint
 
@@ -105,7 +106,7 @@ def test_same_bytes_and_never_more_than_a_few_shards(job, hub, tmp_path, aim):
 
 
 def test_a_resumed_run_downloads_what_is_still_needed(job, hub, tmp_path):
-    aim = {"delta": 8.0, "source_cache": "drop", "knobs": {"gradient": 0}}
+    aim = {"delta": 8.0, "source_cache": "drop", "solver_options": {"gradient": 0}}
     _run(job, tmp_path / "whole", **aim)
     out = tmp_path / "out"
     record = tmp_path / "out.partial" / "journal" / f"model.layers.{BLOCKS // 2 - 1}.json"

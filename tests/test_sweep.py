@@ -1,4 +1,4 @@
-"""Sweeps resume, draw and say what is wrong; knobs of rd reach the solver and the manifest."""
+"""Sweeps resume, draw and say what is wrong; options of rd reach the solver and the manifest."""
 
 import json
 import sys
@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from qmoe import codec
 from qmoe.cli import main
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError, QmoeError
 from qmoe.measure import points
 from qmoe.measure.dictionary import dictionary_bits
@@ -174,12 +175,14 @@ def test_without_matplotlib_one_sentence(model, swept, monkeypatch):
 
 def test_knobs_reach_solver_target_and_manifest(model, tmp_path):
     source, text = model
-    knobs = {"drift": 0, "shrinkage": 0.0, "weighted": 0, "gradient": 0}
-    settings = Settings("rd", str(text), 2048, bits=2.0, ctx=64, device="cpu", knobs=knobs)
+    solver_options = {"drift": 0, "shrinkage": 0.0, "weighted": 0, "gradient": 0}
+    settings = Settings(
+        "rd", str(text), 2048, bits=2.0, ctx=64, device="cpu", solver_options=solver_options
+    )
     assert point_name(settings) == "rd-2-drift=0-gradient=0-shrinkage=0-weighted=0"
     compress_checkpoint(str(source), tmp_path / "off", settings)
     container = Container.open(tmp_path / "off")
-    assert container.manifest["settings"]["knobs"] == knobs
+    assert container.manifest["settings"]["knobs"] == solver_options
     plain = Settings("rd", str(text), 2048, bits=2.0, ctx=64, device="cpu")
     compress_checkpoint(str(source), tmp_path / "on", plain)
     name = "model.layers.0.mlp.experts.stream"
@@ -187,16 +190,16 @@ def test_knobs_reach_solver_target_and_manifest(model, tmp_path):
     assert not torch.equal(container.read(name), other)
 
 
-@pytest.mark.parametrize("knobs", [{"unknown": 1}, {"drift": 2}, {"damping": -1}])
-def test_bad_knobs_are_refused(model, tmp_path, knobs):
-    settings = Settings("rd", str(model[1]), 2048, ctx=64, knobs=knobs)
+@pytest.mark.parametrize("solver_options", [{"unknown": 1}, {"drift": 2}, {"damping": -1}])
+def test_bad_knobs_are_refused(model, tmp_path, solver_options):
+    settings = Settings("rd", str(model[1]), 2048, ctx=64, solver_options=solver_options)
     with pytest.raises(QmoeError, match="rd does not take"):
         compress_checkpoint(str(model[0]), tmp_path / "out", settings)
-    with pytest.raises(QmoeError, match="has no knobs"):
+    with pytest.raises(QmoeError, match="has no solver options"):
         compress_checkpoint(
             str(model[0]),
             tmp_path / "out",
-            Settings("rtn", str(model[1]), 2048, knobs={"drift": 0}),
+            Settings("rtn", str(model[1]), 2048, solver_options={"drift": 0}),
         )
 
 
@@ -208,8 +211,10 @@ def test_each_ingredient_of_rd_can_be_left_out():
         torch.randn(1, 24, 32, generator=g), (x.T @ x)[None].double(), torch.tensor([300])
     )
 
-    def damage(**knobs):
-        solved = get_method("rd", delta=10.0, drift=0.0, damping=0.0, **knobs).solve(problem)
+    def damage(**solver_options):
+        solved = get_method("rd", delta=10.0, drift=0.0, damping=0.0, **solver_options).solve(
+            problem
+        )
         error = problem.weight[0] - solved.matrices[0].dequantize()
         return ((error @ problem.hessian[0].float()) * error).sum(), solved.matrices[0]
 

@@ -6,7 +6,7 @@ about experts, models or files. The bits: docs/format-codec.md.
 """
 
 from qmoe.codec.decoder.decode import decode_codes, decode_dense, matvec
-from qmoe.codec.decoder.matrix import Layout, parse_matrix
+from qmoe.codec.decoder.matrix import ParsedMatrix, parse_matrix
 from qmoe.codec.decoder.matvec import matvec_pairs
 from qmoe.codec.encoder.encode import EncodedGroup, encode_group
 from qmoe.codec.encoder.ideal import class_entropy_bits, ideal_bits
@@ -14,7 +14,7 @@ from qmoe.codec.format.tables import Tables, parse_tables
 
 __all__ = [
     "EncodedGroup",
-    "Layout",
+    "ParsedMatrix",
     "Tables",
     "class_entropy_bits",
     "decode_codes",

@@ -1,38 +1,36 @@
-"""Moves the calibration activations of two streams of a model past one block after another and has
-the experts on the way quantized and stored.
+"""Quantizes a model block by block: runs the batches up to each experts module, has its experts
+solved and stored, then runs the batches through the result.
 
 Knows nothing about how runs begin, end or are resumed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from qmoe.calib.activations import ActivationStore
 from qmoe.calib.batches import learnable
 from qmoe.calib.outputs import Outputs
 from qmoe.calib.routing import Parked, park, plugged
 from qmoe.calib.walk import Walk
-from qmoe.codec import encode_group
 from qmoe.compression.dense import DenseCoder
-from qmoe.compression.layer import Coverage, Sink, Stream, groups, quantize_layer
+from qmoe.compression.job import Job
+from qmoe.compression.layer import Calibrated, groups, quantize_layer
 from qmoe.compression.rate import Controller, module_bits, offsets_bits
-from qmoe.models.streamed import BlockRef, Host
-from qmoe.quantize import Method
-from qmoe.store.block import BlockWriter, ExpertsWriter, Piece
+from qmoe.models.streamed import BlockRef
+from qmoe.store.block import BlockWriter, EncodedBatch, ExpertsWriter
 from qmoe.system import heap
-from qmoe.system.processes import World
-from qmoe.types import ExpertsLayout, QuantizedMatrix
+from qmoe.types import ExpertsLayout
 
 _REHEARSALS = 4
+Plugs = list[tuple[nn.Module, Parked]]
 
 
-class Run:
+class BlockLoop:
     """The state of one compression between blocks.
 
     Attributes:
@@ -41,43 +39,22 @@ class Run:
         importance: of the layers, by module path; 1 where nothing is known.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        method: Method,
-        batches: Sequence[dict[str, Tensor]],
-        outputs: Sequence[Outputs],
-        tokenizer: Any,
-        device: torch.device,
-        store: ActivationStore,
-        progress: bool,
-        world: World,
-        pieces: Path | None,
-    ) -> None:
+    def __init__(self, job: Job, outputs: Sequence[Outputs], exchange: Path | None = None) -> None:
         """Args:
-        host: the streamed model, with everything outside its blocks resident.
-        method: the solver.
-        batches: calibration inputs.
+        job: the run.
         outputs: keep the activations: of the quantized stream, and if the method has drift
             correction, of the original one.
-        tokenizer: knows which tokens are special.
-        device: where solvers run.
-        store: room for activations at experts.
-        progress: draw bars.
-        world: the processes that share the work.
-        pieces: folder in which processes exchange encoded groups; None stores nothing at all.
+        exchange: folder in which processes exchange encoded batches; None encodes nothing.
         """
-        self.host, self.method, self.batches, self.tokenizer = host, method, batches, tokenizer
-        self.device, self.store, self.progress = device, store, progress
-        self.world, self.pieces = world, pieces
-        mine = world.mine(len(batches))
-        self.walks = [Walk(host, batches, kept, mine) for kept in outputs]
+        self.job, self.exchange = job, exchange
+        mine = job.world.mine(len(job.batches))
+        self.walks = [Walk(job.streamed, job.batches, kept, mine) for kept in outputs]
         self.rate: Controller | None = None
         self.dense: DenseCoder | None = None
-        self.importance: dict[str, float] = {}
+        self.importance: Mapping[str, float] = {}
 
-    def go_on(self, done: Sequence[BlockRef]) -> None:
-        """Puts the streams behind blocks whose outputs are kept already."""
+    def skip(self, done: Sequence[BlockRef]) -> None:
+        """Marks blocks as finished: their outputs are read from where they are kept."""
         for walk in self.walks:
             walk.finished = {b.list_name: b.name for b in done}
 
@@ -107,45 +84,51 @@ class Run:
             ahead: blocks to read ahead while this one is completed.
             finished: called after every experts module.
         """
-        host = self.host
-        encoded_names = host.encoded_names(block)
-        host.load_block(block, encoded_names)
+        streamed = self.job.streamed
+        encoded_names = streamed.encoded_names(block)
+        streamed.load_block(block, encoded_names)
         inside = f"{block.name}."
         if self.dense is not None:
             coded = self.dense.block(block, self.whole_walk(), encoded_names, target)
             encoded_names = encoded_names | coded
         if target is not None:
-            dense = host.dense(lambda n: n.startswith(inside) and n not in encoded_names)
+            dense = streamed.dense(lambda n: n.startswith(inside) and n not in encoded_names)
             target.add_tensors(dense)
-        done: list[list[tuple[nn.Module, Parked]]] = [[] for _ in self.walks]
-        for layout, module in host.experts_of(block):
-            streams = []
-            width = layout.projections[-1].rows
-            for walk, plugs in zip(self.walks, done, strict=True):
-                with self._weights(walk), _plugged(walk, plugs):
-                    parked = park(walk, block, layout.path, module, width, self.store, self.world)
-                plugs.append((module, parked))
-                streams.append(Stream(parked, self._keep(block, parked)))
-            self._quantize(layout, module, streams, target)
+        plugs: list[Plugs] = [[] for _ in self.walks]
+        for layout, module in streamed.experts_of(block):
+            self._quantize(layout, module, self._park(block, layout, module, plugs), target)
             finished(layout)
         for following in ahead:
-            host.prefetch_block(following)
-        for walk, plugs in zip(self.walks, done, strict=True):
-            with self._weights(walk), _plugged(walk, plugs):
+            streamed.prefetch_block(following)
+        for walk, plugged_in in zip(self.walks, plugs, strict=True):
+            with self._weights(walk), _plugged(walk, plugged_in):
                 walk.run(block)
-            for _, parked in plugs:
-                parked.release(self.store)
+            for _, parked in plugged_in:
+                parked.release(self.job.store)
         if self.dense is not None:
             self.dense.leave()
-        host.free(block)
+        streamed.free(block)
         heap.trim()
+
+    def _park(
+        self, block: BlockRef, layout: ExpertsLayout, module: nn.Module, plugs: list[Plugs]
+    ) -> list[Calibrated]:
+        """Runs every stream up to an experts module, past those of the block before it."""
+        streams, store, world = [], self.job.store, self.job.world
+        width = layout.projections[-1].rows
+        for walk, plugged_in in zip(self.walks, plugs, strict=True):
+            with self._weights(walk), _plugged(walk, plugged_in):
+                parked = park(walk, block, layout.path, module, width, store, world)
+            plugged_in.append((module, parked))
+            streams.append(Calibrated(parked, self._keep(block, parked)))
+        return streams
 
     def whole_walk(self) -> Walk:
         """The quantized stream over all batches, whichever process this is."""
         walk = self.walks[0]
-        if self.world.size == 1:
+        if self.job.world.size == 1:
             return walk
-        whole = Walk(self.host, self.batches, walk.outputs)
+        whole = Walk(self.job.streamed, self.job.batches, walk.outputs)
         whole.finished = walk.finished
         return whole
 
@@ -159,62 +142,34 @@ class Run:
         self,
         layout: ExpertsLayout,
         module: nn.Module,
-        streams: list[Stream],
+        streams: Sequence[Calibrated],
         target: BlockWriter | None,
     ) -> None:
-        original = streams[1] if len(streams) > 1 else None
-        writer = target.experts(layout) if target is not None else None
-
-        def sink(projection: str, experts: range, matrices: list[QuantizedMatrix]) -> None:
-            if self.pieces is not None:
-                piece = Piece.of(projection, experts, matrices)
-                if writer is not None and self.world.size == 1:
-                    writer.add_piece(piece)
-                else:
-                    piece.save(self._piece(projection, experts))
-            self.store.trim()
-
-        def solve(method: Method, sink: Sink, what: str = layout.path) -> Coverage:
-            with tqdm(
-                total=layout.experts,
-                desc=what,
-                unit="expert",
-                leave=False,
-                disable=not self.progress,
-            ) as bar:
-                return quantize_layer(
-                    self.host,
-                    layout,
-                    module,
-                    method,
-                    streams[0],
-                    original,
-                    self.device,
-                    sink,
-                    lambda experts: bar.update(experts * self.world.size),
-                    self.world,
-                    self.importance.get(layout.path, 1.0),
-                )
-
-        delta = self._step(layout, solve)
-        method = self.method
+        job, importance = self.job, self.importance.get(layout.path, 1.0)
+        delta = self._step(layout, module, streams)
         if self.rate is not None and delta is not None:
-            method = self.rate.method(delta)
-        coverage = solve(method, sink)
-        if self.pieces is None:
+            job = replace(job, method=self.rate.method(delta))
+        if self.exchange is None:
+            quantize_layer(job, layout, module, streams, None, importance)
             return
+        alone = target is not None and job.world.size == 1
+        writer = target.experts(layout) if target is not None else None
+        put = writer.add_batch if writer is not None and alone else self._hand_over
+        coverage = quantize_layer(job, layout, module, streams, put, importance)
+        report: dict[str, Any] = {}
         if target is not None and writer is not None:
-            if self.world.size > 1:
+            if not alone:
                 self._gather(layout, writer)
             report = target.finish_experts(layout.path, coverage.tokens, coverage.notes)
-            took = module_bits(layout, report)
         if self.rate is not None and delta is not None:
-            took = self.world.share(lambda: took, f"bits of {layout.path}")
+            took = job.world.share(lambda: module_bits(layout, report), f"bits of {layout.path}")
             self.rate.record(layout.path, took, delta)
             if target is not None:
                 target.note[layout.path] = {"delta": delta, "bits": took}
 
-    def _step(self, layout: ExpertsLayout, solve: Callable[..., Coverage]) -> float | None:
+    def _step(
+        self, layout: ExpertsLayout, module: nn.Module, streams: Sequence[Calibrated]
+    ) -> float | None:
         """The step that keeps the run on its target in bits, None without one.
 
         No later layer makes good what the last one takes too much: it is rehearsed until it fits.
@@ -224,41 +179,59 @@ class Run:
         delta = self.rate.delta()
         tries: dict[float, float] = {}
         while self.rate.ends_with(layout.path) and len(tries) < _REHEARSALS:
-            taken = [offsets_bits(layout)]
-
-            def count(projection: str, experts: range, matrices: list[QuantizedMatrix]) -> None:
-                taken.append(encode_group(matrices).stored_bits)  # noqa: B023 (called at once)
-                self.store.trim()
-
-            solve(self.rate.method(delta), count, f"{layout.path}, rehearsal")
-            # Sums of whole numbers: the same whichever process had which group.
-            shares = self.world.collect(sum(taken[1:]), f"bits of {layout.path}")
-            tries[delta] = taken[0] + sum(shares)
+            tries[delta] = self._rehearsed(delta, layout, module, streams)
             better = self.rate.after(layout.path, tries)
             if better is None:
                 break
             delta = better
         return delta
 
+    def _rehearsed(
+        self,
+        delta: float,
+        layout: ExpertsLayout,
+        module: nn.Module,
+        streams: Sequence[Calibrated],
+    ) -> float:
+        """Stored bits of a module at a step; nothing is kept of it."""
+        assert self.rate is not None
+        job = replace(self.job, method=self.rate.method(delta))
+        bits: list[int] = []
+        quantize_layer(
+            job,
+            layout,
+            module,
+            streams,
+            lambda batch: bits.append(batch.encoded.stored_bits),
+            self.importance.get(layout.path, 1.0),
+            f"{layout.path}, rehearsal",
+        )
+        # Sums of whole numbers: the same whichever process had which group.
+        return offsets_bits(layout) + sum(job.world.collect(sum(bits), f"bits of {layout.path}"))
+
+    def _hand_over(self, batch: EncodedBatch) -> None:
+        """Leaves a batch where the first process finds it."""
+        batch.save(self._place(batch.projection, batch.experts[0]))
+
     def _gather(self, layout: ExpertsLayout, writer: ExpertsWriter) -> None:
-        """Stores all processes' groups, in the order in which one process would have."""
+        """Stores all processes' batches, in the order in which one process would have."""
         for group in groups(layout):
             for projection in layout.projections:
-                path = self._piece(projection.name, group)
-                writer.add_piece(Piece.load(path))
+                path = self._place(projection.name, group.start)
+                writer.add_batch(EncodedBatch.load(path))
                 path.unlink()
 
-    def _piece(self, projection: str, experts: range) -> Path:
-        assert self.pieces is not None
-        return self.pieces / f"{experts.start}-{projection}"
+    def _place(self, projection: str, first: int) -> Path:
+        assert self.exchange is not None
+        return self.exchange / f"{first}-{projection}"
 
     def _keep(self, block: BlockRef, parked: Parked) -> Tensor:
         """Which of the parked rows statistics are taken from; rows that are no tokens in order are
         all kept.
         """
-        config = self.host.config
+        config = self.job.streamed.config
         decoder = config.is_encoder_decoder and "decoder" in block.list_name
-        masks = learnable(self.batches, self.tokenizer, decoder)
+        masks = learnable(self.job.batches, self.job.tokenizer, decoder)
         parts = []
         for rows, mask in zip(parked.rows, masks, strict=True):
             times = rows // len(mask)
@@ -271,7 +244,7 @@ class Run:
 
 
 @contextmanager
-def _plugged(walk: Walk, plugs: list[tuple[nn.Module, Parked]]) -> Iterator[None]:
+def _plugged(walk: Walk, plugs: Plugs) -> Iterator[None]:
     with ExitStack() as stack:
         for module, parked in plugs:
             stack.enter_context(plugged(walk, module, parked))

@@ -12,30 +12,32 @@ from math import prod
 from typing import Any
 
 from qmoe.models.families.find import KINDS
-from qmoe.models.streamed import Host
+from qmoe.models.streamed import StreamedModel
 from qmoe.source.checkpoint import CARRIED_SETTINGS, Checkpoint
 from qmoe.store.writer import CARRIED_BLOCK, ContainerWriter
 
 
-def write_carried(writer: ContainerWriter, host: Host, finished: Collection[str]) -> list[str]:
+def write_carried(
+    writer: ContainerWriter, streamed: StreamedModel, finished: Collection[str]
+) -> list[str]:
     """Copies what no module takes, one tensor at a time. If any of it is quantized, the source's
     settings go into the model's configuration: without them the bytes mean nothing.
 
     Args:
         writer: of the compressed checkpoint.
-        host: the model and its open source.
+        streamed: the model and its open source.
         finished: blocks that an earlier run left.
 
     Returns:
         The names of the blocks written: one, or none if every tensor has a module.
     """
-    if not host.unused:
+    if not streamed.unused:
         return []
-    checkpoint = host.checkpoint
-    if any(checkpoint.parts(name) != (name,) for name in host.unused):
-        setattr(host.config, CARRIED_SETTINGS, checkpoint.settings)
+    checkpoint = streamed.checkpoint
+    if any(checkpoint.parts(name) != (name,) for name in streamed.unused):
+        setattr(streamed.config, CARRIED_SETTINGS, checkpoint.settings)
     if CARRIED_BLOCK not in finished:
-        stored = _stored(checkpoint, host.unused)
+        stored = _stored(checkpoint, streamed.unused)
         checkpoint.expect(stored)
         with writer.block(CARRIED_BLOCK) as block:
             for name in checkpoint.in_file_order(stored):
@@ -56,7 +58,7 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def account(host: Host) -> dict[str, Any]:
+def account(streamed: StreamedModel) -> dict[str, Any]:
     """What becomes of every tensor in the files of the source.
 
     Returns:
@@ -65,21 +67,21 @@ def account(host: Host) -> dict[str, Any]:
         computes with dense activations has no use}, "carried_weights": weights of the carried
         ones}.
     """
-    checkpoint = host.checkpoint
+    checkpoint = streamed.checkpoint
     encoded = {
         f"{layout.path}.{name}"
-        for layout, module in host.experts
+        for layout, module in streamed.experts
         for name in KINDS[layout.kind].encoded(module)
     }
     fate = dict.fromkeys(checkpoint.aside(), "left out")
-    for target, disks in host.sources.items():
+    for target, disks in streamed.sources.items():
         for disk in disks:
             what = "coded" if target in encoded else "kept"
             fate |= dict.fromkeys(checkpoint.parts(disk), what)
-    fate |= dict.fromkeys(_stored(checkpoint, host.unused), "carried")
+    fate |= dict.fromkeys(_stored(checkpoint, streamed.unused), "carried")
     if lost := set(checkpoint.stored_names()) - fate.keys():
         raise ValueError(f"tensors of the source are unaccounted for: {sorted(lost)[:3]}")
     return {
         "tensors": {"coded": 0, "kept": 0, "carried": 0, "left out": 0, **Counter(fate.values())},
-        "carried_weights": sum(prod(checkpoint.shape(name)) for name in host.unused),
+        "carried_weights": sum(prod(checkpoint.shape(name)) for name in streamed.unused),
     }

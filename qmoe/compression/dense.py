@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from qmoe.calib.batches import learnable
 from qmoe.calib.routing import second_moment
 from qmoe.calib.walk import Walk
-from qmoe.codec import encode_group
 from qmoe.codec.format.geometry import MAX_COLS
+from qmoe.compression.coding import encode_planes, trial_bits
+from qmoe.compression.job import Job
 from qmoe.errors import NonFiniteError
 from qmoe.models.families.find import route
 from qmoe.models.matching import tied_names
-from qmoe.models.streamed import BlockRef, Host
+from qmoe.models.streamed import BlockRef
 from qmoe.quantize.dense import DenseSolver
 from qmoe.store.block import BlockWriter
 from qmoe.store.stored_dense import DenseGeometry
@@ -45,38 +46,29 @@ _ROUTER = re.compile(r"(^|[._])(router|gate|classifier|wg)([._]|$)")
 class DenseCoder:
     """Codes dense matrices as a run comes to them, and shows the decoded values where asked."""
 
-    def __init__(
-        self,
-        host: Host,
-        bits: float,
-        batches: Sequence[dict[str, Tensor]],
-        tokenizer: Any,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, job: Job, bits: float) -> None:
         """Args:
-        host: the streamed model, with everything outside its blocks resident.
+        job: its model with everything outside its blocks resident; its batches are those of the
+            walks that are passed to the methods.
         bits: stored bits per weight.
-        batches: calibration inputs of the walks that are passed to the methods.
-        tokenizer: knows which tokens are special.
-        device: where Hessians and solvers run.
         """
-        self.host, self.bits, self.device = host, bits, device
-        self._tokens = {False: learnable(batches, tokenizer, decoder=False)}
-        if host.config.is_encoder_decoder:
-            self._tokens[True] = learnable(batches, tokenizer, decoder=True)
+        self.streamed, self.bits, self.device = job.streamed, bits, job.device
+        self._tokens = {False: learnable(job.batches, job.tokenizer, decoder=False)}
+        if self.streamed.config.is_encoder_decoder:
+            self._tokens[True] = learnable(job.batches, job.tokenizer, decoder=True)
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._inside: list[tuple[Tensor, Tensor]] = []
-        self._tied = {name for name, _ in tied_names(host.model)}
+        self._tied = {name for name, _ in tied_names(self.streamed.model)}
 
     def names(self) -> set[str]:
         """Parameters that will be coded; nothing has to be loaded."""
-        table = self.host.model.get_input_embeddings().weight
+        table = self.streamed.model.get_input_embeddings().weight
         name, head = self._name(table), self._head()
         out = {name} if name is not None and self._worth(table) else set()
         if head is not None:
             out.add(head[0])
-        for block in self.host.blocks():
-            out |= {n for n, _ in self._linears(block, self.host.encoded_names(block))}
+        for block in self.streamed.blocks():
+            out |= {n for n, _ in self._linears(block, self.streamed.encoded_names(block))}
         return out
 
     @contextmanager
@@ -99,7 +91,7 @@ class DenseCoder:
             Names of all parameters outside the blocks that this coder stores, an untied head
             (see `head`) included.
         """
-        table = self.host.model.get_input_embeddings().weight
+        table = self.streamed.model.get_input_embeddings().weight
         name = self._name(table)
         out = set()
         if name is not None and self._worth(table):
@@ -125,8 +117,8 @@ class DenseCoder:
             raise ValueError("the model has no head of its own")
         name, module = found
         if module.weight.is_meta:
-            self.host.load(lambda n: n == name)
-        moments = self._moments(walk, self.host.config.is_encoder_decoder)
+            self.streamed.load(lambda n: n == name)
+        moments = self._moments(walk, self.streamed.config.is_encoder_decoder)
 
         def forward(x: Tensor) -> Tensor:  # the logits themselves are not needed
             moments.add(module, x)
@@ -164,7 +156,7 @@ class DenseCoder:
             return set()
         moments = self._moments(walk, "decoder" in block.list_name)
         with ExitStack() as stack:
-            for layout, module in self.host.experts_of(block):
+            for layout, module in self.streamed.experts_of(block):
                 module.forward = _silent(module, layout.projections[-1].rows)
                 stack.callback(delattr, module, "forward")
             for module in linears.values():
@@ -191,7 +183,7 @@ class DenseCoder:
         self._inside = []
 
     def _linears(self, block: BlockRef, encoded: Container[str]) -> Iterator[tuple[str, nn.Linear]]:
-        experts = tuple(f"{layout.path}." for layout, _ in self.host.experts_of(block))
+        experts = tuple(f"{layout.path}." for layout, _ in self.streamed.experts_of(block))
         for path, module in block.module.named_modules():
             name = f"{block.name}.{path}.weight"
             if (
@@ -206,17 +198,17 @@ class DenseCoder:
 
     def _head(self) -> tuple[str, nn.Linear] | None:
         """An untied head and the name of its weight."""
-        module = self.host.model.get_output_embeddings()
+        module = self.streamed.model.get_output_embeddings()
         if not isinstance(module, nn.Linear) or not self._worth(module.weight):
             return None
-        if module.weight is self.host.model.get_input_embeddings().weight:
+        if module.weight is self.streamed.model.get_input_embeddings().weight:
             return None
         name = self._name(module.weight)
         return None if name is None else (name, module)
 
     def _name(self, parameter: Tensor) -> str | None:
         """Under which name a parameter is stored: of its names the one that is no tied copy."""
-        named: Iterator[tuple[str, Tensor]] = self.host.model.named_parameters(
+        named: Iterator[tuple[str, Tensor]] = self.streamed.model.named_parameters(
             remove_duplicate=False
         )
         for name, found in named:
@@ -255,7 +247,9 @@ class DenseCoder:
             for _ in solve():
                 pass
         else:
-            target.add_dense(geometry, solve(), delta=delta, note=solver.note)
+            sizes = ((len(band), cols) for band in geometry.bands)
+            coded = (encode_planes(p, size) for p, size in zip(solve(), sizes, strict=True))
+            target.add_dense(geometry, coded, delta=delta, note=solver.note)
         return decoded
 
 
@@ -285,9 +279,8 @@ def _stored_bits(solver: DenseSolver, geometry: DenseGeometry, rows: Tensor, del
     bits: float = 64.0 * math.prod(geometry.offsets_shape) / geometry.weights
     bits += 8.0 * sum(len(name) + _ENTRY for name in geometry.tensors) / geometry.weights
     for plane in solver.solve(rows.to(solver.weight.device), delta):
-        encoded = encode_group([plane])
-        header = 8.0 * encoded.tables.numel()
-        bits += (encoded.stored_bits - header) / plane.codes.numel()
+        header, blobs = trial_bits([plane])
+        bits += blobs / plane.codes.numel()
         bits += header * len(geometry.bands) / geometry.weights
     return float(bits)
 

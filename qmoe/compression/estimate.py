@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from qmoe.calib.importance import TOKENS
-from qmoe.codec import encode_group, ideal_bits
-from qmoe.compression import rate
+from qmoe.compression import probe
+from qmoe.compression.coding import encode_experts
 from qmoe.compression.layer import groups
+from qmoe.compression.rate import REHEARSE
 from qmoe.quantize import Method, Problem
-from qmoe.types import ExpertsLayout, Projection
+from qmoe.types import ExpertsLayout, ProjectionShape
 
 START = 8.0  # seconds: libraries, compiled loops, the empty model
 _DISK = 200e6  # bytes per second, a slow disk
@@ -98,7 +99,7 @@ class Speeds:
         problem = Problem(weight.to(device), hessian, seen, hessian[0], len(x), cross)
         matrices = method.solve(problem).matrices
         solver = _seconds(lambda: method.solve(problem))
-        coder = _seconds(lambda: ideal_bits(matrices, encode_group(matrices).scale_bits))
+        coder = _seconds(lambda: encode_experts("", range(count), matrices))
         a, b = torch.ones(2048, cols, device=device), torch.ones(cols, cols, device=device)
         product = _seconds(lambda: float((a @ b)[0, 0]))
         return cls(
@@ -119,11 +120,11 @@ def seconds(work: Work, speed: Speeds) -> float:
         total += 2.0 * _walk(work, min(work.tokens, TOKENS), full=True) / speed.product
     if work.probed:
         total += _probe(work, speed)
-        if last.weights > rate.REHEARSE * sum(layout.weights for layout in work.layouts):
+        if last.weights > REHEARSE * sum(layout.weights for layout in work.layouts):
             total += _REHEARSED * _module(work, last, speed)
     for rows, cols in work.coded:
         total += 2.0 * work.tokens * cols * cols / speed.product
-        sample = min(rows * cols, _DENSE_STEPS * rate.SAMPLE_WEIGHTS // 8)
+        sample = min(rows * cols, _DENSE_STEPS * probe.SAMPLE_WEIGHTS // 8)
         share = (rows * cols + sample) / (rows * cols)
         total += share * (_operations(rows, cols) / speed.solver + rows * cols / speed.coder)
     return total
@@ -146,7 +147,7 @@ def _operations(rows: int, cols: int) -> float:
     return cols**2 * (_FACTOR * cols + _FEEDBACK * rows)
 
 
-def _solved(projection: Projection, speed: Speeds) -> float:
+def _solved(projection: ProjectionShape, speed: Speeds) -> float:
     """Seconds for one expert's matrix, solved and coded."""
     rows, cols = projection.rows, projection.cols
     return _operations(rows, cols) / speed.solver + rows * cols / speed.coder
@@ -180,18 +181,18 @@ def _module(work: Work, layout: ExpertsLayout, speed: Speeds) -> float:
 
 def _probe(work: Work, speed: Speeds) -> float:
     """Seconds for one walk of the probe, which is what most runs need."""
-    share = work.batch * rate.share(math.ceil(work.tokens / work.batch), work.batch)
+    share = work.batch * probe.share(math.ceil(work.tokens / work.batch), work.batch)
     total = _walk(work, share) / speed.product
     for layout in work.layouts:
         total += _statistics(work, layout, share, 1) / speed.product
-        total += len(rate.STEPS) * _sampled(layout, speed)
-    bracket = rate.BRACKET * _solved(work.layouts[0].projections[0], speed)
-    return total + bracket * sum(rate.samples(work.layouts[0])[:1])
+        total += len(probe.STEPS) * _sampled(layout, speed)
+    bracket = probe.BRACKET * _solved(work.layouts[0].projections[0], speed)
+    return total + bracket * sum(probe.samples(work.layouts[0])[:1])
 
 
 def _sampled(layout: ExpertsLayout, speed: Speeds) -> float:
     """Seconds for a layer's sample at one step."""
-    counts = iter(rate.samples(layout))
+    counts = iter(probe.samples(layout))
     return sum(next(counts) * _solved(p, speed) for _ in groups(layout) for p in layout.projections)
 
 

@@ -1,5 +1,5 @@
-"""Quantize the experts of one layer: statistics of two streams, solver, outputs of the
-quantized experts.
+"""Solves and encodes the experts of one layer from what its tokens bring, and computes what the
+quantized experts answer.
 
 The quantized stream carries the inputs that the experts will see in the compressed model; the
 original stream (only for methods with drift correction) carries those of the source. Groups of
@@ -9,21 +9,24 @@ Memory: the matrices, Hessians and codes of one group, one chunk of rows, and wh
 `ActivationStore` holds.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from qmoe.calib.routing import Parked, second_moment
+from qmoe.compression.coding import encode_experts
+from qmoe.compression.job import Job
 from qmoe.errors import NonFiniteError
 from qmoe.models.families.find import expert_forward
-from qmoe.models.streamed import Host
-from qmoe.quantize import Method, Problem, Solution
+from qmoe.quantize import Problem, Solution
+from qmoe.store.block import EncodedBatch
 from qmoe.system.processes import World
-from qmoe.types import ExpertsLayout, Projection, QuantizedMatrix
+from qmoe.types import ExpertsLayout, ProjectionShape
 
 ROWS = 4096  # rows of activations at once; fixed, since it decides the rounding of sums
 _GROUP_CELLS = 2**24  # Hessian cells of a group: 128 MiB in float64, of which eight are alive
@@ -33,7 +36,7 @@ _STRIPE = 512  # rows of the layer's Hessian that are computed as one piece of w
 
 
 @dataclass(frozen=True)
-class Stream:
+class Calibrated:
     """Tokens of one stream at the experts, and which of them may be learned from.
 
     Attributes:
@@ -47,8 +50,7 @@ class Stream:
     keep: Tensor
 
 
-# receives (projection name, experts, their matrices): a group to be encoded with shared tables
-Sink = Callable[[str, range, list[QuantizedMatrix]], None]
+OnEncoded = Callable[[EncodedBatch], None]
 
 
 @dataclass(frozen=True)
@@ -74,56 +76,54 @@ def groups(layout: ExpertsLayout) -> Iterator[range]:
 
 @torch.no_grad()
 def quantize_layer(
-    host: Host,
+    job: Job,
     layout: ExpertsLayout,
     module: nn.Module,
-    method: Method,
-    quantized: Stream,
-    original: Stream | None,
-    device: torch.device,
-    sink: Sink,
-    progress: Callable[[int], object] = lambda experts: None,
-    world: World | None = None,
+    streams: Sequence[Calibrated],
+    on_encoded: OnEncoded | None,
     importance: float = 1.0,
+    title: str = "",
 ) -> Coverage:
-    """Quantizes every expert of a module, hands the integers on, and fills both streams' outputs.
+    """Solves and encodes every expert of a module, and fills the outputs of all streams.
 
     Of several processes each takes its share of the groups; when all return, the outputs are
     complete. A group is computed by one process in one order, so the number of processes does not
     change a bit.
 
     Args:
-        host: where the experts' matrices are read from, each once.
+        job: the solver, the model from which every matrix is read once, and the processes that
+            share the groups.
         layout: of the module.
         module: the experts, its matrices on meta, everything else (biases, norms) resident.
-        method: the solver.
-        quantized: the stream whose inputs come from the quantized layers before this one.
-        original: the source model's stream, needed if `method.drift` > 0.
-        device: where solvers and Hessians run.
-        sink: receives every group of every projection.
-        progress: called with the number of experts done, after every group.
-        world: the processes that share the groups.
+        streams: the tokens whose inputs come from the quantized layers before this one and, if the
+            method corrects drift, those of the source model.
+        on_encoded: receives every group of every projection; None encodes nothing.
+        importance: of the layer, see `Problem`.
+        title: of the bar, by default the module's path.
 
     Raises:
         NonFiniteError: NaN or Inf in weights, activations or Hessians; the text names the tensor.
     """
-    world = world or World()
-    work = _Work(host, layout, module, method, quantized, original, device, world, importance)
+    world = job.world
+    work = _Work(job, layout, module, streams, importance)
     tokens: dict[int, int] = {}
     notes: dict[int, str] = {}
     todo = list(groups(layout))
-    for i in world.mine(len(todo)):
-        group = todo[i]
-        if i + world.size < len(todo):
-            host.prefetch(layout, module, todo[i + world.size])
-        for projection, seen, solution in work.solve(group):
-            sink(projection.name, group, solution.matrices)
-            tokens |= dict(zip(group, seen, strict=True))
-            for e, note in zip(group, solution.notes, strict=True):
-                known = notes.setdefault(e, _ONLY_SPECIAL if e in work.only_special else "")
-                if note and note not in known:
-                    notes[e] = f"{known}; {note}" if known else note
-        progress(len(group))
+    hidden = not job.progress
+    with tqdm(
+        total=layout.experts, desc=title or layout.path, unit="expert", leave=False, disable=hidden
+    ) as bar:
+        for i in world.mine(len(todo)):
+            if i + world.size < len(todo):
+                job.streamed.prefetch(layout, module, todo[i + world.size])
+            for projection, seen, solution in work.solve(todo[i]):
+                if on_encoded is not None:
+                    name = projection.name
+                    on_encoded(encode_experts(name, todo[i], solution.matrices))
+                job.store.trim()
+                tokens |= dict(zip(todo[i], seen, strict=True))
+                work.note(todo[i], solution.notes, notes)
+            bar.update(len(todo[i]) * world.size)
     for other_tokens, other_notes in world.collect((tokens, notes), f"experts of {layout.path}"):
         tokens |= other_tokens
         notes |= other_notes
@@ -140,21 +140,25 @@ class _Work:
 
     def __init__(
         self,
-        host: Host,
+        job: Job,
         layout: ExpertsLayout,
         module: nn.Module,
-        method: Method,
-        quantized: Stream,
-        original: Stream | None,
-        device: torch.device,
-        world: World,
+        streams: Sequence[Calibrated],
         importance: float,
     ) -> None:
-        self.host, self.layout, self.module, self.method = host, layout, module, method
-        self.quantized, self.original, self.device = quantized, original, device
-        self.importance = importance
+        self.streamed, self.layout, self.module = job.streamed, layout, module
+        self.method, self.device, self.importance = job.method, job.device, importance
+        self.quantized = streams[0]
+        self.original = streams[1] if len(streams) > 1 else None
         self.only_special: set[int] = set()  # experts that ordinary tokens never reached
-        self.layer = self._layer_moment(world)
+        self.layer = self._layer_moment(job.world)
+
+    def note(self, group: range, found: Sequence[str], notes: dict[int, str]) -> None:
+        """Adds what a solver said of the experts of a group to what is known of them."""
+        for e, note in zip(group, found, strict=True):
+            known = notes.setdefault(e, _ONLY_SPECIAL if e in self.only_special else "")
+            if note and note not in known:
+                notes[e] = f"{known}; {note}" if known else note
 
     def _layer_moment(self, world: World) -> tuple[Tensor, int]:
         """Hessian of all tokens together (each slot counted) and the number of (token, slot) pairs
@@ -182,13 +186,13 @@ class _Work:
                 total[stripes[i]] = part
         return total, int(used.sum())
 
-    def solve(self, group: range) -> Iterator[tuple[Projection, list[int], Solution]]:
+    def solve(self, group: range) -> Iterator[tuple[ProjectionShape, list[int], Solution]]:
         """Yields every projection of a group with the tokens that each expert saw, solved; then the
         group's outputs are in the streams.
         """
         weights = [
             {k: w.float().to(self.device) for k, w in read.items()}
-            for read in (self.host.read_expert(self.layout, self.module, e) for e in group)
+            for read in (self.streamed.read_expert(self.layout, self.module, e) for e in group)
         ]
         decoded: list[dict[str, Tensor]] = [{} for _ in group]
         for projection in self.layout.projections:
@@ -207,7 +211,7 @@ class _Work:
     def _problem(
         self,
         group: range,
-        projection: Projection,
+        projection: ProjectionShape,
         weights: list[dict[str, Tensor]],
         decoded: list[dict[str, Tensor]],
     ) -> Problem:
@@ -248,11 +252,11 @@ class _Work:
 
     def _inputs(
         self,
-        stream: Stream,
+        stream: Calibrated,
         e: int,
         token: Tensor,
         slot: Tensor,
-        projection: Projection,
+        projection: ProjectionShape,
         matrices: dict[str, Tensor],
     ) -> Tensor:
         """Rows [n, cols] that a projection sees, times the quantized stream's routing weight if the
@@ -276,7 +280,7 @@ class _Work:
             expert_forward(self.module, matrices, e, _padded(x), record)
         return caught[0][: len(x)]
 
-    def _outputs(self, stream: Stream, e: int, matrices: dict[str, Tensor]) -> None:
+    def _outputs(self, stream: Calibrated, e: int, matrices: dict[str, Tensor]) -> None:
         p = stream.parked
         token, slot = p.slots(e)
         for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):

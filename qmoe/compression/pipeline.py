@@ -15,9 +15,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,20 @@ from qmoe.calib import default_text
 from qmoe.calib.activations import ActivationStore
 from qmoe.calib.batches import inputs_only, prepare, split_batches
 from qmoe.calib.importance import fits, layer_importance
-from qmoe.calib.outputs import Durable, Outputs, resume_point
-from qmoe.compression.blocks import Run
+from qmoe.calib.outputs import Durable, resume_point
+from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.carried import account, write_carried
 from qmoe.compression.dense import HEAD, DenseCoder
+from qmoe.compression.job import Job
 from qmoe.compression.plan import make_plan
 from qmoe.compression.probe import probed
-from qmoe.compression.rate import Controller, Curve, check_target, missed
+from qmoe.compression.rate import Controller, Curve, missed
 from qmoe.compression.report import CompressReport
-from qmoe.errors import InterruptedRunError, QmoeError
+from qmoe.compression.settings import Settings as Settings
+from qmoe.errors import InterruptedRunError
 from qmoe.models.classes import plain_config, read_tokenizer
 from qmoe.models.downloads import begin_walk, leave
-from qmoe.models.streamed import BlockRef, Host
-from qmoe.quantize import Method, get_method
+from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
 from qmoe.store.writer import ContainerWriter, downloads_of
 from qmoe.system.files import canonical_json
@@ -50,63 +51,8 @@ from qmoe.system.processes import World
 from qmoe.version import __version__
 
 _BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
+_REST = "rest"  # name of the unit of the container that holds what is outside the blocks
 Say = Callable[[str], object]
-Batches = Sequence[dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the bytes of the output, and how the run may use the machine.
-
-    Attributes:
-        method: "rd", "qmoe", "rtn" or "gptq2" .. "gptq4".
-        bits: stored bits per expert weight to hit, or None.
-        delta: global step of rd, or None.
-        dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
-        calib: calibration text; None is the one that comes with the package.
-        calib_tokens: at most this many tokens of it.
-        calib_rows: how its documents are read: `pack`, `chat`, `column` of qmoe.calib.text.windows.
-        ctx: tokens of a window, None for the model's own length, at most 2048.
-        seed: of everything random.
-        knobs: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`, and
-            `gradient`, 0 for layers that count alike.
-        memory: bytes that a process may use; what activations find no room for goes to mapped
-            files.
-        source_cache: "keep" or "drop" downloaded source files when no block needs them any more.
-        device: where solvers and forwards run.
-        trust_remote_code: run the source's own model code.
-        fresh: discard an unfinished run on the same output.
-    """
-
-    method: str
-    calib: str | None = None
-    calib_tokens: int = 131072
-    calib_rows: Mapping[str, Any] = field(default_factory=dict)
-    bits: float | None = None
-    delta: float | None = None
-    dense_bits: int = 16
-    ctx: int | None = None
-    seed: int = 0
-    knobs: Mapping[str, float] = field(default_factory=dict)
-    memory: int = 8 * 2**30
-    source_cache: str = "keep"
-    device: str = "auto"
-    trust_remote_code: bool = False
-    fresh: bool = False
-
-    def solver_knobs(self) -> dict[str, float]:
-        """The knobs that the solver has."""
-        return {name: value for name, value in self.knobs.items() if name != "gradient"}
-
-    def recorded(self) -> dict[str, Any]:
-        """The part that decides the bytes, for the manifest and for resuming."""
-        out = asdict(self)
-        for name in ("memory", "source_cache", "device", "trust_remote_code", "fresh"):
-            del out[name]
-        if not self.calib_rows:
-            del out["calib_rows"]
-        out["calib"] = default_text.NAME if self.calib is None else Path(self.calib).name
-        return out
 
 
 def compress_checkpoint(
@@ -135,181 +81,246 @@ def compress_checkpoint(
     world = world or World()
     if not world.first:
         progress, say = False, lambda text: None
-    device = pick_device(settings.device)
-    method = _method(settings)
-    cache = downloads_of(out) if settings.source_cache == "drop" else None
-    checkpoint = open_checkpoint(source, cache=cache)
-    host = Host(checkpoint, trust_remote_code=settings.trust_remote_code, device=device)
-    tokenizer = read_tokenizer(checkpoint.directory, settings.trust_remote_code)
-    ctx = _context(host.config, settings)
-    text = (settings.calib, settings.calib_tokens, ctx, settings.seed)
-    data = prepare(tokenizer, host.config, *text, **settings.calib_rows)
-    batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
-    wanted = settings.method == "rd" and bool(settings.knobs.get("gradient", True))
-    by_gradient = wanted and fits(host, settings.memory)
-    dense: DenseCoder | None = None
-    if settings.dense_bits < 16:
-        dense = DenseCoder(host, settings.dense_bits, batches, tokenizer, device)
-    goal = (settings.memory, out, settings.bits, dense, by_gradient, world.size)
-    plan = make_plan(host, method, batches, *goal)
-    say(plan.text())
-    if settings.calib is None:
-        say(default_text.describe(tokenizer, settings.calib_tokens, data["input_ids"].numel()))
-    if wanted and not by_gradient:
-        say("layers count alike: the gradients of the whole model do not fit in --memory")
-    identity = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
-    job = {
-        **settings.recorded(),
-        "source": identity,
-        "calib_sha256": _digest(batches),
-        "versions": _versions(),
-        "device": device.type,
-        "layer_weights": "gradient" if by_gradient else "equal",
-    }
-    blocks = list(host.blocks())
-    with ExitStack() as stack:
-        writer = None
-        if world.first:
-            writer = ContainerWriter(out, job=job, resume=not settings.fresh)
-            stack.enter_context(writer)
-        work = world.share(lambda: _clean(writer), "begin of the run")
-        store = stack.enter_context(ActivationStore(plan.store, work))
-        run_id = hashlib.sha256(canonical_json(job)).hexdigest()
-        names = ["quantized", "original"] if method.drift > 0 else ["quantized"]
-        kept = [Durable(work / "state" / name, f"{run_id} {name}") for name in names]
-
-        def make_run(solver: Method, some: Batches, outputs: Sequence[Outputs], part: World) -> Run:
-            pieces = work / "pieces" if outputs is kept else None
-            made = Run(
-                host, solver, some, outputs, tokenizer, device, store, progress, part, pieces
-            )
-            made.importance = importance
-            return made
-
-        host.load_rest()
-        world.meet("what is outside the blocks")  # nobody needs its files any more
-        finished, done = world.share(
-            lambda: _progress(writer, blocks, kept, len(batches), say), "what is finished"
-        )
-        try:
-            importance: dict[str, float] = {}
-            if by_gradient:
-                importance = finished.get("rest", {}).get("importance") or world.share(
-                    lambda: layer_importance(host, batches), "importance of the layers"
-                )
-            run = make_run(method, batches, kept, world)
-            if settings.bits is not None:
-                knobs = settings.solver_knobs()
-                curves = finished.get("rest", {}).get("curves") or probed(
-                    host, blocks, batches, settings.bits, knobs, store, make_run, world, progress
-                )
-                run.rate = Controller(settings.bits, [Curve(*c) for c in curves], knobs)
-                run.rate_after([finished[b.name] for b in blocks[:done]])
-            run.dense = dense
-            if writer and "rest" not in finished:
-                with writer.block("rest") as rest:
-                    coded = run.dense.outside(rest) if run.dense else set()
-                    inside = tuple(f"{name}." for name, _ in host.block_lists)
-                    outside = host.dense(lambda n: not n.startswith(inside) and n not in coded)
-                    rest.add_tensors(outside)
-                    rest.note["importance"] = importance
-                    if run.rate is not None:
-                        rest.note["curves"] = [c.as_list() for c in run.rate.curves]
-            elif run.dense:
-                run.dense.outside(None)
-            carried = write_carried(writer, host, finished) if writer else []
-        except KeyboardInterrupt:
-            raise _interrupted(writer, blocks[done:]) from None
-        host.free_head()
-        run.go_on(blocks[:done])
-        begin_walk(host, blocks[done:], world)
-        with tqdm(
-            total=len(blocks), desc="blocks", unit="block", initial=done, disable=not progress
-        ) as bar:
-            for i, block in enumerate(blocks[done:], done):
-                try:
-                    with ExitStack() as unit:
-                        target = unit.enter_context(writer.block(block.name)) if writer else None
-                        run.block(block, target, blocks[i + 1 : i + 2])
-                        _settle(kept, world)
-                    if world.first:  # neither it nor activations before it are needed any more
-                        leave(host, block)
-                        for k in kept:
-                            k.keep_only(list(run.last_blocks()))
-                except KeyboardInterrupt:
-                    raise _interrupted(writer, blocks[i:]) from None
-                bar.update()
-        last = [HEAD] if run.dense and run.dense.has_head else []
-        if writer:
-            if run.dense and last and HEAD not in finished:
-                with writer.block(HEAD) as head:
-                    run.dense.head(run.whole_walk(), head)
-            writer.finish(
-                ["rest", *carried, *(b.name for b in blocks), *last],
-                config=_plain(host.config),
-                settings={**settings.recorded(), "method": method.name, "ctx": ctx},
-                versions=_versions(),
-                source={**checkpoint.origin, **identity},
-                report=account(host),
-                carry_from=checkpoint.directory,
-            )
-        world.meet("end of the run")
+    run = Compression(open_job(source, out, settings, world, progress), out, say)
+    run.to_the_end()
     report = CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
     if settings.bits is not None and (
-        sentence := missed(settings.bits, report.sizes["bits_per_weight"])
+        sentence := missed(settings.bits, report.sizes.bits_per_weight)
     ):
         say(sentence)
     return report
 
 
-def _clean(writer: ContainerWriter | None) -> Path:
-    """The folder of the run's own files, without what a run that died left, except its state."""
-    assert writer is not None
-    for left in writer.work.iterdir():
-        if left.name != "state":
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    (writer.work / "pieces").mkdir()
-    return writer.work
+def open_job(
+    source: str, out: Path, settings: Settings, world: World, progress: bool = False
+) -> Job:
+    """Opens a source and reads the calibration text; no weight is read and nothing written.
+
+    Args:
+        source, out, settings, world, progress: see `compress_checkpoint`.
+
+    Raises:
+        QmoeError: settings, source or text are not usable.
+    """
+    device, method = pick_device(settings.device), settings.solver()
+    cache = downloads_of(out) if settings.source_cache == "drop" else None
+    checkpoint = open_checkpoint(source, cache=cache)
+    trusted = settings.trust_remote_code
+    streamed = StreamedModel(checkpoint, trust_remote_code=trusted, device=device)
+    tokenizer = read_tokenizer(checkpoint.directory, trusted)
+    text = (settings.calib, settings.calib_tokens, settings.context(streamed.config))
+    data = prepare(tokenizer, streamed.config, *text, settings.seed, **settings.calib_rows)
+    batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
+    parts = (settings, streamed, tokenizer, batches, method, device, world)
+    return Job(*parts, progress=progress)
 
 
-def _progress(
-    writer: ContainerWriter | None,
-    blocks: Sequence[BlockRef],
-    kept: Sequence[Durable],
-    batches: int,
-    say: Say,
-) -> tuple[dict[str, Any], int]:
-    """Notes of the finished blocks, and how many blocks of the model to go on after."""
-    assert writer is not None
-    finished = writer.finished_blocks()
-    names = [(b.list_name, b.name) for b in blocks]
-    done, had = resume_point(names, finished, kept, batches)
-    if "rest" not in finished:
-        return finished, 0
-    if done < had:
-        say(
-            f"{had} blocks are finished, but the activations behind {names[had - 1][1]} are "
-            f"missing or damaged; going back to block {names[done][1]}"
+class Compression:
+    """One run, from the plan to a finished directory.
+
+    `to_the_end` goes through the stages in order: `_begin`, `_resume`, `_learn`, `_settle_rest`,
+    `_run_blocks`, `_finish`.
+    """
+
+    def __init__(self, job: Job, out: Path, say: Say) -> None:
+        """Makes the plan and says it; nothing is written.
+
+        Args:
+            job: the run.
+            out: directory to make.
+            say: receives sentences for the user.
+
+        Raises:
+            CapacityError: the run does not fit.
+        """
+        settings, streamed = job.settings, job.streamed
+        self.out, self.say, self.first = out, say, job.world.first
+        self.blocks = list(streamed.blocks())
+        self.by_gradient = settings.by_gradient and fits(streamed, settings.memory)
+        self.dense = DenseCoder(job, settings.dense_bits) if settings.dense_bits < 16 else None
+        self.plan = make_plan(job, out, self.dense, self.by_gradient)
+        say(self.plan.text())
+        if settings.calib is None:
+            asked = settings.calib_tokens
+            say(default_text.describe(job.tokenizer, asked, job.tokens()))
+        if settings.by_gradient and not self.by_gradient:
+            say("layers count alike: the gradients of the whole model do not fit in --memory")
+        checkpoint = streamed.checkpoint
+        self.source = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
+        self.identity = {
+            **settings.recorded(),
+            "source": self.source,
+            "calib_sha256": _digest(job.batches),
+            "versions": _versions(),
+            "device": job.device.type,
+            "layer_weights": "gradient" if self.by_gradient else "equal",
+        }
+        self.job = job
+        self.writer: ContainerWriter | None = None  # in the first process
+        self.finished: dict[str, Any] = {}  # notes of finished blocks, by name
+        self.done = 0  # blocks of the model to go on after
+
+    def to_the_end(self) -> None:
+        """Writes the directory.
+
+        Raises:
+            QmoeError: see `compress_checkpoint`.
+        """
+        with ExitStack() as stack:
+            self._begin(stack)
+            self.job.streamed.load_rest()
+            self.job.world.meet("what is outside the blocks")  # nobody needs its files any more
+            self._resume()
+            with self._continuable(self.blocks[self.done :]):
+                self._learn()
+                carried = self._settle_rest()
+            self._run_blocks()
+            self._finish(carried)
+            self.job.world.meet("end of the run")
+
+    def _begin(self, stack: ExitStack) -> None:
+        """Takes the output directory, and room for activations beside it."""
+        if self.first:
+            fresh = self.job.settings.fresh
+            self.writer = ContainerWriter(self.out, job=self.identity, resume=not fresh)
+            stack.enter_context(self.writer)
+        self.work = self.job.world.share(self._clean, "begin of the run")
+        store = stack.enter_context(ActivationStore(self.plan.store, self.work))
+        self.job = replace(self.job, store=store)
+        run_id = hashlib.sha256(canonical_json(self.identity)).hexdigest()
+        names = ["quantized", "original"] if self.job.method.drift > 0 else ["quantized"]
+        self.kept = [Durable(self.work / "state" / n, f"{run_id} {n}") for n in names]
+
+    def _clean(self) -> Path:
+        """The folder of the run's own files, without what a run that died left, but its state."""
+        assert self.writer is not None
+        for left in self.writer.work.iterdir():
+            if left.name != "state":
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        (self.writer.work / "exchange").mkdir()
+        return self.writer.work
+
+    def _resume(self) -> None:
+        """Finds out which blocks are finished."""
+        found = self.job.world.share(self._progress, "what is finished")
+        self.finished, self.done = found
+
+    def _progress(self) -> tuple[dict[str, Any], int]:
+        assert self.writer is not None
+        finished = self.writer.finished_blocks()
+        names = [(b.list_name, b.name) for b in self.blocks]
+        done, had = resume_point(names, finished, self.kept, len(self.job.batches))
+        if _REST not in finished:
+            return finished, 0
+        if done < had:
+            self.say(
+                f"{had} blocks are finished, but the activations behind {names[had - 1][1]} are "
+                f"missing or damaged; going back to block {names[done][1]}"
+            )
+        elif done:
+            then = f"continuing at block {names[done][1]}" if done < len(names) else "completing"
+            self.say(f"{done} of {len(names)} blocks are finished; {then}")
+        return finished, done
+
+    def _learn(self) -> None:
+        """Learns how much each layer matters and what it will take, or remembers it."""
+        job, known = self.job, self.finished.get(_REST, {})
+        self.loop = BlockLoop(job, self.kept, self.work / "exchange")
+        self.loop.dense = self.dense
+        if self.by_gradient:
+            self.loop.importance = known.get("importance") or job.world.share(
+                lambda: layer_importance(job.streamed, job.batches), "importance of the layers"
+            )
+        bits = job.settings.bits
+        if bits is not None:
+            curves = known.get("curves") or probed(job, bits, self.loop.importance)
+            options = job.settings.for_solver()
+            self.loop.rate = Controller(bits, [Curve(*c) for c in curves], options)
+            self.loop.rate_after([self.finished[b.name] for b in self.blocks[: self.done]])
+
+    def _settle_rest(self) -> list[str]:
+        """Stores what is outside the blocks; returns the units that hold carried tensors."""
+        if self.writer is None or _REST in self.finished:
+            if self.dense is not None:
+                self.dense.outside(None)
+        else:
+            with self.writer.block(_REST) as rest:
+                coded = self.dense.outside(rest) if self.dense is not None else set()
+                inside = tuple(f"{name}." for name, _ in self.job.streamed.block_lists)
+                rest.add_tensors(
+                    self.job.streamed.dense(lambda n: not n.startswith(inside) and n not in coded)
+                )
+                rest.note["importance"] = dict(self.loop.importance)
+                if self.loop.rate is not None:
+                    rest.note["curves"] = [c.as_list() for c in self.loop.rate.curves]
+        if self.writer is None:
+            return []
+        return write_carried(self.writer, self.job.streamed, self.finished)
+
+    def _run_blocks(self) -> None:
+        """Quantizes the blocks that are not finished."""
+        job, blocks = self.job, self.blocks
+        job.streamed.free_head()
+        self.loop.skip(blocks[: self.done])
+        begin_walk(job.streamed, blocks[self.done :], job.world)
+        hidden = not job.progress
+        with tqdm(
+            total=len(blocks), desc="blocks", unit="block", initial=self.done, disable=hidden
+        ) as bar:
+            for i, block in enumerate(blocks[self.done :], self.done):
+                with self._continuable(blocks[i:]):
+                    self._run_block(block, blocks[i + 1 : i + 2])
+                bar.update()
+
+    def _run_block(self, block: BlockRef, ahead: Sequence[BlockRef]) -> None:
+        with ExitStack() as unit:
+            target = unit.enter_context(self.writer.block(block.name)) if self.writer else None
+            self.loop.block(block, target, ahead)
+            self.job.world.meet("activations of a block")
+            if self.first:
+                for kept in self.kept:
+                    kept.settle()
+        if self.first:  # neither the block nor activations before it are needed any more
+            leave(self.job.streamed, block)
+            for kept in self.kept:
+                kept.keep_only(self.loop.last_blocks())
+
+    def _finish(self, carried: Sequence[str]) -> None:
+        """Stores an untied head and makes the directory visible."""
+        if self.writer is None:
+            return
+        settings, streamed = self.job.settings, self.job.streamed
+        last = [HEAD] if self.dense is not None and self.dense.has_head else []
+        if self.dense is not None and last and HEAD not in self.finished:
+            with self.writer.block(HEAD) as head:
+                self.dense.head(self.loop.whole_walk(), head)
+        self.writer.finish(
+            [_REST, *carried, *(b.name for b in self.blocks), *last],
+            config=_plain(streamed.config),
+            settings={
+                **settings.recorded(),
+                "method": self.job.method.name,
+                "ctx": settings.context(streamed.config),
+            },
+            versions=_versions(),
+            source={**streamed.checkpoint.origin, **self.source},
+            report=account(streamed),
+            carry_from=streamed.checkpoint.directory,
         )
-    elif done:
-        then = f"continuing at block {names[done][1]}" if done < len(names) else "completing"
-        say(f"{done} of {len(names)} blocks are finished; {then}")
-    return finished, done
 
-
-def _interrupted(writer: ContainerWriter | None, blocks: Sequence[BlockRef]) -> InterruptedRunError:
-    """What ctrl-C ends a run with; `blocks` are those that were not known to be finished."""
-    left = [b.name for b in blocks if writer is None or not writer.recorded(b.name)]
-    where = f"continues at block {left[0]}" if left else "completes the checkpoint"
-    return InterruptedRunError(f"interrupted; the same command {where}")
-
-
-def _settle(kept: Sequence[Durable], world: World) -> None:
-    """Returns when the activations of all processes are durable."""
-    world.meet("activations of a block")
-    if world.first:
-        for k in kept:
-            k.settle()
+    @contextmanager
+    def _continuable(self, blocks: Sequence[BlockRef]) -> Iterator[None]:
+        """Ctrl-C inside says where the same command goes on; `blocks` are those that were not known
+        to be finished.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            left = [
+                b.name for b in blocks if self.writer is None or not self.writer.recorded(b.name)
+            ]
+            where = f"continues at block {left[0]}" if left else "completes the checkpoint"
+            raise InterruptedRunError(f"interrupted; the same command {where}") from None
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -319,7 +330,7 @@ def _plain(config: Any) -> dict[str, Any]:
     return out
 
 
-def _digest(batches: list[dict[str, Tensor]]) -> str:
+def _digest(batches: Sequence[dict[str, Tensor]]) -> str:
     """sha256 of the calibration tokens."""
     h = hashlib.sha256()
     for batch in batches:
@@ -331,37 +342,6 @@ def _digest(batches: list[dict[str, Tensor]]) -> str:
 def _versions() -> dict[str, str]:
     names = ("torch", "transformers", "safetensors", "numpy", "numba")
     return {"qmoe": __version__, **{n: metadata.version(n) for n in names}}
-
-
-def _context(config: Any, settings: Settings) -> int:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None) or 2048
-    return settings.ctx or min(longest, 2048)
-
-
-def _method(settings: Settings) -> Method:
-    name = settings.method
-    params: dict[str, float] = {}
-    if name.startswith("gptq"):
-        name, params = "gptq", {"bits": int(settings.method.removeprefix("gptq"))}
-    if name == "rd":
-        if settings.bits is not None and settings.delta is not None:
-            raise QmoeError("--bits and --delta exclude each other; give one of them")
-        if settings.bits is not None:
-            check_target(settings.bits)
-        params = settings.solver_knobs()
-        if settings.delta is not None:
-            params["delta"] = settings.delta
-    elif settings.knobs:
-        raise QmoeError(f"--method {settings.method} has no knobs, got {dict(settings.knobs)}")
-    elif settings.bits is not None or settings.delta is not None:
-        raise QmoeError(
-            f"--method {settings.method} has a fixed grid; --bits and --delta belong to --method rd"
-        )
-    try:
-        return get_method(name, **params)
-    except (TypeError, ValueError) as e:
-        raise QmoeError(f"{name} does not take {params}: {e}") from e
 
 
 def peak_rss_bytes() -> int:

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from qmoe.compression import estimate
 from qmoe.compression.dense import BAND, DenseCoder
+from qmoe.compression.job import Job
 from qmoe.compression.layer import groups
 from qmoe.errors import CapacityError
-from qmoe.models.streamed import Host
-from qmoe.quantize import Method
+from qmoe.models.streamed import StreamedModel
 from qmoe.types import ExpertsLayout
 
 _CODE = 200 << 20  # bytes: compiled loops and library buffers that appear after the start
@@ -36,7 +35,7 @@ _GUESS = {"rd": 1.0, "qmoe": 1.0, "rtn": 1.6, "gptq2": 2.2, "gptq3": 3.2, "gptq4
 
 
 @dataclass(frozen=True)
-class Plan:
+class Needs:
     """Needs of a run, in bytes and seconds.
 
     Attributes:
@@ -75,118 +74,138 @@ class Plan:
         )
 
 
+class _Model:
+    """Bytes of a model's parameters in float32 but for the experts' matrices, and where they are.
+
+    Attributes:
+        shapes: of all parameters, by name.
+        sizes: bytes of what is no expert's matrix, by name.
+        names: of those in each block.
+        blocks: bytes of each block.
+        outside: bytes of everything outside the blocks.
+        layouts: of the experts modules.
+        coded: names of the parameters that `--dense-bits` codes.
+    """
+
+    def __init__(self, streamed: StreamedModel, dense: DenseCoder | None) -> None:
+        self.shapes = {n: t.shape for n, t in streamed.model.state_dict().items()}
+        encoded = {n for b in streamed.blocks() for n in streamed.encoded_names(b)}
+        self.sizes = {n: 4 * s.numel() for n, s in self.shapes.items() if n not in encoded}
+        prefixes = [f"{b.name}." for b in streamed.blocks()]
+        self.names = [[n for n in self.sizes if n.startswith(prefix)] for prefix in prefixes]
+        self.blocks = [sum(self.sizes[n] for n in block) for block in self.names]
+        self.outside = sum(self.sizes.values()) - sum(self.blocks)
+        self.layouts = [layout for layout, _ in streamed.experts]
+        self.coded = dense.names() if dense is not None else set()
+
+
 def make_plan(
-    host: Host,
-    method: Method,
-    batches: Sequence[dict[str, Tensor]],
-    memory: int,
-    out: Path,
-    bits: float | None = None,
-    dense: DenseCoder | None = None,
-    gradient: bool = False,
-    processes: int = 1,
-) -> Plan:
+    job: Job, out: Path, dense: DenseCoder | None = None, gradient: bool = False
+) -> Needs:
     """Computes the plan from shapes, and the time from speeds that it measures.
 
     Args:
-        host: the empty model.
-        method: the solver.
-        batches: calibration tokens.
-        memory: bytes that a process may use.
+        job: the run, its model empty.
         out: where the result will be.
-        bits: stored bits per expert weight that are aimed at, if any.
         dense: codes the matrices beside the experts; None leaves them as they are.
         gradient: layers are weighted by gradients of the whole model.
-        processes: that share the work; then all activations lie in files.
 
     Raises:
-        CapacityError: `memory` is below what one group of experts needs, or the disk has less room
-            than the run needs.
+        CapacityError: `--memory` is below what one group of experts needs, or the disk has less
+            room than the run needs.
     """
-    shapes = {n: t.shape for n, t in host.model.state_dict().items()}
-    encoded = {n for b in host.blocks() for n in host.encoded_names(b)}
-    coded = dense.names() if dense is not None else set()
-    sizes = {n: 4 * shape.numel() for n, shape in shapes.items() if n not in encoded}
-    names = [[n for n in sizes if n.startswith(f"{b.name}.")] for b in host.blocks()]
-    blocks = [sum(sizes[n] for n in block) for block in names]
-    outside = sum(sizes.values()) - sum(blocks)
-    layouts = [layout for layout, _ in host.experts]
-    tokens = [sum(t.numel() for k, t in b.items() if k.endswith("input_ids")) for b in batches]
-    streams = 2 if method.drift > 0 else 1
-    rows = sum(tokens)
-
-    head = host.head_name()
-    at_start = 1.25 * outside  # the stored form of one tensor comes on top while it is written
-    solved = max(_group(layout) for layout in layouts)
-    if coded:
-        tables = sum(sizes[n] for n in coded if not any(n in block for block in names))
-        at_start += tables + _band(shapes, coded)  # decoded values beside the originals
-        solved = max(solved, _band(shapes, coded)) + max(
-            sum(sizes[n] + 8 * shapes[n][1] ** 2 for n in block if n in coded) for block in names
-        )
-        solved += tables
-    on_the_way = (
-        outside
-        - sizes.get(head or "", 0)
-        + 1.5 * max(blocks)  # float32 beside the source's bytes while it is loaded
-        + solved
-        + max(tokens) * 4 * _FORWARD * _widest(shapes, names)
+    model = _Model(job.streamed, dense)
+    tokens = [sum(t.numel() for k, t in b.items() if k.endswith("input_ids")) for b in job.batches]
+    streams = 2 if job.method.drift > 0 else 1
+    memory = job.settings.memory
+    floor = _floor(job, model, max(tokens))
+    widths = [(la.projections[0].cols, la.projections[-1].rows) for la in model.layouts]
+    slots = estimate.slots(job.streamed.config, model.layouts)
+    activations = (
+        streams * sum(tokens) * max(4 * (2 * i + slots * o) + 8 * slots for i, o in widths)
     )
-    floor = int(_resident() + _CODE + _SLACK * max(at_start, on_the_way))
-    widths = [(la.projections[0].cols, la.projections[-1].rows) for la in layouts]
-    slots = estimate.slots(host.config, layouts)
-    activations = streams * rows * max(4 * (2 * i + slots * o) + 8 * slots for i, o in widths)
-    state = streams * rows * 4 * max(max(w) for w in widths)
+    state = streams * sum(tokens) * 4 * max(max(w) for w in widths)
     store = max(0, memory - floor)
-
-    weights = sum(layout.weights for layout in layouts)
-    per_weight = bits or _GUESS.get(method.name.split("(")[0], 4.0)
-    rate = dense.bits if dense is not None else 0.0
-    stored = {
-        n: int(shapes[n].numel() * rate / 8) if n in coded else _stored(host, n, size)
-        for n, size in sizes.items()
-    }
-    write = int(weights * per_weight / 8) + sum(stored.values()) + _carried(host)
-    growing = max(sum(stored[n] for n in block) for block in names)
-    largest = max(layout.weights for layout in layouts) * per_weight / 8 + growing
-    in_files = activations if processes > 1 else max(0, activations - store)
-    disk = int(write + largest + 2 * state + in_files)
+    write, growing = _written(job, model, dense)
+    in_files = activations if job.world.size > 1 else max(0, activations - store)
     work = estimate.Work(
-        layouts=layouts,
-        tokens=rows,
+        layouts=model.layouts,
+        tokens=sum(tokens),
         batch=max(tokens),
-        context=max(t.shape[-1] for b in batches for t in b.values()),
-        blocks=len(blocks),
+        context=max(t.shape[-1] for b in job.batches for t in b.values()),
+        blocks=len(model.blocks),
         slots=slots,
         streams=streams,
-        dense=sum(blocks) / 4,
-        outside=outside / 4,
-        source=host.checkpoint.source_bytes,
-        probed=bits is not None,
+        dense=sum(model.blocks) / 4,
+        outside=model.outside / 4,
+        source=job.streamed.checkpoint.source_bytes,
+        probed=job.settings.bits is not None,
         gradient=gradient,
-        coded=[(shapes[n][0], shapes[n][1]) for n in coded],
+        coded=[(model.shapes[n][0], model.shapes[n][1]) for n in model.coded],
     )
-    plan = Plan(
-        read=host.checkpoint.source_bytes,
+    speeds = estimate.Speeds.measured(job.method, model.layouts, job.streamed.device)
+    plan = Needs(
+        read=job.streamed.checkpoint.source_bytes,
         write=write,
         floor=floor,
         activations=activations,
         store=store,
-        disk=disk,
+        disk=int(write + growing + 2 * state + in_files),
         free=shutil.disk_usage(_existing(out)).free,
-        seconds=estimate.seconds(work, estimate.Speeds.measured(method, layouts, host.device)),
+        seconds=estimate.seconds(work, speeds),
     )
-    _refuse(plan, memory, out, max(blocks), outside, max(map(_group, layouts)))
+    _refuse(plan, memory, out, model)
     return plan
 
 
-def _refuse(plan: Plan, memory: int, out: Path, block: int, outside: int, group: int) -> None:
+def _floor(job: Job, model: _Model, tokens: int) -> int:
+    """Bytes of a process without activations, with forwards of so many tokens."""
+    sizes, coded = model.sizes, model.coded
+    at_start = 1.25 * model.outside  # the stored form of one tensor comes on top while written
+    solved = max(map(_group, model.layouts))
+    if coded:
+        tables = sum(sizes[n] for n in coded if not any(n in block for block in model.names))
+        band = _band(model.shapes, coded)
+        at_start += tables + band  # decoded values beside the originals
+        solved = max(solved, band) + max(
+            sum(sizes[n] + 8 * model.shapes[n][1] ** 2 for n in block if n in coded)
+            for block in model.names
+        )
+        solved += tables
+    on_the_way = (
+        model.outside
+        - sizes.get(job.streamed.head_name() or "", 0)
+        + 1.5 * max(model.blocks)  # float32 beside the source's bytes while it is loaded
+        + solved
+        + tokens * 4 * _FORWARD * _widest(model.shapes, model.names)
+    )
+    return int(_resident() + _CODE + _SLACK * max(at_start, on_the_way))
+
+
+def _written(job: Job, model: _Model, dense: DenseCoder | None) -> tuple[int, float]:
+    """Bytes of the result, and of its largest block, which exists twice for a moment."""
+    per_weight = job.settings.bits or _GUESS.get(job.method.name.split("(")[0], 4.0)
+    rate = dense.bits if dense is not None else 0.0
+    stored = {
+        n: int(model.shapes[n].numel() * rate / 8)
+        if n in model.coded
+        else _stored(job.streamed, n, size)
+        for n, size in model.sizes.items()
+    }
+    weights = sum(layout.weights for layout in model.layouts)
+    write = int(weights * per_weight / 8) + sum(stored.values()) + _carried(job.streamed)
+    growing = max(sum(stored[n] for n in block) for block in model.names)
+    return write, max(layout.weights for layout in model.layouts) * per_weight / 8 + growing
+
+
+def _refuse(plan: Needs, memory: int, out: Path, model: _Model) -> None:
     """Raises CapacityError if the run cannot fit."""
     if memory < plan.floor:
         raise CapacityError(
             f"--memory {_size(memory)} is too little for this model: one block without experts "
-            f"({_size(block)}), everything outside the blocks ({_size(outside)}) and one "
-            f"group of experts with its Hessians ({_size(group)}) need "
+            f"({_size(max(model.blocks))}), everything outside the blocks "
+            f"({_size(model.outside)}) and one group of experts with its Hessians "
+            f"({_size(max(map(_group, model.layouts)))}) need "
             f"{_size(plan.floor)}; pass --memory {plan.floor / 2**30 + 0.1:.1f}GiB or more"
         )
     if plan.free < plan.disk:
@@ -218,16 +237,16 @@ def _widest(shapes: Shapes, names: Sequence[Sequence[str]]) -> int:
     return max((shape[0] for shape in inside if len(shape) == 2), default=1)
 
 
-def _stored(host: Host, name: str, size: int) -> int:
+def _stored(streamed: StreamedModel, name: str, size: int) -> int:
     """Bytes of a tensor that is stored as it is in the source; `size` in float32."""
-    disks = sorted(host.sources.get(name, ()))
-    return size // 4 * host.checkpoint.dtype(disks[0]).itemsize if disks else 0
+    disks = sorted(streamed.sources.get(name, ()))
+    return size // 4 * streamed.checkpoint.dtype(disks[0]).itemsize if disks else 0
 
 
-def _carried(host: Host) -> int:
+def _carried(streamed: StreamedModel) -> int:
     """Bytes of the tensors that no module takes."""
-    source = host.checkpoint
-    return sum(math.prod(source.shape(n)) * source.dtype(n).itemsize for n in host.unused)
+    source = streamed.checkpoint
+    return sum(math.prod(source.shape(n)) * source.dtype(n).itemsize for n in streamed.unused)
 
 
 def _resident() -> int:

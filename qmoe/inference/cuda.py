@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qmoe.inference.experts import BACKENDS, EncodedExperts
 from qmoe.kernels.ops import ExpertsPack, experts_forward, project_pairs
-from qmoe.kernels.pack import Projection, pack_projection
+from qmoe.kernels.pack import PackedProjection, pack_projection
 
 _PACK = "_kernel_pack"
 
@@ -30,7 +30,7 @@ class _Pack:
     """
 
     key: tuple[Tensor, Tensor]
-    projections: dict[str, Projection]
+    projections: dict[str, PackedProjection]
     biases: dict[str, Tensor]
     fused: ExpertsPack | None
 

@@ -14,7 +14,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from qmoe.errors import CorruptError
 from qmoe.store.reader import Container
-from qmoe.store.stored_dense import OFFSETS, STREAM, DenseStream
+from qmoe.store.stored_dense import OFFSETS, STREAM, StoredMatrix
 
 
 class Decode(ConversionOps):
@@ -47,7 +47,7 @@ class Decode(ConversionOps):
         stream, offsets = (input_dict[p][0] for p in source_patterns)
         geometry = self.container.dense[full_layer_name]
         try:
-            coded = DenseStream(geometry, stream.cpu(), offsets.cpu())
+            coded = StoredMatrix(geometry, stream.cpu(), offsets.cpu())
             weight = coded.decode(self.dtype)
         except CorruptError as e:
             self.failures.append(e)

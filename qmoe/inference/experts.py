@@ -21,7 +21,7 @@ from qmoe import codec
 from qmoe.inference.cache import ByteCache
 from qmoe.models.families.find import KINDS
 from qmoe.models.families.kind import Bias, Routed
-from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.stored_experts import StoredExperts
 from qmoe.types import ExpertsLayout
 
 # Up to so many rows a product decodes as it goes; above, decoding once into a dense matrix wins.
@@ -47,7 +47,7 @@ class EncodedExperts(nn.Module):
     """Experts whose matrices stay encoded.
 
     Parameters (not buffers, so that offloading moves them): ``stream`` uint8 [n] and ``offsets``
-    int64 [E, projections, 4], see `ExpertStream`; besides them the host's biases and norms.
+    int64 [E, projections, 4], see `StoredExperts`; besides them the host's biases and norms.
     """
 
     stream: nn.Parameter
@@ -80,7 +80,7 @@ class EncodedExperts(nn.Module):
         shape = (layout.experts, len(layout.projections), 4)
         empty = torch.empty(stream_bytes, dtype=torch.uint8), torch.empty(shape, dtype=torch.int64)
         self.stream, self.offsets = (nn.Parameter(t, requires_grad=False) for t in empty)
-        self._checked: tuple[Any, Any, ExpertStream] | None = None
+        self._checked: tuple[Any, Any, StoredExperts] | None = None
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @staticmethod
@@ -101,7 +101,7 @@ class EncodedExperts(nn.Module):
             else:  # activations and norms: shared with the host, which calls them
                 target.add_module(name, child)
 
-    def encoded(self) -> ExpertStream:
+    def encoded(self) -> StoredExperts:
         """The streams where they are now (offloading moves them), validated once per place.
 
         Raises:
@@ -112,7 +112,7 @@ class EncodedExperts(nn.Module):
             a is b for a, b in zip(now, self._checked[:2], strict=True)
         ):
             return self._checked[2]
-        found = ExpertStream(self.layout, self.stream.detach().cpu(), self.offsets.detach().cpu())
+        found = StoredExperts(self.layout, self.stream.detach().cpu(), self.offsets.detach().cpu())
         if not self.offloaded:
             self._checked = (*now, found)
         return found
@@ -124,14 +124,14 @@ class EncodedExperts(nn.Module):
         return bool(getattr(getattr(self, "_hf_hook", None), "offload", False))
 
     def parsed(
-        self, streams: ExpertStream, expert: int, projection: int
-    ) -> tuple[codec.Tables, codec.Layout]:
+        self, streams: StoredExperts, expert: int, projection: int
+    ) -> tuple[codec.Tables, codec.ParsedMatrix]:
         """Tables and side data of one matrix, from the cache where that is allowed."""
         if self.offloaded:
             tables = streams.tables(expert, projection)
             return tables, streams.matrix(expert, projection, tables)
 
-        def make() -> tuple[codec.Tables, codec.Layout]:
+        def make() -> tuple[codec.Tables, codec.ParsedMatrix]:
             tables: codec.Tables = self.caches.parsed.get(
                 (self.layout.path, "tables", streams.tables_at(expert, projection)),
                 lambda: streams.tables(expert, projection),
@@ -140,10 +140,12 @@ class EncodedExperts(nn.Module):
             return tables, streams.matrix(expert, projection, tables)
 
         key = (self.layout.path, expert, projection)
-        found: tuple[codec.Tables, codec.Layout] = self.caches.parsed.get(key, make, _side_bytes)
+        found: tuple[codec.Tables, codec.ParsedMatrix] = self.caches.parsed.get(
+            key, make, _side_bytes
+        )
         return found
 
-    def linear(self, streams: ExpertStream, expert: int, name: str, x: Tensor) -> Tensor:
+    def linear(self, streams: StoredExperts, expert: int, name: str, x: Tensor) -> Tensor:
         """``x @ W.T`` for one encoded matrix.
 
         Args:
@@ -170,7 +172,7 @@ class EncodedExperts(nn.Module):
         return F.linear(x, self.caches.decoded.get(key, decode, lambda w: w.nbytes))
 
     def linear_each(
-        self, streams: ExpertStream, experts: list[int], name: str, x: Tensor
+        self, streams: StoredExperts, experts: list[int], name: str, x: Tensor
     ) -> Tensor:
         """``x[i] @ W[experts[i]].T`` for every i: [k, cols] -> [k, rows]; otherwise as `linear`."""
         if not self._decodes_inside(x):
@@ -251,7 +253,7 @@ def _distinct(experts: list[int], count: int) -> bool:
     )
 
 
-def _side_bytes(parsed: tuple[codec.Tables, codec.Layout]) -> int:
+def _side_bytes(parsed: tuple[codec.Tables, codec.ParsedMatrix]) -> int:
     return sum(v.nbytes for v in vars(parsed[1]).values() if isinstance(v, Tensor))
 
 

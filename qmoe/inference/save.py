@@ -18,7 +18,7 @@ from qmoe.models.classes import plain_config
 from qmoe.store.block import BlockWriter
 from qmoe.store.reader import Container
 from qmoe.store.stored_dense import OFFSETS, STREAM
-from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.stored_experts import StoredExperts
 from qmoe.store.writer import CARRIED_BLOCK, MAX_SHARD_BYTES, ContainerWriter, carried_files
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -133,7 +133,7 @@ def _save_block(
             path, _, leaf = tensor.rpartition(".")
             if path in report and leaf == "stream":
                 layout = model.get_submodule(path).layout
-                streams = ExpertStream(
+                streams = StoredExperts(
                     layout, fetch(model, tensor), fetch(model, f"{path}.offsets")
                 )
                 block.add_encoded(streams, report[path])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from qmoe.codec.decoder.decode import decode_codes, decode_dense, matvec
-from qmoe.codec.decoder.matrix import Layout, parse_matrix
+from qmoe.codec.decoder.matrix import ParsedMatrix, parse_matrix
 from qmoe.codec.encoder.encode import encode_group
 from qmoe.codec.encoder.ideal import class_entropy_bits, ideal_bits
 from qmoe.codec.format.tables import parse_tables
@@ -119,7 +119,7 @@ def _measure(rows: int, cols: int, step: float, bandwidth: float) -> dict[str, A
         if (matvec(tables, layout, x) - exact).norm() > 1e-5 * exact.norm():
             raise AssertionError(f"matvec differs at {rows} x {cols}, step {step}")
 
-    def each(work: Callable[[Layout], object]) -> float:
+    def each(work: Callable[[ParsedMatrix], object]) -> float:
         return n / _seconds(lambda: [work(layout) for layout in layouts])
 
     stored, ideal = group.stored_bits / n, ideal_bits(matrices, group.scale_bits) / n

@@ -17,7 +17,8 @@ from typing import Any
 
 from qmoe import codec
 from qmoe.calib import default_text
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError
 from qmoe.measure.dictionary import dictionary_bits
 from qmoe.measure.score import score_checkpoint
@@ -113,7 +114,7 @@ class Points:
             "ctx": self.ctx,
             "text": Path(self.text).name,
             "seconds": seconds,
-            **{k: found[k] for k in _SIZES},
+            **{k: getattr(found, k) for k in _SIZES},
             "nominal_bits": nominal_bits(directory, settings.method),
             **score,
             "rise_percent": 100 * (score["perplexity"] / score["reference_perplexity"] - 1),
@@ -173,7 +174,7 @@ def point_name(settings: Settings) -> str:
         parts.append(f"delta={settings.delta:.6g}")
     if settings.dense_bits < 16:
         parts.append(f"dense={settings.dense_bits}")
-    parts += [f"{k}={v:g}" for k, v in sorted(settings.knobs.items())]
+    parts += [f"{k}={v:g}" for k, v in sorted(settings.solver_options.items())]
     return "-".join(parts)
 
 

@@ -15,7 +15,7 @@ from qmoe.models.auto import auto_class
 from qmoe.models.classes import read_config, read_tokenizer
 from qmoe.models.families.aliases import ALIASES
 from qmoe.models.families.find import repair
-from qmoe.models.streamed import Host
+from qmoe.models.streamed import StreamedModel
 from qmoe.source.checkpoint import directory_of, open_checkpoint
 from qmoe.store.manifest import MANIFEST
 from qmoe.store.writer import INDEX
@@ -79,7 +79,7 @@ def load_any(model: str, dtype: str, device: torch.device, trust_remote_code: bo
     if checkpoint.quantization is not None or checkpoint.config.get("model_type") in ALIASES:
         # transformers has no such type, or its dequantization needs further packages or is wrong
         # on ragged blocks; the reader that compression uses is right
-        loaded = Host(checkpoint, kind, trust_remote_code).whole()
+        loaded = StreamedModel(checkpoint, kind, trust_remote_code).whole()
     else:
         # the commit that was opened, also if the branch has moved on since
         commit = checkpoint.origin.get("revision")

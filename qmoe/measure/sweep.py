@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qmoe.compression.pipeline import Say, Settings
+from qmoe.compression.pipeline import Say
 from qmoe.compression.rate import check_target
+from qmoe.compression.settings import Settings
 from qmoe.errors import QmoeError
 from qmoe.measure.points import Points, Record
 from qmoe.system.files import write_file, writing

@@ -7,15 +7,17 @@ touched: for them all this does nothing.
 
 from collections.abc import Iterable
 
-from qmoe.models.streamed import BlockRef, Host
+from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.system.processes import World
 
 
-def begin_walk(host: Host, blocks: Iterable[BlockRef], world: World | None = None) -> None:
+def begin_walk(
+    streamed: StreamedModel, blocks: Iterable[BlockRef], world: World | None = None
+) -> None:
     """Says which blocks will be read from now on.
 
     Args:
-        host: the model and its open source.
+        streamed: the model and its open source.
         blocks: in any order.
         world: the processes that share the directory, all of which call this: they wait for each
             other, so that none still reads what was expected before, and the first deletes for
@@ -23,16 +25,16 @@ def begin_walk(host: Host, blocks: Iterable[BlockRef], world: World | None = Non
     """
     if world is not None:
         world.meet("start of a walk")
-    host.checkpoint.expect(_tensors(host, blocks), world is None or world.first)
+    streamed.checkpoint.expect(_tensors(streamed, blocks), world is None or world.first)
 
 
-def leave(host: Host, block: BlockRef) -> None:
+def leave(streamed: StreamedModel, block: BlockRef) -> None:
     """Says that no process needs a block any more in this walk."""
-    host.checkpoint.finished(_tensors(host, [block]))
+    streamed.checkpoint.finished(_tensors(streamed, [block]))
 
 
-def _tensors(host: Host, blocks: Iterable[BlockRef]) -> list[str]:
+def _tensors(streamed: StreamedModel, blocks: Iterable[BlockRef]) -> list[str]:
     """Names in the source."""
     inside = tuple(f"{block.name}." for block in blocks)
-    found = (disks for target, disks in host.sources.items() if target.startswith(inside))
+    found = (disks for target, disks in streamed.sources.items() if target.startswith(inside))
     return [disk for disks in found for disk in disks]

@@ -1,5 +1,5 @@
-"""transformers as the host of a streamed checkpoint: a model on the meta device whose blocks come
-and go.
+"""A transformers model of which one block is in memory at a time: `load_block` reads its weights,
+`free` drops them.
 
 This is the only module of the write path that uses private transformers API (the v5 weight
 converters); it was written against transformers 5.23 and `tests/test_host.py` names every private
@@ -58,7 +58,7 @@ class BlockRef:
         return f"{self.list_name}.{self.index}"
 
 
-class Host:
+class StreamedModel:
     """A model on the meta device, filled piece by piece from a checkpoint.
 
     Memory: what `load_*` materialised and `free` has not released; nothing else.

@@ -9,13 +9,13 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from qmoe.store.inspect import FEW_TOKENS
+from qmoe.store.inspect import FEW_TOKENS, Inspection
 
 
 def model_card(
     name: str,
     auto: str,
-    found: Mapping[str, Any],
+    found: Inspection,
     manifest: Mapping[str, Any],
     base: str | None = None,
     score: Mapping[str, Any] | None = None,
@@ -26,7 +26,7 @@ def model_card(
     Args:
         name: id of the repository, "owner/name".
         auto: name of transformers' class that loads it, "AutoModelForCausalLM".
-        found: from `qmoe.store.inspect.inspect` with `layers`.
+        found: from `qmoe.store.inspect.inspect`.
         manifest: of the checkpoint.
         base: id of the model on the hub that was compressed, if it is one.
         score: what `qmoe eval --json` said, if it was run.
@@ -42,7 +42,7 @@ def model_card(
         base_model=base,
         base_model_relation="quantized" if base else None,
         license=own,
-        tags=["qmoe", "moe", "mixture-of-experts", "quantized", found["model_type"]],
+        tags=["qmoe", "moe", "mixture-of-experts", "quantized", found.model_type],
     )
     parts = [
         f"---\n{front.to_yaml()}\n---",
@@ -57,17 +57,17 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(found: Mapping[str, Any], manifest: Mapping[str, Any], base: str | None) -> str:
+def _summary(found: Inspection, manifest: Mapping[str, Any], base: str | None) -> str:
     source = f"[{base}](https://huggingface.co/{base})" if base else f"`{_source(manifest)}`"
     return (
-        f"{source} with its experts at **{found['bits_per_weight']:.3f} bits per weight**, "
+        f"{source} with its experts at **{found.bits_per_weight:.3f} bits per weight**, "
         "everything stored for them counted. The experts stay encoded in memory; entropy-coded "
         "integers are decoded inside the matrix product."
     )
 
 
-def _use(name: str, auto: str, found: Mapping[str, Any]) -> str:
-    return f"""Written by qmoe {found["versions"].get("qmoe", "")}.
+def _use(name: str, auto: str, found: Inspection) -> str:
+    return f"""Written by qmoe {found.versions.get("qmoe", "")}.
 
 ```
 pip install qmoe    # or `pip install .` in its source
@@ -85,19 +85,19 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 every bit, and `qmoe export` makes a plain checkpoint that any runtime reads."""
 
 
-def _size(found: Mapping[str, Any]) -> str:
-    stored, source = found["stored_bytes"], found["source_bytes"]
+def _size(found: Inspection) -> str:
+    stored, source = found.stored_bytes, found.source_bytes
     rows = [
-        ("bits per expert weight, stored", f"{found['bits_per_weight']:.3f}"),
-        ("bits per expert weight, ideal", f"{found['ideal_bits_per_weight']:.3f}"),
-        ("bits per weight of the whole model", f"{found['model_bits_per_weight']:.3f}"),
-        ("expert weights", f"{found['expert_weights']:,}"),
-        ("other weights", f"{found['dense_weights']:,}"),
-        ("zeros among expert weights", f"{100 * found['zeros']:.1f} %"),
+        ("bits per expert weight, stored", f"{found.bits_per_weight:.3f}"),
+        ("bits per expert weight, ideal", f"{found.ideal_bits_per_weight:.3f}"),
+        ("bits per weight of the whole model", f"{found.model_bits_per_weight:.3f}"),
+        ("expert weights", f"{found.expert_weights:,}"),
+        ("other weights", f"{found.dense_weights:,}"),
+        ("zeros among expert weights", f"{100 * found.zeros:.1f} %"),
         ("bytes", f"{stored:,}"),
     ]
-    if found["coded_dense_weights"]:
-        bits = f"{found['coded_dense_bits_per_weight']:.3f}"
+    if found.coded_dense_weights:
+        bits = f"{found.coded_dense_bits_per_weight:.3f}"
         rows.insert(2, ("bits per coded weight beside the experts", bits))
     if source:
         rows.append(("bytes of the source", f"{source:,} ({source / stored:.1f} times as many)"))
@@ -109,13 +109,13 @@ def _size(found: Mapping[str, Any]) -> str:
         ("module", "projection", "bits", "ideal", "zeros"),
         [
             (
-                f"`{r['module']}`",
-                r["projection"],
-                f"{r['bits']:.3f}",
-                f"{r['ideal_bits']:.3f}",
-                f"{100 * r['zeros']:.1f} %",
+                f"`{r.module}`",
+                r.projection,
+                f"{r.bits:.3f}",
+                f"{r.ideal_bits:.3f}",
+                f"{100 * r.zeros:.1f} %",
             )
-            for r in found["layers"]
+            for r in found.layers
         ],
     )
     every = f"<details><summary>Every layer</summary>\n\n{layers}\n\n</details>"
@@ -135,7 +135,7 @@ def _quality(score: Mapping[str, Any]) -> str:
     return _table(("", ""), rows)
 
 
-def _coverage(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+def _coverage(found: Inspection, manifest: Mapping[str, Any]) -> str:
     modules = manifest["report"]["modules"]
     seen = [n for m in modules.values() for n in m["tokens"] or ()]
     if not seen:
@@ -155,7 +155,7 @@ def _coverage(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     head = ("module", "fewest tokens", "median", "most", "experts without")
     table = _table(head, rows)
     return (
-        f"Of {found['experts']:,} experts, {seen.count(0):,} saw no calibration token and "
+        f"Of {found.experts:,} experts, {seen.count(0):,} saw no calibration token and "
         f"{starved:,} fewer than {FEW_TOKENS}.{told and chr(10) + told}\n\n"
         f"<details><summary>Every layer</summary>\n\n{table}\n\n</details>"
     )

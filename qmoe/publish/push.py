@@ -88,9 +88,9 @@ def push(
     where = Path(directory)
     scored = read_score(Path(score)) if score is not None else None
     verify(where, progress)
-    manifest, found = read_manifest(where), inspect(where, layers=True)
+    manifest, found = read_manifest(where), inspect(where)
     files = sorted([*manifest["files"], MANIFEST])
-    auto = _auto(where, found["model_type"])
+    auto = _auto(where, found.model_type)
     origin = manifest["source"]
     if base is None and "revision" in origin:
         base = origin["name"]
@@ -100,7 +100,7 @@ def push(
             return (where / CARD).read_bytes()
         return model_card(name, auto, found, manifest, base, scored, license_id).encode("utf-8")
 
-    text = message or f"Experts at {found['bits_per_weight']:.3f} bits per weight"
+    text = message or f"Experts at {found.bits_per_weight:.3f} bits per weight"
     api = HfApi()
     try:
         name = api.create_repo(repo, private=private or None, exist_ok=True).repo_id

@@ -14,7 +14,7 @@ from qmoe import codec
 from qmoe.errors import CorruptError
 from qmoe.inference.structure import check
 from qmoe.store.reader import Container
-from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.stored_experts import StoredExperts
 from qmoe.system.tensors import tensor_bytes
 
 
@@ -87,7 +87,7 @@ def _compare(container: Container, name: str, tensor: torch.Tensor, expected: st
         )
 
 
-def check_stream(streams: ExpertStream) -> int:
+def check_stream(streams: StoredExperts) -> int:
     """Decodes every matrix of an experts module.
 
     Returns:

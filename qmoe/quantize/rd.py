@@ -28,7 +28,7 @@ LARGEST = 100.0  # |q| of the largest weight of a column; error feedback may add
 
 
 @dataclass(frozen=True)
-class Settings:
+class Options:
     """Knobs of the solver.
 
     Attributes:
@@ -55,38 +55,38 @@ class Settings:
     def __post_init__(self) -> None:
         low = min(self.damping, self.shrinkage)
         if not self.delta > 0 or not 0 <= self.drift <= 1 or low < 0:
-            raise ValueError(f"rd settings out of range: {self}")
+            raise ValueError(f"rd options out of range: {self}")
 
 
-def solve(problem: Problem, settings: Settings) -> Solution:
+def solve(problem: Problem, options: Options) -> Solution:
     """Quantizes all experts of a problem; one without tokens is solved with its layer's Hessian.
 
     Args:
         problem: `hessian` weighted by the squared routing weight; `cross` is needed for drift > 0.
-        settings: knobs.
+        options: solver_options.
 
     Raises:
         ValueError: drift is asked for but the problem has no cross product.
     """
     evidence, notes = _evidence(problem)
-    h = damped(shrunk(evidence, problem.layer_hessian, settings.shrinkage), settings.damping)
+    h = damped(shrunk(evidence, problem.layer_hessian, options.shrinkage), options.damping)
     factor, singular = inverse_factor(h)
     notes = [", ".join(filter(None, pair)) for pair in zip(notes, singular, strict=True)]
-    target = _target(problem, settings, factor)
+    target = _target(problem, options, factor)
 
-    delta = settings.delta / problem.importance**0.5
+    delta = options.delta / problem.importance**0.5
     # a heavy column at a high rate must not leave int8
     fine = factor.diagonal(dim1=-2, dim2=-1)
-    if not settings.waterfill:
+    if not options.waterfill:
         fine = fine.log().mean(1, keepdim=True).exp().expand_as(fine)
     step = torch.maximum(delta * fine, target.abs().amax(1) / LARGEST)
-    col_index = grid_index(step, settings.col_step)
+    col_index = grid_index(step, options.col_step)
     col = grid_scale(col_index)
     grid = Grid.symmetric(col, torch.ones_like(target[:, :, 0]))
-    codes = feed_back(target, factor, grid) if settings.feedback else round_to_grid(target, grid)
+    codes = feed_back(target, factor, grid) if options.feedback else round_to_grid(target, grid)
     row_index = torch.zeros(target.shape[:2], dtype=torch.int16, device=target.device)
-    if settings.fit_rows:
-        row_index = grid_index(_row_fit(target, evidence, codes, col), settings.row_step)
+    if options.fit_rows:
+        row_index = grid_index(_row_fit(target, evidence, codes, col), options.row_step)
     return Solution(
         [
             QuantizedMatrix(q.contiguous(), r.contiguous(), c.contiguous())
@@ -110,13 +110,13 @@ def _evidence(problem: Problem) -> tuple[Tensor, list[str]]:
     return h, notes
 
 
-def _target(problem: Problem, settings: Settings, factor: Tensor) -> Tensor:
+def _target(problem: Problem, options: Options, factor: Tensor) -> Tensor:
     """``W + drift * W (C - H)(H + P)^-1`` in float32; P cancels in C - H, factor is of H + P."""
-    if settings.drift == 0:
+    if options.drift == 0:
         return problem.weight
     if problem.cross is None:
         raise ValueError("drift correction needs Problem.cross")
-    difference = settings.drift * (problem.cross.double() - problem.hessian.double())
+    difference = options.drift * (problem.cross.double() - problem.hessian.double())
     w, d, u = problem.weight, difference.float(), factor.float()
     if w.shape[1] < w.shape[2]:  # the cheaper order of the same products
         return w + times_upper(times_upper_t(w @ d, u), u)
@@ -131,14 +131,14 @@ def _row_fit(target: Tensor, hessian: Tensor, codes: Tensor, col: Tensor) -> Ten
     return torch.where(fit.isfinite(), fit, 1.0).clamp(0.5, 2.0)
 
 
-def method(delta: float = 8.0, weighted: float = True, **knobs: float) -> Method:
+def method(delta: float = 8.0, weighted: float = True, **solver_options: float) -> Method:
     """The `rd` method.
 
     Args:
-        delta: see `Settings`.
+        delta: see `Options`.
         weighted: Hessians are weighted by the squared routing weight.
-        knobs: other fields of `Settings`.
+        solver_options: other fields of `Options`.
     """
-    settings = Settings(delta, **knobs)  # type: ignore[arg-type]
-    run = partial(solve, settings=settings)
-    return Method(f"rd(delta={delta:g})", weighted=bool(weighted), drift=settings.drift, solve=run)
+    options = Options(delta, **solver_options)  # type: ignore[arg-type]
+    run = partial(solve, options=options)
+    return Method(f"rd(delta={delta:g})", weighted=bool(weighted), drift=options.drift, solve=run)

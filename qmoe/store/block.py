@@ -15,21 +15,21 @@ from torch import Tensor
 
 from qmoe import codec
 from qmoe.store.manifest import write_sealed
-from qmoe.store.stored_dense import DenseGeometry, DenseStream
-from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.stored_dense import DenseGeometry, StoredMatrix
+from qmoe.store.stored_experts import StoredExperts
 from qmoe.system.files import writing
 from qmoe.system.tensors import Spill
-from qmoe.types import ExpertsLayout, QuantizedMatrix
+from qmoe.types import ExpertsLayout
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One encoded group: matrices of one projection that share tables, and what is reported of
-    them.
+class EncodedBatch:
+    """Encoded matrices of one projection that share tables, and what is reported of them.
 
     Attributes:
         projection: its name.
         experts: one for each matrix.
+        shape: (rows, cols) of every matrix.
         encoded: tables and streams.
         ideal_bits: of all matrices, scales included.
         zeros: integers that are zero.
@@ -37,23 +37,10 @@ class Piece:
 
     projection: str
     experts: list[int]
+    shape: tuple[int, int]
     encoded: codec.EncodedGroup
     ideal_bits: float
     zeros: int
-
-    @classmethod
-    def of(
-        cls, projection: str, experts: Sequence[int], matrices: Sequence[QuantizedMatrix]
-    ) -> "Piece":
-        """Encodes a group."""
-        encoded = codec.encode_group(matrices)
-        return cls(
-            projection,
-            list(experts),
-            encoded,
-            codec.ideal_bits(matrices, encoded.scale_bits),
-            sum(int((m.codes == 0).sum()) for m in matrices),
-        )
 
     def save(self, path: Path) -> None:
         """Writes it for another process of the same run."""
@@ -61,7 +48,7 @@ class Piece:
             torch.save(asdict(self), path)
 
     @classmethod
-    def load(cls, path: Path) -> "Piece":
+    def load(cls, path: Path) -> "EncodedBatch":
         """Reads what `save` wrote."""
         plain = torch.load(path, weights_only=True)
         return cls(**plain | {"encoded": codec.EncodedGroup(**plain["encoded"])})
@@ -76,48 +63,32 @@ class ExpertsWriter:
         self._offsets = torch.full((layout.experts, len(self._names), 4), -1, dtype=torch.int64)
         self._totals = {name: {"bytes": 0, "ideal_bits": 0.0, "zeros": 0} for name in self._names}
 
-    def add_group(
-        self, projection: str, experts: Sequence[int], matrices: Sequence[QuantizedMatrix]
-    ) -> None:
-        """Encodes and appends one group: matrices of one projection that share tables.
-
-        Args:
-            projection: name of a projection of the layout.
-            experts: the experts, one for each matrix, each given once per projection.
-            matrices: of the projection's shape.
+    def add_batch(self, batch: EncodedBatch) -> None:
+        """Appends encoded matrices; every expert is given once per projection.
 
         Raises:
             ValueError: wrong shapes or an expert that was given before.
             OutputError: the disk refuses.
         """
-        want = self._layout.projections[self._names.index(projection)]
-        for expert, m in zip(experts, matrices, strict=True):
-            if tuple(m.codes.shape) != (want.rows, want.cols):
-                raise ValueError(
-                    f"{self._layout.path} expert {expert} {projection}: {tuple(m.codes.shape)}, "
-                    f"expected {(want.rows, want.cols)}"
-                )
-        self.add_piece(Piece.of(projection, experts, matrices))
-
-    def add_piece(self, piece: Piece) -> None:
-        """Appends a group that is encoded already; see `add_group`."""
-        j = self._names.index(piece.projection)
-        for i, expert in enumerate(piece.experts):
-            if self._offsets[expert, j, 0] >= 0 or expert in piece.experts[:i]:
-                raise ValueError(
-                    f"{self._layout.path} expert {expert} {piece.projection} is written twice"
-                )
+        j = self._names.index(batch.projection)
+        want = self._layout.projections[j]
+        for i, expert in enumerate(batch.experts):
+            where = f"{self._layout.path} expert {expert} {batch.projection}"
+            if batch.shape != (want.rows, want.cols):
+                raise ValueError(f"{where}: {batch.shape}, expected {(want.rows, want.cols)}")
+            if self._offsets[expert, j, 0] >= 0 or expert in batch.experts[:i]:
+                raise ValueError(f"{where} is written twice")
         name = f"{self._layout.path}.stream"
-        encoded, total = piece.encoded, self._totals[piece.projection]
+        encoded, total = batch.encoded, self._totals[batch.projection]
         tables = self._spill.append(name, encoded.tables)
         total["bytes"] += encoded.tables.numel()
-        for expert, blob in zip(piece.experts, encoded.matrices, strict=True):
+        for expert, blob in zip(batch.experts, encoded.matrices, strict=True):
             start = self._spill.append(name, blob)
             row = [tables, tables + encoded.tables.numel(), start, start + blob.numel()]
             self._offsets[expert, j] = torch.tensor(row)
             total["bytes"] += blob.numel()
-        total["ideal_bits"] += piece.ideal_bits
-        total["zeros"] += piece.zeros
+        total["ideal_bits"] += batch.ideal_bits
+        total["zeros"] += batch.zeros
 
     def finish(
         self, tokens: Sequence[int] | None = None, notes: Sequence[str] | None = None
@@ -166,9 +137,7 @@ class BlockWriter:
         self._modules: dict[str, Any] = {}
         self._dense: dict[str, Any] = {}
         self._experts: dict[str, tuple[ExpertsLayout, ExpertsWriter]] = {}
-        self.note: dict[
-            str, Any
-        ] = {}  # JSON values that `finished_blocks` hands back after a restart
+        self.note: dict[str, Any] = {}  # JSON values that `finished_blocks` hands back later
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Stores a dense tensor under its module name.
@@ -188,13 +157,13 @@ class BlockWriter:
             del tensor  # before the next one is made
 
     def add_dense(
-        self, geometry: DenseGeometry, bands: Iterable[Sequence[QuantizedMatrix]], **report: Any
+        self, geometry: DenseGeometry, bands: Iterable[Sequence[codec.EncodedGroup]], **report: Any
     ) -> dict[str, Any]:
-        """Encodes and stores a dense matrix, a band at a time.
+        """Stores a dense matrix, a band at a time.
 
         Args:
             geometry: of the matrix.
-            bands: for every band its planes.
+            bands: for every band its planes, each encoded by itself.
             report: further JSON values for its entry of the report.
 
         Returns:
@@ -207,13 +176,11 @@ class BlockWriter:
         stream, offsets = geometry.tensors
         at = torch.empty(geometry.offsets_shape, dtype=torch.int64)
         size = 0
-        for i, (rows, planes) in enumerate(zip(geometry.bands, bands, strict=True)):
-            for j, matrix in enumerate(planes):
-                found = tuple(matrix.codes.shape)
-                if found != (len(rows), geometry.cols) or len(planes) != geometry.planes:
-                    raise ValueError(f"{geometry.name}: {len(planes)} planes {found}, {geometry}")
-                encoded = codec.encode_group([matrix])
-                blobs = (encoded.tables, encoded.matrices[0])
+        for i, (_, planes) in enumerate(zip(geometry.bands, bands, strict=True)):
+            if len(planes) != geometry.planes:
+                raise ValueError(f"{geometry.name} band {i}: {len(planes)} planes, {geometry}")
+            for j, encoded in enumerate(planes):
+                blobs = (encoded.tables, *encoded.matrices)
                 begin = [self._spill.append(stream, blob) for blob in blobs]
                 ends = [b + blob.numel() for b, blob in zip(begin, blobs, strict=True)]
                 at[i, j] = torch.tensor([begin[0], ends[0], begin[1], ends[1]])
@@ -223,7 +190,7 @@ class BlockWriter:
         self._dense[geometry.name] = {"geometry": geometry.as_json(), "report": entry}
         return entry
 
-    def add_dense_encoded(self, streams: DenseStream, report: dict[str, Any]) -> None:
+    def add_dense_encoded(self, streams: StoredMatrix, report: dict[str, Any]) -> None:
         """Stores a dense matrix that is encoded already, with its entry of the report."""
         stream, offsets = streams.geometry.tensors
         self._spill.add(stream, streams.stream)
@@ -249,7 +216,7 @@ class BlockWriter:
         self._modules[path] = {"geometry": geometry(layout), "report": report}
         return report
 
-    def add_encoded(self, streams: ExpertStream, report: dict[str, Any]) -> None:
+    def add_encoded(self, streams: StoredExperts, report: dict[str, Any]) -> None:
         """Stores an experts module that is encoded already, with its entry of the report.
 
         Args:

@@ -8,7 +8,7 @@ classes and padding, the offsets, and the entries of both in the headers of thei
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
 
@@ -54,16 +54,115 @@ class Row:
     notes: int
 
 
-def inspect(directory: str | os.PathLike[str], layers: bool = False) -> dict[str, Any]:
-    """Totals of a compressed checkpoint as JSON values.
+@dataclass(frozen=True)
+class Inspection:
+    """What a compressed checkpoint holds, see `inspect`.
+
+    Attributes:
+        bits_per_weight: stored bits per expert weight.
+        bits_as_read: likewise as a token reads them, see the function; None if not recorded.
+        ideal_bits_per_weight: of a perfect coder, scales as stored.
+        model_bits_per_weight: stored bits per weight of the whole model.
+        zeros: share of zeros among expert weights.
+        expert_weights, expert_bytes: of all experts.
+        dense_weights: all others that the model takes.
+        coded_dense_weights, coded_dense_bits_per_weight: those of them that ``--dense-bits`` coded;
+            the bits are None if there are none.
+        carried_weights: tensors that no module of the model takes.
+        tensors: what became of the source's tensors, fate -> number, or None if not recorded.
+        stored_bytes, source_bytes: of all files; the source's are None if not recorded.
+        experts: number of experts.
+        experts_without_tokens: those that calibration did not reach, None if not recorded.
+        experts_nearly_erased: those with fewer than NEARLY_ERASED bits per weight.
+        format_version: of the container.
+        model_type: transformers' name of the architecture.
+        settings, versions: of the run that wrote it.
+        layers: one row per projection of every experts module, in the order of the model.
+    """
+
+    bits_per_weight: float
+    bits_as_read: float | None
+    ideal_bits_per_weight: float
+    model_bits_per_weight: float
+    zeros: float
+    expert_weights: int
+    expert_bytes: int
+    dense_weights: int
+    coded_dense_weights: int
+    coded_dense_bits_per_weight: float | None
+    carried_weights: int
+    tensors: Mapping[str, int] | None
+    stored_bytes: int
+    source_bytes: int | None
+    experts: int
+    experts_without_tokens: int | None
+    experts_nearly_erased: int
+    format_version: int
+    model_type: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    layers: tuple[Row, ...]
+
+    def as_dict(self, layers: bool = False) -> dict[str, Any]:
+        """The JSON of `qmoe inspect`; with `layers` the rows too."""
+        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        return out | ({"layers": [vars(r) for r in self.layers]} if layers else {})
+
+    def text(self, layers: bool = False) -> str:
+        """The result for people; with `layers` a line for each projection."""
+        lines = [
+            f"{self.model_type}, {self.experts} experts, {self.expert_weights / 1e6:.1f} M expert "
+            f"weights and {self.dense_weights / 1e6:.1f} M others",
+            f"experts      {self.bits_per_weight:.3f} stored bits per weight "
+            f"(ideal {self.ideal_bits_per_weight:.3f}, {100 * self.zeros:.1f} % zeros)",
+        ]
+        lines += self.read_lines()
+        if self.coded_dense_weights:
+            lines.append(
+                f"dense        {self.coded_dense_bits_per_weight:.3f} stored bits per weight "
+                f"for {self.coded_dense_weights / 1e6:.1f} M of the others"
+            )
+        ratio = (self.source_bytes or 0) / self.stored_bytes
+        lines += [
+            f"whole model  {self.model_bits_per_weight:.3f} bits per weight",
+            f"on disk      {self.stored_bytes / 2**20:.2f} MiB, {ratio:.1f} times smaller "
+            "than the source",
+        ]
+        if self.tensors:
+            fates = ", ".join(f"{n} {fate}" for fate, n in self.tensors.items() if n)
+            lines.append(f"tensors of the source: {fates}")
+        if self.experts_without_tokens:
+            lines.append(f"{self.experts_without_tokens} experts saw no calibration token")
+        return "\n".join(lines + (self._table() if layers else []))
+
+    def read_lines(self) -> list[str]:
+        """What a token reads, and how many experts are nearly gone."""
+        out = []
+        if self.bits_as_read is not None:
+            out.append(f"as read      {self.bits_as_read:.3f} bits per weight, weighted by routing")
+        if self.experts_nearly_erased:
+            out.append(
+                f"{self.experts_nearly_erased} of {self.experts} experts have less than "
+                f"{NEARLY_ERASED:g} bit per weight: the calibration text hardly used them"
+            )
+        return out
+
+    def _table(self) -> list[str]:
+        lines = [f"{'module':40s} {'':8s} {'bits':>6s} {'ideal':>6s} {'zeros':>6s}  tokens"]
+        for r in self.layers:
+            low, middle, high = r.tokens or (0, 0, 0)
+            lines.append(
+                f"{r.module:40s} {r.projection:8s} {r.bits:6.3f} {r.ideal_bits:6.3f} "
+                f"{100 * r.zeros:5.1f}%  {low} to {high}, median {middle}"
+            )
+        return lines
+
+
+def inspect(directory: str | os.PathLike[str]) -> Inspection:
+    """Sizes, bits and coverage of a compressed checkpoint.
 
     Args:
         directory: the checkpoint.
-        layers: add "layers", the `rows` as objects.
-
-    Returns:
-        bits_per_weight, bits_as_read (see `bits_as_read`), ideal_bits_per_weight,
-        model_bits_per_weight, expert_weights, stored_bytes, source_bytes and more.
 
     Raises:
         CorruptError: manifest, headers or config are not sound.
@@ -74,48 +173,44 @@ def inspect(directory: str | os.PathLike[str], layers: bool = False) -> dict[str
     expert_weights = sum(layout.weights for layout in modules)
     encoded = [f"{m.path}.{leaf}" for m in modules for leaf in ("stream", "offsets")]
     expert_bytes = sum(_stored(container, name) for name in encoded)
-    plain = [container.tensors[name][2] for name in container.dense_names()]
     coded = container.dense.values()
     coded_weights = sum(g.weights for g in coded)
     coded_bytes = sum(_stored(container, name) for g in coded for name in g.tensors)
+    plain = [container.tensors[name][2] for name in container.dense_names()]
     dense_weights = coded_weights + sum(prod(entry.shape) for entry in plain)
-    carried_weights = container.manifest["report"].get("carried_weights", 0)
-    files = container.manifest["files"]
+    manifest = container.manifest
+    carried = manifest["report"].get("carried_weights", 0)
+    files = manifest["files"]
     weight_files = [n for n in files if n.endswith(".safetensors") or n == INDEX]
     weight_bytes = sum(files[name]["bytes"] for name in weight_files)
     found = rows(container)
     tokens = [t for r in _reports(container).values() for t in r["tokens"] or ()]
-    settings = container.manifest["settings"]
     bits = expert_bits(container)
-    out: dict[str, Any] = {
-        "bits_per_weight": 8 * expert_bytes / expert_weights,
-        "bits_as_read": bits_as_read(container, bits),
-        "ideal_bits_per_weight": sum(r.ideal_bits * r.weights for r in found) / expert_weights,
-        "model_bits_per_weight": 8
-        * weight_bytes
-        / (expert_weights + dense_weights + carried_weights),
-        "zeros": sum(r.zeros * r.weights for r in found) / expert_weights,
-        "expert_weights": expert_weights,
-        "expert_bytes": expert_bytes,
-        "dense_weights": dense_weights,
-        "coded_dense_weights": coded_weights,
-        "coded_dense_bits_per_weight": 8 * coded_bytes / coded_weights if coded_weights else None,
-        "carried_weights": carried_weights,
-        "tensors": container.manifest["report"].get("tensors"),
-        "stored_bytes": sum(e["bytes"] for e in files.values())
+    return Inspection(
+        bits_per_weight=8 * expert_bytes / expert_weights,
+        bits_as_read=bits_as_read(container, bits),
+        ideal_bits_per_weight=sum(r.ideal_bits * r.weights for r in found) / expert_weights,
+        model_bits_per_weight=8 * weight_bytes / (expert_weights + dense_weights + carried),
+        zeros=sum(r.zeros * r.weights for r in found) / expert_weights,
+        expert_weights=expert_weights,
+        expert_bytes=expert_bytes,
+        dense_weights=dense_weights,
+        coded_dense_weights=coded_weights,
+        coded_dense_bits_per_weight=8 * coded_bytes / coded_weights if coded_weights else None,
+        carried_weights=carried,
+        tensors=manifest["report"].get("tensors"),
+        stored_bytes=sum(e["bytes"] for e in files.values())
         + (container.directory / MANIFEST).stat().st_size,
-        "source_bytes": container.manifest["source"].get("bytes"),
-        "experts": sum(layout.experts for layout in modules),
-        "experts_without_tokens": tokens.count(0) if tokens else None,
-        "experts_nearly_erased": sum(int((b < NEARLY_ERASED).sum()) for b in bits.values()),
-        "format_version": container.manifest["format_version"],
-        "model_type": container.config.get("model_type"),
-        "settings": settings,
-        "versions": container.manifest["versions"],
-    }
-    if layers:
-        out["layers"] = [vars(r) for r in found]
-    return out
+        source_bytes=manifest["source"].get("bytes"),
+        experts=sum(layout.experts for layout in modules),
+        experts_without_tokens=tokens.count(0) if tokens else None,
+        experts_nearly_erased=sum(int((b < NEARLY_ERASED).sum()) for b in bits.values()),
+        format_version=manifest["format_version"],
+        model_type=str(container.config.get("model_type")),
+        settings=manifest["settings"],
+        versions=manifest["versions"],
+        layers=tuple(found),
+    )
 
 
 def expert_bits(container: Container) -> dict[str, Tensor]:
@@ -127,6 +222,9 @@ def expert_bits(container: Container) -> dict[str, Tensor]:
 
     Returns:
         {module path: float64 [experts]}.
+
+    Raises:
+        CorruptError: offsets that are not valid.
     """
     out = {}
     for path, layout in container.modules.items():
@@ -142,7 +240,7 @@ def expert_bits(container: Container) -> dict[str, Tensor]:
 
 def bits_as_read(container: Container, bits: Mapping[str, Tensor]) -> float | None:
     """Stored bits per weight as a token reads them: experts weighted by the calibration tokens that
-    were routed to them. Above the stored bits where routing is uneven or busy experts got more.
+    were routed to them. Above the stored bits where busy experts got more.
 
     Args:
         container: an opened checkpoint.

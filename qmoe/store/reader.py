@@ -15,11 +15,11 @@ from torch import Tensor
 
 from qmoe.errors import CorruptError
 from qmoe.store.manifest import check_files, check_version, read_manifest
-from qmoe.store.stored_dense import OFFSETS, STREAM, DenseGeometry, DenseStream, parse_dense
-from qmoe.store.stored_experts import ExpertStream
+from qmoe.store.stored_dense import OFFSETS, STREAM, DenseGeometry, StoredMatrix, parse_dense
+from qmoe.store.stored_experts import StoredExperts
 from qmoe.store.writer import CARRIED_BLOCK, INDEX
 from qmoe.system.tensors import Entry, read_header, read_tensor
-from qmoe.types import ExpertsLayout, Projection
+from qmoe.types import ExpertsLayout, ProjectionShape
 
 MAX_WEIGHTS = 1 << 48  # far above any model; bounds products of sizes before they are used
 
@@ -47,7 +47,7 @@ def parse_geometry(path: str, raw: Any) -> ExpertsLayout:
         raise CorruptError(text)
     if any(type(n) is not int or n < 1 for n in sizes) or len(set(names)) < len(names):
         raise CorruptError(text)
-    parts = tuple(Projection(n, r, c, inner=n == "down") for n, r, c in rows)
+    parts = tuple(ProjectionShape(n, r, c, inner=n == "down") for n, r, c in rows)
     layout = ExpertsLayout(path, kind, experts, parts)
     if layout.weights > MAX_WEIGHTS:
         raise CorruptError(text)
@@ -199,16 +199,16 @@ class Container:
         file, start, entry = place
         return read_tensor(self.directory / file, start, entry)
 
-    def experts(self, path: str) -> ExpertStream:
+    def experts(self, path: str) -> StoredExperts:
         """The encoded matrices of one experts module.
 
         Raises:
             CorruptError: its offsets are not valid.
         """
         layout = self.modules[path]
-        return ExpertStream(layout, self.read(f"{path}.stream"), self.read(f"{path}.offsets"))
+        return StoredExperts(layout, self.read(f"{path}.stream"), self.read(f"{path}.offsets"))
 
-    def dense_matrix(self, name: str) -> DenseStream:
+    def dense_matrix(self, name: str) -> StoredMatrix:
         """The encoded form of one dense matrix.
 
         Raises:
@@ -216,7 +216,7 @@ class Container:
         """
         geometry = self.dense[name]
         stream, offsets = geometry.tensors
-        return DenseStream(geometry, self.read(stream), self.read(offsets))
+        return StoredMatrix(geometry, self.read(stream), self.read(offsets))
 
     def dense_names(self) -> list[str]:
         """Names of the stored tensors that are not part of anything encoded."""

@@ -99,7 +99,7 @@ def _parse(name: str, raw: Any) -> DenseGeometry:
 
 
 @dataclass(frozen=True)
-class DenseStream:
+class StoredMatrix:
     """Streams of one dense matrix.
 
     Attributes:

@@ -28,7 +28,7 @@ def bad_range(offsets: Tensor, n: int) -> tuple[tuple[int, int], str] | None:
 
 
 @dataclass(frozen=True)
-class ExpertStream:
+class StoredExperts:
     """Streams of the matrices of one experts module.
 
     Attributes:
@@ -76,7 +76,7 @@ class ExpertStream:
         except CorruptError as e:
             raise CorruptError(f"{self._name(expert, projection)}: {e}") from e
 
-    def matrix(self, expert: int, projection: int, tables: codec.Tables) -> codec.Layout:
+    def matrix(self, expert: int, projection: int, tables: codec.Tables) -> codec.ParsedMatrix:
         """Parses one matrix, walking its streams to their ends, and compares its shape.
 
         Args:

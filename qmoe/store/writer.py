@@ -56,7 +56,7 @@ class ContainerWriter:
                 with writer.block(name) as block:
                     block.add_tensor(...)
                     experts = block.experts(layout)
-                    experts.add_group("gate_up", range(8), matrices)
+                    experts.add_batch(batch)
                     block.finish_experts(layout.path, tokens, notes)
             writer.finish(blocks, config=..., settings=..., versions=..., source=...,
             carry_from=...)

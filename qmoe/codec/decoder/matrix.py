@@ -16,7 +16,7 @@ from qmoe.codec.format.arrays import F32, I32, I64, U8, U32
 from qmoe.codec.format.classes import CONTEXTS
 from qmoe.codec.format.geometry import geometry, piece_count
 from qmoe.codec.format.sidedata import Field, pack
-from qmoe.codec.format.tables import SEGMENT, Tables, from_blob, to_blob
+from qmoe.codec.format.tables import RUN, Tables, from_blob, to_blob
 from qmoe.errors import CorruptError
 from qmoe.types import SCALE_MAX, SCALE_MIN, QuantizedMatrix, grid_scale
 
@@ -26,7 +26,7 @@ PADDING_WORDS = 4  # zero words behind the payload, so that decoders may look ah
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParsedMatrix:
     """A parsed matrix. All tensors are on the CPU.
 
     A stream s = row * pieces + piece starts at bit ``stream_start[s]`` of `words` (bit b is bit b %
@@ -147,13 +147,13 @@ def side_values(
     if matrix.row_scale_neg is not None:
         out.append(("row_scale_neg", matrix.row_scale_neg.numpy().astype(np.int64), scale))
     out.append(("col_scale", matrix.col_scale.numpy().astype(np.int64), cols))
-    ends = np.append(np.arange(0, stream_bits.size - 1, SEGMENT), stream_bits.size - 1)
+    ends = np.append(np.arange(0, stream_bits.size - 1, RUN), stream_bits.size - 1)
     lengths = np.diff(stream_bits[ends])
-    out.append(("segment_bits", lengths, np.zeros_like(lengths)))
+    out.append(("run_bits", lengths, np.zeros_like(lengths)))
     return out
 
 
-def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> Layout:
+def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> ParsedMatrix:
     """Reads and validates a matrix blob, walking all its streams to find where each starts.
 
     Args:
@@ -187,21 +187,21 @@ def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> Layout:
         else None
     )
     col_scale = side.take("col_scale", tables.cols, col_class, SCALE_MIN, SCALE_MAX)
-    segment_bits = side.take("segment_bits", -(-streams // SEGMENT), zeros, 1, 1 << 31)
+    run_bits = side.take("run_bits", -(-streams // RUN), zeros, 1, 1 << 31)
     payload = words[side.finish() :]
-    bits = int(segment_bits.sum())
+    bits = int(run_bits.sum())
     if -(-bits // 32) != payload.size - PADDING_WORDS:
         raise CorruptError(f"streams of {bits} bits in {payload.size - PADDING_WORDS} words")
     if bits >= 1 << 31 or (bits % 32 and payload[bits // 32] >> (bits % 32)):
         raise CorruptError(f"streams of {bits} bits, or set bits behind them")
     shape = geometry(col_class.astype(np.uint8))
     rows8 = row_class.astype(np.uint8)
-    starts = find_starts(tables, payload, segment_bits, rows8, shape)
+    starts = find_starts(tables, payload, run_bits, rows8, shape)
 
     def grid(index: I64) -> Tensor:
         return torch.from_numpy(index.astype(np.int16))
 
-    return Layout(
+    return ParsedMatrix(
         rows=tables.rows,
         cols=tables.cols,
         pieces=shape.pieces,

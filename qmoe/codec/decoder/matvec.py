@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe.codec.decoder.matrix import PADDING_WORDS, Layout
+from qmoe.codec.decoder.matrix import PADDING_WORDS, ParsedMatrix
 from qmoe.codec.decoder.matvec_loops import matvec_rows, place_inputs
 from qmoe.codec.format.arrays import F32, I64
 from qmoe.codec.format.classes import CONTEXTS
@@ -29,7 +29,7 @@ _LIMIT, _PIECES, _ENDS, _WORDS, _STARTS, _ROW_CLASS, _SLOT_CLASS, _SLOTS = range
 _COL_SCALE, _ROW_SCALE, _ROW_SCALE_NEG, _BITS, _TABLES, _TABLE_OF, _ENTRIES = range(8, 15)
 
 
-def matvec_pairs(matrices: Sequence[tuple[Tables, Layout]], x: Tensor) -> Tensor:
+def matvec_pairs(matrices: Sequence[tuple[Tables, ParsedMatrix]], x: Tensor) -> Tensor:
     """``x[i] @ W[i].T`` for k matrices of one shape, decoded inside the products.
 
     A row's sum has one order, whatever the number of threads and the other matrices.

@@ -5,19 +5,17 @@ import numpy as np
 
 from qmoe.codec.format.arrays import I32, I64, U8, U32
 from qmoe.codec.format.geometry import Geometry
-from qmoe.codec.format.tables import SEGMENT, Tables
+from qmoe.codec.format.tables import RUN, Tables
 from qmoe.errors import CorruptError
 
 
-def find_starts(
-    tables: Tables, words: U32, segment_bits: I64, row_class: U8, shape: Geometry
-) -> I32:
+def find_starts(tables: Tables, words: U32, run_bits: I64, row_class: U8, shape: Geometry) -> I32:
     """Bit at which every stream starts, int32 [rows * pieces + 1].
 
     Args:
         tables: of the group.
         words: payload with at least two padding words.
-        segment_bits: int64 [segments], lengths of runs of SEGMENT streams, within the payload.
+        run_bits: int64 [runs], lengths of runs of RUN streams, within the payload.
         row_class: uint8 [rows].
         shape: geometry of the matrix.
 
@@ -25,13 +23,13 @@ def find_starts(
         CorruptError: a run of streams does not end exactly at its stored length.
     """
     starts = np.empty(row_class.size * shape.pieces + 1, np.int32)
-    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(segment_bits)])
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(run_bits)])
     classes = shape.slot_class
     lookup = tables.lookup.ravel()
     bad = _walk(words, bounds, row_class, classes, tables.table_of, lookup, tables.limit, starts)
     if bad >= 0:
-        last = min((bad + 1) * SEGMENT, starts.size - 1) - 1
-        raise CorruptError(f"streams {bad * SEGMENT} to {last} do not end at bit {bounds[bad + 1]}")
+        last = min((bad + 1) * RUN, starts.size - 1) - 1
+        raise CorruptError(f"streams {bad * RUN} to {last} do not end at bit {bounds[bad + 1]}")
     return starts
 
 
@@ -51,16 +49,16 @@ def _walk(
     streams = starts.size - 1
     one, word_bits, shift = np.uint64(1), np.uint64(32), np.uint64(limit)
     mask = (one << shift) - one
-    for segment in range(bounds.size - 1):
-        bit, end = np.uint64(bounds[segment]), np.uint64(bounds[segment + 1])
-        for stream in range(segment * SEGMENT, min((segment + 1) * SEGMENT, streams)):
+    for run in range(bounds.size - 1):
+        bit, end = np.uint64(bounds[run]), np.uint64(bounds[run + 1])
+        for stream in range(run * RUN, min((run + 1) * RUN, streams)):
             starts[stream] = bit
             a = np.uint64(row_class[stream // pieces])
             classes = slot_class[stream % pieces]
             at = np.uint64(0)
             while at < span:
                 if bit >= end:
-                    return segment
+                    return run
                 base = np.uint64(table_of[a + np.uint64(classes[at])]) << shift
                 word = bit >> np.uint64(5)
                 window = np.uint64(words[word]) | np.uint64(words[word + one]) << word_bits
@@ -74,6 +72,6 @@ def _walk(
                     if at >= span:
                         break
         if bit != end:
-            return segment
+            return run
     starts[streams] = bounds[-1]
     return -1

@@ -1,4 +1,4 @@
-"""Side data of a matrix (classes, scales, segment lengths): Huffman codes plus raw low bits.
+"""Side data of a matrix (classes, scales, run lengths): Huffman codes plus raw low bits.
 
 A `Field` is the model of one such sequence, shared by a group and stored in its header:
 ``value = base + slope * predictor + step * (digit << raw_bits | raw)``. Digits are coded in tuples,

@@ -38,8 +38,8 @@ from qmoe.errors import CorruptError
 
 MAGIC = 0x31544D51  # "QMT1"
 MIN_LENGTH = 8  # of the lookup index, bits
-SEGMENT = 64  # streams between two stored lengths
-FIELDS = ("col_class", "row_class", "row_scale", "row_scale_neg", "col_scale", "segment_bits")
+RUN = 64  # streams between two stored lengths
+FIELDS = ("col_class", "row_class", "row_scale", "row_scale_neg", "col_scale", "run_bits")
 
 
 @dataclass(frozen=True)

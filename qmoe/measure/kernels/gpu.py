@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qmoe.kernels.launch import BATCHES, Plan, plan_of, segments
+from qmoe.kernels.launch import BATCHES, LaunchPlan, plan_of, segments
 from qmoe.kernels.ops import ExpertsPack, experts_forward, silu_gate
-from qmoe.kernels.pack import LANES, NO_ROW, Projection
+from qmoe.kernels.pack import LANES, NO_ROW, PackedProjection
 from qmoe.kernels.project import project, project_torch, weights, weights_torch
 from qmoe.measure.kernels.sample import packed, sample_matrix
 
@@ -54,7 +54,7 @@ SHAPES = (
 )
 
 
-def repeated(p: Projection, experts: int, row_copies: int = 1) -> Projection:
+def repeated(p: PackedProjection, experts: int, row_copies: int = 1) -> PackedProjection:
     """Copies of the one expert of `p`, with words of their own, so that a large layer needs the
     encoding of one small matrix.
 
@@ -125,7 +125,9 @@ def repeated(p: Projection, experts: int, row_copies: int = 1) -> Projection:
     )
 
 
-def random_projection(rows: int, cols: int, experts: int, bits: float, cut: int) -> Projection:
+def random_projection(
+    rows: int, cols: int, experts: int, bits: float, cut: int
+) -> PackedProjection:
     """A projection of random experts of `bits` per weight, on the CPU; one matrix of at most 1024
     rows is encoded.
     """
@@ -134,7 +136,7 @@ def random_projection(rows: int, cols: int, experts: int, bits: float, cut: int)
     return repeated(p, experts, rows // base)
 
 
-def random_layer(shape: Shape, plan: Plan, bits: float = 0.8) -> ExpertsPack:
+def random_layer(shape: Shape, plan: LaunchPlan, bits: float = 0.8) -> ExpertsPack:
     """A layer of a shape, on the CPU, cut into segments as `plan` says."""
     up, down = (shape.up_rows, shape.hidden), (shape.hidden, shape.inner)
     return ExpertsPack(
@@ -159,7 +161,7 @@ def relative_rms(y: Tensor, reference: Tensor) -> float:
     return float((y.float() - reference.float()).norm() / reference.float().norm().clamp_min(1e-30))
 
 
-def plain(plan: Plan) -> Plan:
+def plain(plan: LaunchPlan) -> LaunchPlan:
     """The same without shared memory."""
     return replace(plan, shared=False, warps=1)
 

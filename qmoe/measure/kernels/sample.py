@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from qmoe.codec import Layout, Tables, encode_group, parse_matrix, parse_tables
-from qmoe.kernels.pack import Projection, pack_projection
+from qmoe.codec import ParsedMatrix, Tables, encode_group, parse_matrix, parse_tables
+from qmoe.kernels.pack import PackedProjection, pack_projection
 from qmoe.types import QuantizedMatrix
 
 SPREAD_COLS, SPREAD_ROWS = 1.6, 0.25  # standard deviations of the log energy
@@ -48,7 +48,7 @@ def rough_matrix(
 
 def parsed(
     matrices: Sequence[QuantizedMatrix], limit: int | None = None
-) -> list[tuple[Tables, Layout]]:
+) -> list[tuple[Tables, ParsedMatrix]]:
     """The matrices as one group, encoded with codes of at most `limit` bits and parsed again."""
     group = encode_group(matrices, limit)
     tables = parse_tables(group.tables)
@@ -57,6 +57,6 @@ def parsed(
 
 def packed(
     matrices: Sequence[QuantizedMatrix], segments: int = 1, limit: int | None = None
-) -> Projection:
+) -> PackedProjection:
     """A projection from quantized matrices, by way of the codec."""
     return pack_projection(parsed(matrices, limit), segments)

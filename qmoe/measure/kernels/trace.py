@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from qmoe.kernels.pack import NO_ROW, Projection
+from qmoe.kernels.pack import NO_ROW, PackedProjection
 
 LINE = 128
 
@@ -58,7 +58,7 @@ def mean(parts: Sequence[Touched]) -> Touched:
 
 
 def trace(
-    p: Projection, expert: int, programs: int = 64, input_bytes: int = 2, warps: int = 1
+    p: PackedProjection, expert: int, programs: int = 64, input_bytes: int = 2, warps: int = 1
 ) -> Touched:
     """Follows up to `programs` evenly spaced warps of an expert; `warps` neighbours are a program
     and wait for each other.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qmoe.models.families.kind import Kind, Linear, Record, Routed
-from qmoe.types import Projection
+from qmoe.types import ProjectionShape
 
 
 def _flag(module: Any, name: str, default: bool = False) -> bool:
@@ -33,12 +33,12 @@ def _matches(module: nn.Module) -> bool:
     )
 
 
-def _projections(module: Any) -> tuple[Projection, ...]:
+def _projections(module: Any) -> tuple[ProjectionShape, ...]:
     out = []
     for name, parameter in _names(module).items():
         _, a, b = getattr(module, parameter).shape
         rows, cols = (b, a) if _flag(module, "is_transposed") else (a, b)
-        out.append(Projection(name, rows, cols, inner=name == "down"))
+        out.append(ProjectionShape(name, rows, cols, inner=name == "down"))
     return tuple(out)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmoe.types import Projection
+from qmoe.types import ProjectionShape
 
 Linear = Callable[[str, Tensor], Tensor]  # (projection name, x [n, cols]) -> [n, rows], no bias
 Record = Callable[[Tensor], None]  # receives the input of the down projection, [n, intermediate]
@@ -104,7 +104,7 @@ class Kind:
     name: str
     matches: Callable[[nn.Module], bool]
     experts: Callable[[Any], int]
-    projections: Callable[[Any], tuple[Projection, ...]]
+    projections: Callable[[Any], tuple[ProjectionShape, ...]]
     encoded: Callable[[Any], tuple[str, ...]]
     read: Callable[[Any, int], dict[str, Tensor]]
     write: Callable[[Any, int, dict[str, Tensor]], None]

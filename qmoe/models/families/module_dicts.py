@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qmoe.models.families.kind import Bias, Kind, Linear, Record, Routed, no_biases
-from qmoe.types import Projection
+from qmoe.types import ProjectionShape
 
 
 def _kind(
@@ -29,10 +29,10 @@ def _kind(
     def count(module: Any) -> int:
         return sum(child.startswith("expert_") for child in module)
 
-    def projections(module: Any) -> tuple[Projection, ...]:
+    def projections(module: Any) -> tuple[ProjectionShape, ...]:
         one = expert_of(module, 0)
         shapes = {p: getattr(one, child).weight.shape for p, child in parts.items()}
-        return tuple(Projection(p, s[0], s[1], inner=p == "down") for p, s in shapes.items())
+        return tuple(ProjectionShape(p, s[0], s[1], inner=p == "down") for p, s in shapes.items())
 
     def encoded(module: Any) -> tuple[str, ...]:
         return tuple(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qmoe.models.families.kind import Kind, Linear, Record, Routed, no_biases
-from qmoe.types import Projection
+from qmoe.types import ProjectionShape
 
 
 def _gated(module: Any, linear: Linear, act: Any, x: Tensor, record: Record | None) -> Tensor:
@@ -22,9 +22,9 @@ def _gated(module: Any, linear: Linear, act: Any, x: Tensor, record: Record | No
 # are exact zeros (and so is an expert's answer to them).
 
 
-def _llama4_projections(module: Any) -> tuple[Projection, ...]:
+def _llama4_projections(module: Any) -> tuple[ProjectionShape, ...]:
     _, hidden, double = module.gate_up_proj.shape
-    return Projection("gate_up", double, hidden, False), Projection(
+    return ProjectionShape("gate_up", double, hidden, False), ProjectionShape(
         "down", hidden, double // 2, True
     )
 
@@ -71,9 +71,11 @@ def _dbrx_blocks(module: Any, expert: int) -> tuple[Tensor, Tensor, Tensor]:
     return module.mlp.w1[at], module.mlp.v1[at], module.mlp.w2[at]
 
 
-def _dbrx_projections(module: Any) -> tuple[Projection, ...]:
+def _dbrx_projections(module: Any) -> tuple[ProjectionShape, ...]:
     inner, hidden = module.ffn_hidden_size, module.hidden_size
-    return Projection("gate_up", 2 * inner, hidden, False), Projection("down", hidden, inner, True)
+    return ProjectionShape("gate_up", 2 * inner, hidden, False), ProjectionShape(
+        "down", hidden, inner, True
+    )
 
 
 def _dbrx_read(module: Any, expert: int) -> dict[str, Tensor]:
@@ -142,7 +144,7 @@ LINEAR = Kind(
     matches=lambda module: type(module).__name__ == "JetMoeParallelExperts",
     experts=lambda module: int(module.num_experts),
     projections=lambda module: (
-        Projection("weight", module.output_size, module.input_size, False),
+        ProjectionShape("weight", module.output_size, module.input_size, False),
     ),
     encoded=lambda module: ("weight",),
     read=lambda module, expert: {"weight": module.weight[expert]},

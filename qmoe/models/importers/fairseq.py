@@ -19,7 +19,6 @@ from qmoe.errors import SourceError
 from qmoe.models.importers.gpt2_bpe import read_tokenizer
 from qmoe.models.importers.pickles import load_pickle, settings_of
 from qmoe.models.importers.writing import Imported, Part, whole, write_model
-from qmoe.models.projects import register
 from qmoe.models.projects.fairseq_moe import FairseqMoeConfig
 
 IGNORED = r"decoder\.version|decoder\.embed_positions\._float_tensor"
@@ -53,7 +52,6 @@ def import_fairseq(source: str | Path, destination: str | Path) -> Imported:
         SourceError: files are missing, or settings or tensors are not of this layout.
         OutputError: the destination exists or cannot be written.
     """
-    register()
     shared_path, ranks = _files(Path(source))
     shared = load_pickle(shared_path)
     dense = _tensors(shared, shared_path)

@@ -18,7 +18,6 @@ from torch import Tensor
 from qmoe.errors import SourceError
 from qmoe.models.importers.pickles import load_pickle, settings_of
 from qmoe.models.importers.writing import Imported, Part, whole, write_model
-from qmoe.models.projects import register
 from qmoe.models.projects.megatron_moe import MegatronMoeConfig
 
 FILE = "model_optim_rng.pt"
@@ -55,7 +54,6 @@ def import_megablocks(source: str | Path, destination: str | Path) -> Imported:
             settings or tensors are not of this layout.
         OutputError: the destination exists or cannot be written.
     """
-    register()
     paths = _files(Path(source))
     ranks = [load_pickle(p) for p in paths]
     trees = [_flat(r, p) for r, p in zip(ranks, paths, strict=True)]

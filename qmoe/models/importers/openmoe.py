@@ -16,7 +16,6 @@ from torch import Tensor
 
 from qmoe.errors import SourceError
 from qmoe.models.importers.writing import Imported, Part, write_model
-from qmoe.models.projects import register
 from qmoe.models.projects.openmoe import OpenMoeConfig
 from qmoe.source.checkpoint import Checkpoint, open_checkpoint
 
@@ -46,7 +45,6 @@ def import_openmoe(source: str | Path, destination: str | Path) -> Imported:
         SourceError: the config or the tensors are not OpenMoE's.
         OutputError: the destination exists or cannot be written.
     """
-    register()
     ck = open_checkpoint(source)
     config = _config(ck)
     files = {f: ck.directory / f for f in TOKENIZER if (ck.directory / f).is_file()}

@@ -1,0 +1,109 @@
+"""What a user chooses for a compression: `Settings`, and what follows from them alone."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qmoe.calib import default_text
+from qmoe.compression.rate import check_target
+from qmoe.errors import QmoeError
+from qmoe.quantize import Method, get_method
+
+_MACHINE = ("memory", "source_cache", "device", "trust_remote_code", "fresh")  # no byte depends
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the output, and how the run may use the machine.
+
+    Attributes:
+        method: "rd", "qmoe", "rtn" or "gptq2" .. "gptq4".
+        bits: stored bits per expert weight to hit, or None.
+        delta: global step of rd, or None.
+        dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
+        calib: calibration text; None is the one that comes with the package.
+        calib_tokens: at most this many tokens of it.
+        calib_rows: how its documents are read: `pack`, `chat`, `column` of qmoe.calib.text.windows.
+        ctx: tokens of a window, None for the model's own length, at most 2048.
+        seed: of everything random.
+        solver_options: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`,
+            and `gradient`, 0 for layers that count alike.
+        memory: bytes that a process may use; what activations find no room for goes to mapped
+            files.
+        source_cache: "keep" or "drop" downloaded source files when no block needs them any more.
+        device: where solvers and forwards run.
+        trust_remote_code: run the source's own model code.
+        fresh: discard an unfinished run on the same output.
+    """
+
+    method: str
+    calib: str | None = None
+    calib_tokens: int = 131072
+    calib_rows: Mapping[str, Any] = field(default_factory=dict)
+    bits: float | None = None
+    delta: float | None = None
+    dense_bits: int = 16
+    ctx: int | None = None
+    seed: int = 0
+    solver_options: Mapping[str, float] = field(default_factory=dict)
+    memory: int = 8 * 2**30
+    source_cache: str = "keep"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    fresh: bool = False
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether layers are weighted by the loss's gradient where it can be had."""
+        return self.method == "rd" and bool(self.solver_options.get("gradient", True))
+
+    def for_solver(self) -> dict[str, float]:
+        """The options that the solver itself takes."""
+        return {name: value for name, value in self.solver_options.items() if name != "gradient"}
+
+    def recorded(self) -> dict[str, Any]:
+        """The part that decides the bytes, for the manifest and for resuming."""
+        out = {name: value for name, value in asdict(self).items() if name not in _MACHINE}
+        out["knobs"] = out.pop("solver_options")  # the name under which manifests keep them
+        if not self.calib_rows:
+            del out["calib_rows"]
+        out["calib"] = default_text.NAME if self.calib is None else Path(self.calib).name
+        return out
+
+    def context(self, config: Any) -> int:
+        """Tokens of a window for the model of a config."""
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        longest = getattr(text, "max_position_embeddings", None) or 2048
+        return self.ctx or min(longest, 2048)
+
+    def solver(self) -> Method:
+        """The method that the settings name.
+
+        Raises:
+            QmoeError: settings that exclude each other or that the method does not know.
+        """
+        name, params = self.method, self._solver_params()
+        if name.startswith("gptq"):
+            name, params = "gptq", {"bits": int(name.removeprefix("gptq"))}
+        try:
+            return get_method(name, **params)
+        except (TypeError, ValueError) as e:
+            raise QmoeError(f"{name} does not take {params}: {e}") from e
+
+    def _solver_params(self) -> dict[str, float]:
+        if self.method == "rd":
+            if self.bits is not None and self.delta is not None:
+                raise QmoeError("--bits and --delta exclude each other; give one of them")
+            if self.bits is not None:
+                check_target(self.bits)
+            step = {} if self.delta is None else {"delta": self.delta}
+            return self.for_solver() | step
+        if self.solver_options:
+            given = dict(self.solver_options)
+            raise QmoeError(f"--method {self.method} has no solver options, got {given}")
+        if self.bits is not None or self.delta is not None:
+            raise QmoeError(
+                f"--method {self.method} has a fixed grid; --bits and --delta belong to --method rd"
+            )
+        return {}

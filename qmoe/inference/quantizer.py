@@ -1,0 +1,171 @@
+"""Loading a compressed checkpoint through transformers: the quantization method "qmoe".
+
+The weights are stored under names that transformers does not look for by itself: without ``import
+qmoe``, loading stops with "no file named model.safetensors"; it never yields random experts.
+
+The hooks of `HfQuantizer` are read from transformers 5.23; the order they rely on (config ->
+`update_attn_implementation` -> weight files -> model on meta ->
+`_process_model_before_weight_loading` -> weights -> `_process_model_after_weight_loading`) is
+covered by tests/test_load.py.
+
+`qmoe.inference.registration` imports this module while transformers is being imported. It therefore
+imports nothing of ours that uses transformers, except inside functions.
+"""
+
+import os
+from contextvars import ContextVar
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qmoe.errors import CorruptError, QmoeError
+
+if TYPE_CHECKING:
+    from qmoe.store.reader import Container
+
+CACHE_VARIABLE = "QMOE_CACHE_BYTES"
+
+# What `load` has verified, for the quantizer that transformers creates on the way.
+OPENED: ContextVar["Container | None"] = ContextVar("opened", default=None)
+
+
+class QmoeConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed checkpoint.
+
+    Attributes:
+        format_version: of the container.
+        modules: geometry of every experts module by path, see `qmoe.store.writer.geometry`.
+        dense: geometry of every encoded dense matrix by parameter name.
+        cache_bytes: bound of decoded matrices kept in memory; None leaves it to the environment
+            variable QMOE_CACHE_BYTES, else 0.
+    """
+
+    def __init__(
+        self,
+        format_version: int | None = None,
+        modules: dict[str, Any] | None = None,
+        cache_bytes: int | None = None,
+        dense: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = "qmoe"
+        self.format_version = format_version
+        self.modules = modules or {}
+        self.cache_bytes = cache_bytes
+        self.dense = dense or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form; a setting of the reader is not part of it."""
+        stored = {
+            "quant_method": "qmoe",
+            "format_version": self.format_version,
+            "modules": self.modules,
+        }
+        return {**stored, "dense": self.dense} if self.dense else stored
+
+
+class QmoeQuantizer(HfQuantizer):
+    """Swaps encoded experts into a model that transformers is about to load."""
+
+    requires_calibration = True  # it cannot quantize on the fly; `qmoe compress` does that
+
+    def __init__(self, quantization_config: QmoeConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.container: Container | None = None
+        self.failures: list[CorruptError] = []
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Not about attention: the hook that runs after the config is read and before weight files
+        are resolved."""
+        from qmoe.inference.load import download
+        from qmoe.inference.structure import check
+        from qmoe.store.reader import Container, parse_quantization
+        from qmoe.store.writer import INDEX
+
+        parse_quantization(self.quantization_config.to_dict())
+        self.container = OPENED.get()
+        where = config._name_or_path
+        if self.container is None and where:
+            if not os.path.isdir(where):  # transformers itself would fetch config and weights only
+                where = download(where, getattr(config, "_commit_hash", None))
+            self.container = Container.open(where)
+            check(self.container)  # before a wrong config can shape a model
+        config.transformers_weights = INDEX
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        from qmoe.inference.experts import Caches
+        from qmoe.inference.structure import compare, swap
+        from qmoe.store.reader import Container
+
+        if not checkpoint_files:
+            raise CorruptError(
+                "a compressed checkpoint is loaded from its directory, not from a state dict"
+            )
+        directory = Path(checkpoint_files[0]).parent
+        if self.container is None or not directory.samefile(self.container.directory):
+            self.container = Container.open(directory)
+        caches = Caches(self._cache_bytes())
+        for layout in self.container.modules.values():
+            swap(model, layout, self.container, caches)
+        compare(model, self.container)
+
+    def _cache_bytes(self) -> int:
+        if self.quantization_config.cache_bytes is not None:
+            return int(self.quantization_config.cache_bytes)
+        text = os.environ.get(CACHE_VARIABLE, "0")
+        if not text.isdecimal():
+            raise QmoeError(f"{CACHE_VARIABLE} is {text!r}; it must be a number of bytes")
+        return int(text)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """None of the family's: tensors are stored under the names of the modules, to be taken
+        literally. Encoded dense matrices are decoded."""
+        from qmoe.inference.dense import converters
+
+        return [] if self.container is None else converters(self.container, self.failures)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """Bytes stay bytes; what is decoded from them learns its dtype here."""
+        from qmoe.inference.dense import Decode
+
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, Decode):
+                operation.dtype = dtype
+                return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from qmoe.inference.save import save_pretrained
+
+        if self.failures:
+            raise self.failures[0]
+        # transformers marks the config as quantized; some families (jamba) then expect quantized
+        # Linears, which there are none of.
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if config is not None:
+                vars(config).pop("_is_quantized", None)
+        if self.container is not None:
+            model.qmoe_manifest = self.container.manifest
+            model.qmoe_directory = str(self.container.directory)
+        model.save_pretrained = MethodType(save_pretrained, model)
+        if torch.cuda.is_available():
+            from qmoe.inference.cuda import register  # needs triton, which not every platform has
+
+            register()
+        return model
+
+    def is_serializable(self, **_: Any) -> bool:
+        """Saving writes the same format, see `qmoe.inference.save`."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
