@@ -98,10 +98,17 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 )
 @click.option(
     "--dense-bits",
-    type=click.Choice(["16", "8", "4", "3"]),
-    default="16",
+    type=float,
+    default=16,
     show_default=True,
-    help="Stored bits per weight of attention, shared experts, embeddings and head; 16: untouched.",
+    help="Stored bits per weight of attention, shared experts, embeddings and head together, 3 to "
+    "8, divided among them by one slope; 16: untouched.",
+)
+@click.option(
+    "--model-bits",
+    type=float,
+    default=None,
+    help="Stored bits per weight of the whole file (rd), instead of --bits and --dense-bits.",
 )
 @click.option(
     "--calib",
@@ -159,9 +166,9 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     from qmoe.compression.pipeline import Settings, compress_checkpoint
     from qmoe.system.processes import World
 
-    if options["method"] == "rd" and options["bits"] is None and options["delta"] is None:
+    free = all(options[name] is None for name in ("bits", "delta", "model_bits"))
+    if options["method"] == "rd" and free:
         options["bits"] = 0.8
-    options["dense_bits"] = int(options["dense_bits"])
     rows = {name: options.pop(f"calib_{name}") for name in ("column", "pack", "chat")}
     options["calib_rows"] = {k: v for k, v in rows.items() if v not in (False, "text")}
     with World.of_environment() as world:

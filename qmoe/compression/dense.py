@@ -22,6 +22,7 @@ from qmoe.calib.batches import learnable
 from qmoe.calib.routing import second_moment
 from qmoe.calib.walk import Walk
 from qmoe.codec.format.geometry import MAX_COLS
+from qmoe.compression.allocation import dense_rates
 from qmoe.compression.coding import encode_planes, trial_bits
 from qmoe.compression.job import Job
 from qmoe.errors import NonFiniteError
@@ -33,7 +34,6 @@ from qmoe.store.block import BlockWriter
 from qmoe.store.stored_dense import DenseGeometry
 from qmoe.types import QuantizedMatrix
 
-BITS = (16, 8, 4, 3)
 HEAD = "head"  # name of the unit of the container that holds an untied head
 _LEAST, _NARROWEST = 1 << 12, 16  # weights; rows or columns: below, side data would outweigh
 BAND = 1 << 22  # weights of a band
@@ -50,7 +50,7 @@ class DenseCoder:
         """Args:
         job: its model with everything outside its blocks resident; its batches are those of the
             walks that are passed to the methods.
-        bits: stored bits per weight.
+        bits: stored bits per weight, of all matrices together; `rates` has each one's.
         """
         self.streamed, self.bits, self.device = job.streamed, bits, job.device
         self._tokens = {False: learnable(job.batches, job.tokenizer, decoder=False)}
@@ -59,6 +59,8 @@ class DenseCoder:
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._inside: list[tuple[Tensor, Tensor]] = []
         self._tied = {name for name, _ in tied_names(self.streamed.model)}
+        shapes = {n: p.shape for n, p in self.streamed.model.named_parameters()}
+        self.rates = dense_rates({n: shapes[n].numel() for n in self.names()}, bits)
 
     def names(self) -> set[str]:
         """Parameters that will be coded; nothing has to be loaded."""
@@ -227,11 +229,11 @@ class DenseCoder:
         """Codes one matrix and returns its decoded values."""
         if hessian is not None and not torch.isfinite(hessian).all():
             raise NonFiniteError(f"{name}: the Hessian of its inputs overflowed")
-        solver = DenseSolver(weight.float().to(self.device), hessian, self.bits)
+        solver = DenseSolver(weight.float().to(self.device), hessian, self.rates[name])
         rows, cols = weight.shape
         bands = -(-weight.numel() // BAND)
         geometry = DenseGeometry(name, rows, cols, -(-rows // min(bands, rows)), solver.planes)
-        delta = find_step(solver, geometry, self.bits)
+        delta = find_step(solver, geometry, self.rates[name])
         decoded = torch.empty_like(weight.data)
 
         def solve() -> Iterator[list[QuantizedMatrix]]:

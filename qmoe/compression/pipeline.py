@@ -39,6 +39,7 @@ from qmoe.compression.probe import probed
 from qmoe.compression.rate import Controller, Curve, missed
 from qmoe.compression.report import CompressReport
 from qmoe.compression.settings import Settings as Settings
+from qmoe.compression.target import settle_model_bits
 from qmoe.errors import InterruptedRunError
 from qmoe.models.classes import plain_config, read_tokenizer
 from qmoe.models.downloads import begin_walk, leave
@@ -84,10 +85,13 @@ def compress_checkpoint(
     run = Compression(open_job(source, out, settings, world, progress), out, say)
     run.to_the_end()
     report = CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
-    if settings.bits is not None and (
-        sentence := missed(settings.bits, report.sizes.bits_per_weight)
+    found = report.sizes
+    for target, got, option in (
+        (settings.bits, found.bits_per_weight, "--bits"),
+        (settings.model_bits, found.model_bits_per_weight, "--model-bits"),
     ):
-        say(sentence)
+        if target is not None and (sentence := missed(target, got, option)):
+            say(sentence)
     return report
 
 
@@ -112,7 +116,7 @@ def open_job(
     data = prepare(tokenizer, streamed.config, *text, settings.seed, **settings.calib_rows)
     batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
     parts = (settings, streamed, tokenizer, batches, method, device, world)
-    return Job(*parts, progress=progress)
+    return settle_model_bits(Job(*parts, progress=progress))
 
 
 class Compression:
@@ -140,6 +144,11 @@ class Compression:
         self.dense = DenseCoder(job, settings.dense_bits) if settings.dense_bits < 16 else None
         self.plan = make_plan(job, out, self.dense, self.by_gradient)
         say(self.plan.text())
+        if settings.model_bits is not None:
+            say(
+                f"--model-bits {settings.model_bits:g}: experts {settings.bits:.3g} bits per "
+                f"weight, everything else {settings.dense_bits:.3g}"
+            )
         if settings.calib is None:
             asked = settings.calib_tokens
             say(default_text.describe(job.tokenizer, asked, job.tokens()))

@@ -10,6 +10,7 @@ from qmoe.compression.rate import check_target
 from qmoe.errors import QmoeError
 from qmoe.quantize import Method, get_method
 
+DENSE_BITS = (3, 8)  # range of --dense-bits
 _MACHINE = ("memory", "source_cache", "device", "trust_remote_code", "fresh")  # no byte depends
 
 
@@ -21,7 +22,9 @@ class Settings:
         method: "rd", "qmoe", "rtn" or "gptq2" .. "gptq4".
         bits: stored bits per expert weight to hit, or None.
         delta: global step of rd, or None.
-        dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
+        dense_bits: stored bits per weight outside of the experts, 3 to 8, divided among its
+            matrices by one slope; 16 leaves it as it is.
+        model_bits: stored bits per weight of the whole file, instead of `bits` and `dense_bits`.
         calib: calibration text; None is the one that comes with the package.
         calib_tokens: at most this many tokens of it.
         calib_rows: how its documents are read: `pack`, `chat`, `column` of qmoe.calib.text.windows.
@@ -43,7 +46,8 @@ class Settings:
     calib_rows: Mapping[str, Any] = field(default_factory=dict)
     bits: float | None = None
     delta: float | None = None
-    dense_bits: int = 16
+    dense_bits: float = 16
+    model_bits: float | None = None
     ctx: int | None = None
     seed: int = 0
     solver_options: Mapping[str, float] = field(default_factory=dict)
@@ -66,6 +70,10 @@ class Settings:
         """The part that decides the bytes, for the manifest and for resuming."""
         out = {name: value for name, value in asdict(self).items() if name not in _MACHINE}
         out["knobs"] = out.pop("solver_options")  # the name under which manifests keep them
+        if self.dense_bits == int(self.dense_bits):
+            out["dense_bits"] = int(self.dense_bits)
+        if self.model_bits is None:
+            del out["model_bits"]
         if not self.calib_rows:
             del out["calib_rows"]
         out["calib"] = default_text.NAME if self.calib is None else Path(self.calib).name
@@ -83,6 +91,7 @@ class Settings:
         Raises:
             QmoeError: settings that exclude each other or that the method does not know.
         """
+        self._check_dense()
         name, params = self.method, self._solver_params()
         if name.startswith("gptq"):
             name, params = "gptq", {"bits": int(name.removeprefix("gptq"))}
@@ -90,6 +99,25 @@ class Settings:
             return get_method(name, **params)
         except (TypeError, ValueError) as e:
             raise QmoeError(f"{name} does not take {params}: {e}") from e
+
+    def _check_dense(self) -> None:
+        low, high = DENSE_BITS
+        if self.dense_bits != 16 and not low <= self.dense_bits <= high:
+            raise QmoeError(
+                f"--dense-bits {self.dense_bits:g}: choose between {low} and {high} bits per "
+                "weight, or 16 to leave what is not an expert as it is"
+            )
+        if self.model_bits is None:
+            return
+        if self.method != "rd":
+            raise QmoeError(f"--model-bits belongs to --method rd, not to {self.method}")
+        if self.bits is not None or self.delta is not None or self.dense_bits != 16:
+            raise QmoeError(
+                "--model-bits decides the bits of experts and of everything else; give it without "
+                "--bits, --delta and --dense-bits"
+            )
+        if not self.model_bits > 0:
+            raise QmoeError(f"--model-bits {self.model_bits:g}: give a positive number")
 
     def _solver_params(self) -> dict[str, float]:
         if self.method == "rd":

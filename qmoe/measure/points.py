@@ -173,7 +173,9 @@ def point_name(settings: Settings) -> str:
     if settings.delta is not None:
         parts.append(f"delta={settings.delta:.6g}")
     if settings.dense_bits < 16:
-        parts.append(f"dense={settings.dense_bits}")
+        parts.append(f"dense={settings.dense_bits:g}")
+    if settings.model_bits is not None:
+        parts.append(f"model={settings.model_bits:g}")
     parts += [f"{k}={v:g}" for k, v in sorted(settings.solver_options.items())]
     return "-".join(parts)
 
