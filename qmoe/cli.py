@@ -225,7 +225,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     show_default=True,
     help="Others to measure beside rd; '' for none.",
 )
-@click.option("--calib", required=True, help="Calibration text, see compress.")
+@click.option("--calib", default=None, help="Calibration text, see compress.")
 @click.option("--text", required=True, help="Evaluation text, see eval.")
 @click.option("--calib-tokens", type=click.IntRange(1), default=131072, show_default=True)
 @click.option(

@@ -11,7 +11,7 @@ embeddings; Hessians of one block, one for each distinct input; integers of one 
 
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -59,18 +59,37 @@ class DenseCoder:
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._inside: list[tuple[Tensor, Tensor]] = []
         self._tied = {name for name, _ in tied_names(self.streamed.model)}
-        shapes = {n: p.shape for n, p in self.streamed.model.named_parameters()}
-        self.rates = dense_rates({n: shapes[n].numel() for n in self.names()}, bits)
+        self.rates: dict[str, float] = {}
+        self.divide({})
+
+    def divide(self, scores: Mapping[str, float]) -> None:
+        """Divides the bits among the matrices.
+
+        Args:
+            scores: bits that each should have beyond a common number; those not named get none.
+        """
+        sizes = {n: m.get_parameter("weight").numel() for n, m in self.modules().items()}
+        self.rates = dense_rates(sizes, self.bits, scores)
 
     def names(self) -> set[str]:
         """Parameters that will be coded; nothing has to be loaded."""
-        table = self.streamed.model.get_input_embeddings().weight
-        name, head = self._name(table), self._head()
-        out = {name} if name is not None and self._worth(table) else set()
+        return set(self.modules())
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules whose weights will be coded, by the weight's name; nothing has to be loaded.
+        A table that is the head as well is there as the head.
+        """
+        table = self.streamed.model.get_input_embeddings()
+        name, head = self._name(table.weight), self._head()
+        out: dict[str, nn.Module] = {}
+        if name is not None and self._worth(table.weight):
+            last = self.streamed.model.get_output_embeddings()
+            tied = isinstance(last, nn.Linear) and last.weight is table.weight
+            out[name] = last if tied else table
         if head is not None:
-            out.add(head[0])
+            out[head[0]] = head[1]
         for block in self.streamed.blocks():
-            out |= {n for n, _ in self._linears(block, self.streamed.encoded_names(block))}
+            out |= dict(self._linears(block, self.streamed.encoded_names(block)))
         return out
 
     @contextmanager

@@ -30,6 +30,7 @@ from qmoe.calib.activations import ActivationStore
 from qmoe.calib.batches import inputs_only, prepare, split_batches
 from qmoe.calib.importance import fits, layer_importance
 from qmoe.calib.outputs import Durable, resume_point
+from qmoe.calib.sensitivity import dense_sensitivity
 from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.carried import account, write_carried
 from qmoe.compression.dense import HEAD, DenseCoder
@@ -167,6 +168,7 @@ class Compression:
         self.job = job
         self.writer: ContainerWriter | None = None  # in the first process
         self.finished: dict[str, Any] = {}  # notes of finished blocks, by name
+        self.dense_scores: dict[str, float] = {}
         self.done = 0  # blocks of the model to go on after
 
     def to_the_end(self) -> None:
@@ -240,6 +242,13 @@ class Compression:
             self.loop.importance = known.get("importance") or job.world.share(
                 lambda: layer_importance(job.streamed, job.batches), "importance of the layers"
             )
+        if self.dense is not None and self.by_gradient:
+            coded = self.dense.modules()
+            self.dense_scores = known.get("dense_scores") or job.world.share(
+                lambda: dense_sensitivity(job.streamed, job.batches, coded),
+                "sensitivity of what is no expert",
+            )
+            self.dense.divide(self.dense_scores)
         bits = job.settings.bits
         if bits is not None:
             curves = known.get("curves") or probed(job, bits, self.loop.importance)
@@ -260,6 +269,7 @@ class Compression:
                     self.job.streamed.dense(lambda n: not n.startswith(inside) and n not in coded)
                 )
                 rest.note["importance"] = dict(self.loop.importance)
+                rest.note["dense_scores"] = self.dense_scores
                 if self.loop.rate is not None:
                     rest.note["curves"] = [c.as_list() for c in self.loop.rate.curves]
         if self.writer is None:

@@ -130,7 +130,7 @@ def run(
     out: Path,
     bits: Sequence[float],
     methods: Sequence[str],
-    calib: str,
+    calib: str | None,
     text: str,
     calib_tokens: int,
     ctx: int,
