@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import OutputError
+from qmoe.system import text
 from qmoe.system.processes import World
 
 
@@ -131,7 +132,7 @@ def _allocate(path: Path, size: int) -> None:
             os.posix_fallocate(f.fileno(), 0, size)
     except OSError as error:
         raise OutputError(
-            f"{path.parent}: no room for {size / 2**20:.0f} MiB of activations "
+            f"{path.parent}: no room for {text.size(size)} of activations "
             f"({error.strerror}); free disk space or pass fewer --calib-tokens, then run the same "
             "command again"
         ) from error

@@ -23,9 +23,8 @@ from torch import Tensor
 from qmoe.calib.activations import ActivationStore
 from qmoe.errors import CorruptError
 from qmoe.system.files import CHUNK, sync_directory, writing
-from qmoe.system.tensors import DTYPES, tensor_bytes
+from qmoe.system.tensors import DTYPE_NAMES, DTYPES, tensor_bytes
 
-_NAMES = {v: k for k, v in DTYPES.items()}
 _DIGEST = 32  # bytes of the sha256 at the end of a file
 
 
@@ -93,7 +92,7 @@ class Durable:
         header = {
             "of": [self._run, block, batch],
             "tree": shape,
-            "tensors": [[_NAMES[t.dtype], list(t.shape)] for t in tensors],
+            "tensors": [[DTYPE_NAMES[t.dtype], list(t.shape)] for t in tensors],
         }
         digest = hashlib.sha256()
         with writing(path):

@@ -96,27 +96,7 @@ def park(
         NonFiniteError: NaN or Inf in the hidden states, with the module's path.
     """
     world = world or World()
-    seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def forward(*args: Any, **kwargs: Any) -> None:
-        call = route(module, *args, **kwargs)
-        if not torch.isfinite(call.hidden).all():
-            raise NonFiniteError(
-                f"{path}: NaN or Inf among the activations that reach the experts; "
-                "the source is damaged or the compute dtype overflows"
-            )
-        weights = (
-            torch.ones(call.index.shape) if call.weights is None else call.weights.float().cpu()
-        )
-        index = call.index.to(torch.int32).cpu()
-        seen[walk.batch] = (store.keep(call.hidden), index, weights)
-        stop_forward()
-
-    module.forward = forward
-    try:
-        walk.run(block, keep=False)
-    finally:
-        del module.forward
+    seen = _seen(walk, block, path, module, store)
     found = {n: (len(h), h.shape[1], i.shape[1], h.dtype) for n, (h, i, _) in seen.items()}
     for other in world.collect(found, f"routing of {path}"):
         found |= other
@@ -138,6 +118,35 @@ def park(
         store.release(h)
     world.meet(f"routing of {path}")
     return Parked(hidden, index, weight, rows, output)
+
+
+def _seen(
+    walk: Walk, block: BlockRef, path: str, module: nn.Module, store: ActivationStore
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """Hidden states, expert indices and routing weights of every batch of this process that comes
+    to the experts."""
+    seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def forward(*args: Any, **kwargs: Any) -> None:
+        call = route(module, *args, **kwargs)
+        if not torch.isfinite(call.hidden).all():
+            raise NonFiniteError(
+                f"{path}: NaN or Inf among the activations that reach the experts; "
+                "the source is damaged or the compute dtype overflows"
+            )
+        weights = (
+            torch.ones(call.index.shape) if call.weights is None else call.weights.float().cpu()
+        )
+        index = call.index.to(torch.int32).cpu()
+        seen[walk.batch] = (store.keep(call.hidden), index, weights)
+        stop_forward()
+
+    module.forward = forward
+    try:
+        walk.run(block, keep=False)
+    finally:
+        del module.forward
+    return seen
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.errors import CalibrationError
+from qmoe.errors import CalibrationError, reason
 
 CHARACTERS_PER_TOKEN = (
     8  # first guess of how much text to read; more is read if it does not suffice
@@ -335,16 +335,12 @@ def _dataset(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
     except (OSError, ValueError) as e:
-        raise CalibrationError(f"dataset {source!r} cannot be loaded ({_first_line(e)})") from e
+        raise CalibrationError(f"dataset {source!r} cannot be loaded ({reason(e)})") from e
     try:
         for number, row in enumerate(rows, 1):
             yield f"{source} row {number}", row
     except (OSError, ValueError) as e:
-        raise CalibrationError(f"dataset {source!r} cannot be read on ({_first_line(e)})") from e
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(f"dataset {source!r} cannot be read on ({reason(e)})") from e
 
 
 def _optional(module: str, package: str, purpose: str) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor
 from qmoe.codec import ParsedMatrix, Tables
 from qmoe.errors import CorruptError
 from qmoe.kernels.interleave import cut_streams, interleave
-from qmoe.kernels.recode import shorten
+from qmoe.kernels.recode import PADDING, shorten
 
 LANES = 32
 NO_ROW = 0xFFFFFF
@@ -247,7 +247,7 @@ class _Programs:
 
 
 def _words(m: ParsedMatrix) -> NDArray[np.uint32]:
-    return m.words.numpy().view(np.uint32)
+    return m.padded_words(PADDING)
 
 
 def _programs(tables: Tables, m: ParsedMatrix, segments: int) -> _Programs:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from qmoe.codec import ParsedMatrix, Tables
+from qmoe.codec.decoder.matrix import PADDING_WORDS
 from qmoe.codec.format.arrays import I32, U8, U32
 from qmoe.codec.format.huffman import canonical_codes, code_lengths, fill_lookup
 from qmoe.errors import CorruptError
 
 LONG, SHORT = 8, 7  # code limits: as stored, as rewritten; both give groups of four symbols
-_PADDING = 4  # words behind the streams, which decoders and this loop may touch
+PADDING = 4  # words behind the streams, which the loops of this package may touch
 
 
 def shorten(matrices: Sequence[tuple[Tables, ParsedMatrix]]) -> list[tuple[Tables, ParsedMatrix]]:
@@ -70,10 +71,10 @@ def _rewrite(tables: Tables, short: Tables, codes: U32, m: ParsedMatrix) -> Pars
         for new, old in zip(*pair, strict=True)
         if old
     )
-    words = np.zeros(int(int(m.stream_start[-1]) * growth) // 32 + 1 + _PADDING, np.uint32)
+    words = np.zeros(int(int(m.stream_start[-1]) * growth) // 32 + 1 + PADDING, np.uint32)
     start = np.zeros(m.stream_start.numel(), np.int32)
     bad = _recode(
-        m.words.numpy().view(np.uint32),
+        m.padded_words(PADDING),
         m.stream_start.numpy(),
         m.row_class.numpy(),
         m.slot_class.numpy(),
@@ -85,7 +86,7 @@ def _rewrite(tables: Tables, short: Tables, codes: U32, m: ParsedMatrix) -> Pars
     )
     if bad >= 0:
         raise CorruptError(f"stream {bad} does not end at its last bit")
-    words = words[: (int(start[-1]) + 31) // 32 + _PADDING].view(np.int32)
+    words = words[: (int(start[-1]) + 31) // 32 + PADDING_WORDS].view(np.int32)
     return replace(m, words=torch.from_numpy(words), stream_start=torch.from_numpy(start))
 
 

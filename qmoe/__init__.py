@@ -25,26 +25,27 @@ from qmoe.lazy import when_transformers_is_imported as _when_transformers_is_imp
 from qmoe.version import __version__
 
 if _typing.TYPE_CHECKING:
-    from qmoe.compression.pipeline import Settings
-    from qmoe.compression.pipeline import compress_checkpoint as compress
+    from qmoe.compression.pipeline import compress
     from qmoe.compression.report import CompressReport
+    from qmoe.compression.settings import Settings
     from qmoe.inference.load import load
     from qmoe.measure.perplexity import Score
-    from qmoe.measure.score import score_checkpoint as evaluate
-    from qmoe.publish.export import export
+    from qmoe.measure.score import evaluate
+    from qmoe.publish.export import Exported, export
     from qmoe.publish.push import Pushed, push
     from qmoe.publish.verify import Verified, verify
     from qmoe.store.inspect import Inspection, inspect
 
 _FACE = {
     "CompressReport": "qmoe.compression.report:CompressReport",
+    "Exported": "qmoe.publish.export:Exported",
     "Inspection": "qmoe.store.inspect:Inspection",
     "Pushed": "qmoe.publish.push:Pushed",
     "Score": "qmoe.measure.perplexity:Score",
-    "Settings": "qmoe.compression.pipeline:Settings",
+    "Settings": "qmoe.compression.settings:Settings",
     "Verified": "qmoe.publish.verify:Verified",
-    "compress": "qmoe.compression.pipeline:compress_checkpoint",
-    "evaluate": "qmoe.measure.score:score_checkpoint",
+    "compress": "qmoe.compression.pipeline:compress",
+    "evaluate": "qmoe.measure.score:evaluate",
     "export": "qmoe.publish.export:export",
     "inspect": "qmoe.store.inspect:inspect",
     "load": "qmoe.inference.load:load",
@@ -57,6 +58,7 @@ __all__ = [
     "CapacityError",
     "CompressReport",
     "CorruptError",
+    "Exported",
     "FormatVersionError",
     "HubError",
     "Inspection",

@@ -1,4 +1,6 @@
-"""The command line: parse, call, print. No logic lives here.
+"""The command line: parse, call, print. No logic lives here, and no default: what is not given is
+not passed on; the help texts quote the defaults of the functions that are called (tests/test_cli.py
+compares them).
 
 Every command's last line with `--json` is one JSON object. Errors of the input are one sentence on
 stderr, exit code 2. Imports of torch and transformers happen inside the commands, so that `qmoe
@@ -69,9 +71,20 @@ _json = click.option(
 _trust = click.option(
     "--trust-remote-code", is_flag=True, help="Run model code that the source brings along."
 )
-_device = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-)
+
+
+def _option(*names: str, default: str, help: str = "", **more: Any) -> Callable[..., Any]:
+    """An option that is passed on only if it is given; its help quotes the default."""
+    text = f"{help} [default: {default}]".strip()
+    return click.option(*names, default=None, help=text, **more)
+
+
+_device = _option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user wrote."""
+    return {name: value for name, value in options.items() if value not in (None, False)}
 
 
 def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
@@ -81,26 +94,17 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @main.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--method",
-    type=click.Choice(["rd", "qmoe", "rtn", "gptq2", "gptq3", "gptq4"]),
-    default="rd",
-    show_default=True,
+@_option(
+    "--method", default="rd", type=click.Choice(["rd", "qmoe", "rtn", "gptq2", "gptq3", "gptq4"])
 )
-@click.option(
-    "--bits",
-    type=float,
-    default=None,
-    help="Stored bits per expert weight to hit (rd); default 0.8.",
-)
+@_option("--bits", default="0.8", type=float, help="Stored bits per expert weight to hit (rd).")
 @click.option(
     "--delta", type=float, default=None, help="The raw global step of rd, instead of --bits."
 )
-@click.option(
+@_option(
     "--dense-bits",
+    default="16",
     type=float,
-    default=16,
-    show_default=True,
     help="Stored bits per weight of attention, shared experts, embeddings and head together, 3 to "
     "8, divided among them by one slope; 16: untouched.",
 )
@@ -118,12 +122,9 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     help="Calibration text: .txt, .jsonl, .parquet or a datasets name; default: a mix of prose, "
     "code, mathematics and dialogue that comes with qmoe.",
 )
-@click.option("--calib-tokens", type=click.IntRange(1), default=131072, show_default=True)
-@click.option(
-    "--calib-column",
-    default="text",
-    show_default=True,
-    help="Column of the text in jsonl, parquet or a dataset.",
+@_option("--calib-tokens", default="131072", type=click.IntRange(1))
+@_option(
+    "--calib-column", default="text", help="Column of the text in jsonl, parquet or a dataset."
 )
 @click.option(
     "--calib-pack",
@@ -135,25 +136,27 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     is_flag=True,
     help="Apply the chat template to each row's messages (or its text); packs.",
 )
-@click.option(
-    "--ctx",
-    type=click.IntRange(2),
-    default=None,
-    help="Window length; default: the model's, at most 2048.",
+@_option(
+    "--unseen",
+    default="0.5",
+    type=click.FloatRange(0, 16),
+    help="Tokens that the model says by itself, per token of the text, so that what the text does "
+    "not reach is kept too; 0: the text alone.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option(
+@_option(
+    "--ctx", default="the model's, at most 2048", type=click.IntRange(2), help="Window length."
+)
+@_option("--seed", default="0", type=int)
+@_option(
     "--memory",
-    type=_Bytes(),
     default="8GiB",
-    show_default=True,
+    type=_Bytes(),
     help="Memory of a process; activations beyond it go to mapped files in OUT.partial.",
 )
-@click.option(
+@_option(
     "--source-cache",
-    type=click.Choice(["keep", "drop"]),
     default="keep",
-    show_default=True,
+    type=click.Choice(["keep", "drop"]),
     help="Downloaded files of a hub id: keep them in the hub's cache, or drop each when no block "
     "ahead needs it, so that the disk never holds the whole source.",
 )
@@ -163,19 +166,18 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @_json
 def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     """Compress SOURCE, a directory or owner/name[@revision] of the hub, into OUT."""
-    from qmoe.compression.pipeline import Settings, compress_checkpoint
+    from qmoe.compression.pipeline import compress as run
+    from qmoe.compression.settings import Settings
     from qmoe.system.processes import World
 
-    free = all(options[name] is None for name in ("bits", "delta", "model_bits"))
-    if options["method"] == "rd" and free:
-        options["bits"] = 0.8
-    rows = {name: options.pop(f"calib_{name}") for name in ("column", "pack", "chat")}
-    options["calib_rows"] = {k: v for k, v in rows.items() if v not in (False, "text")}
+    given = _given(options)
+    rows = ("column", "pack", "chat")
+    given["calib_rows"] = {k: given.pop(f"calib_{k}") for k in rows if f"calib_{k}" in given}
     with World.of_environment() as world:
-        report = compress_checkpoint(
+        report = run(
             source,
             out,
-            Settings(**options),
+            Settings(**given),
             sys.stderr.isatty(),
             world,
             lambda text: click.echo(text, err=True),
@@ -192,69 +194,69 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
 @click.option(
     "--reference", default=None, help="Another checkpoint to compare with, usually the source."
 )
-@click.option("--ctx", type=click.IntRange(2), default=1024, show_default=True)
-@click.option(
-    "--tokens", type=click.IntRange(2), default=None, help="Use at most this many tokens."
-)
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
-)
+@_option("--ctx", default="1024", type=click.IntRange(2), help="Window length.")
+@_option("--tokens", default="all", type=click.IntRange(2), help="Use at most this many tokens.")
+@_option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
 @_device
 @_trust
 @_json
 def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Perplexity of MODEL (compressed or not) on a text, and its KL divergence from a reference."""
-    from qmoe.measure.score import score_checkpoint, score_text
+    from qmoe.measure.score import evaluate as run
+    from qmoe.measure.score import score_text
 
-    score = score_checkpoint(model, progress=sys.stderr.isatty(), **options)
+    score = run(model, progress=sys.stderr.isatty(), **_given(options))
     _show(score.as_dict(), as_json, score_text(score))
 
 
 @main.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
+@_option(
     "--bits",
     default="0.4,0.6,0.8,1,1.5,2,3",
-    show_default=True,
     help="Targets of rd, stored bits per expert weight.",
 )
-@click.option(
+@_option(
     "--methods",
     default="rtn,qmoe,gptq2,gptq3,gptq4",
-    show_default=True,
     help="Others to measure beside rd; '' for none.",
 )
 @click.option("--calib", default=None, help="Calibration text, see compress.")
 @click.option("--text", required=True, help="Evaluation text, see eval.")
-@click.option("--calib-tokens", type=click.IntRange(1), default=131072, show_default=True)
-@click.option(
+@_option("--calib-tokens", default="131072", type=click.IntRange(1))
+@_option(
     "--ctx",
+    default="1024",
     type=click.IntRange(2),
-    default=1024,
-    show_default=True,
     help="Window length of calibration and evaluation.",
 )
-@click.option(
-    "--tokens", type=click.IntRange(2), default=None, help="Evaluate at most this many tokens."
-)
-@click.option("--seed", type=int, default=0, show_default=True)
+@_option("--tokens", default="all", type=click.IntRange(2), help="Evaluate at most so many tokens.")
+@_option("--seed", default="0", type=int)
 @_device
 @click.option("--keep", is_flag=True, help="Keep the compressed checkpoints in OUT.")
 @_json
-def sweep(source: str, out: Path, bits: str, methods: str, as_json: bool, **options: Any) -> None:
+def sweep(source: str, out: Path, as_json: bool, **options: Any) -> None:
     """Size against quality: a table and a picture of SOURCE compressed at several rates.
 
     Everything goes to OUT: points.jsonl, sweep.md, sweep.png. The same command resumes.
     """
-    from qmoe.measure.sweep import parse_bits, parse_methods, run
+    from qmoe.compression.settings import Settings
+    from qmoe.measure import sweep as of
+    from qmoe.measure.points import Points
 
-    targets, others = parse_bits(bits), parse_methods(methods)
-
-    def say(text: str) -> None:
-        click.echo(text, err=True)
-
-    found = run(source, out, targets, others, progress=sys.stderr.isatty(), say=say, **options)
+    given = _given(options)
+    lists: dict[str, Callable[[str], Any]] = {"bits": of.parse_bits, "methods": of.parse_methods}
+    chosen: dict[str, Any] = {n: lists[n](given.pop(n)) for n in lists if n in given}
+    measured = {k: given.pop(k) for k in ("text", "tokens", "ctx", "keep") if k in given}
+    points = Points(
+        source,
+        out,
+        progress=sys.stderr.isatty(),
+        say=lambda text: click.echo(text, err=True),
+        **measured,
+    )
+    found = of.sweep(points, Settings(ctx=points.ctx, **given), **chosen)
     _show(found.as_dict(), as_json, found.text())
 
 
@@ -307,19 +309,16 @@ def push(out: Path, repo: str, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True
-)
+@_option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float16", "float32"]))
 @_json
-def export(out: Path, dest: Path, dtype: str, as_json: bool) -> None:
+def export(out: Path, dest: Path, as_json: bool, **options: Any) -> None:
     """Write OUT back as a plain safetensors checkpoint that any runtime reads."""
     from qmoe.publish.export import export as run
 
     with _bar("export", "block") as advance:
-        run(out, dest, dtype, advance)
-    size = sum(p.stat().st_size for p in dest.glob("*.safetensors"))
-    found = {"dest": str(dest), "dtype": dtype, "bytes": size}
-    _show(found, as_json, f"{dest}: {size / 2**20:.1f} MiB in {dtype}")
+        done = run(out, dest, progress=advance, **_given(options))
+    text = f"{done.directory}: {done.stored_bytes / 2**20:.1f} MiB in {done.dtype}"
+    _show(done.as_dict(), as_json, text)
 
 
 @contextmanager

@@ -25,9 +25,8 @@ def grid_scale(k: Tensor) -> Tensor:
     Returns:
         float32 tensor of the same shape, exact: (1 + (k mod 64) / 64) * 2 ** (k div 64).
     """
-    k = k.long()
-    octave = torch.div(k, SCALE_STEPS, rounding_mode="floor")
-    return torch.ldexp(1.0 + (k - octave * SCALE_STEPS).float() / SCALE_STEPS, octave)
+    # The low six bits are the top of the mantissa, the rest is the exponent.
+    return ((k.int() + 127 * SCALE_STEPS) << 17).view(torch.float32)
 
 
 def grid_index(scale: Tensor, step: int = 1) -> Tensor:

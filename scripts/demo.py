@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import qmoe
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
-from qmoe.measure.score import score_checkpoint
+from qmoe.measure.score import evaluate
 from qmoe.publish.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,12 +55,12 @@ def measure(folder: Path, options: dict) -> list[dict]:
     print(f"compressing {SOURCE.name} with --method {name} ...", file=sys.stderr)
     calib = str(TEXTS / "calib_mix.txt")
     settings = Settings(calib=calib, calib_tokens=CALIB_TOKENS, ctx=CTX, **options)
-    report = compress_checkpoint(str(SOURCE), folder / name, settings, progress=shown)
+    report = compress(str(SOURCE), folder / name, settings, progress=shown)
     verify(folder / name)
     rows = []
     for domain, text in DOMAINS.items():
         path = str(TEXTS / f"{text}.txt")
-        score = score_checkpoint(str(folder / name), path, str(SOURCE), CTX, TOKENS, progress=shown)
+        score = evaluate(str(folder / name), path, str(SOURCE), CTX, TOKENS, progress=shown)
         rows.append({"method": name, "domain": domain, **report.as_dict(), **score.as_dict()})
     return rows
 

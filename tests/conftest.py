@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from qmoe.compression.coding import encode_experts
 from qmoe.models.classes import plain_config
-from qmoe.models.families.find import KINDS, find_experts, read_expert, write_expert
+from qmoe.models.families.find import KINDS, find_experts, read_expert
 from qmoe.store.writer import ContainerWriter
 from qmoe.types import QuantizedMatrix, grid_index, grid_scale
 
@@ -176,7 +176,8 @@ def _write(model: PreTrainedModel, out: Path, **options: object) -> PreTrainedMo
                             part = matrices[some.start : some.stop]
                             experts.add_batch(encode_experts(p.name, some, part))
                     for e, r in enumerate(rounded):
-                        write_expert(module, e, {k: m.dequantize() for k, m in r.items()})
+                        weights = {k: m.dequantize() for k, m in r.items()}
+                        KINDS[layout.kind].write(module, e, weights)
                     tokens = [3 * e for e in range(layout.experts)]
                     notes = ["no tokens: rounded" if not t else "" for t in tokens]
                     block.finish_experts(path, tokens, notes)
@@ -187,7 +188,7 @@ def _write(model: PreTrainedModel, out: Path, **options: object) -> PreTrainedMo
             settings={"method": "round"},
             versions={"qmoe": "test"},
             source={"name": "random", "bytes": 1000},
-            extra_files={
+            files={
                 "generation_config.json": model.generation_config.to_json_string().encode(),
                 "tokenizer_config.json": b"{}\n",
             },

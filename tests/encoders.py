@@ -94,3 +94,36 @@ def gptq_encode(
         "g_idx": order.to(torch.int32),
     }
     return tensors, dense.bfloat16()
+
+
+def nvfp4_encode(w: Tensor, divide: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """NVFP4 of a matrix [rows, cols]: {"packed", "scale", "whole"} and the dense values; `divide`
+    says whether the number of the whole matrix divides the scales (compressed-tensors) or
+    multiplies them (ModelOpt).
+    """
+    b = w.float().unflatten(1, (-1, 16))
+    top = b.abs().amax()
+    whole = 448 * 6 / top if divide else top / (448 * 6)
+    share = (b.abs().amax(-1) / 6) * whole if divide else (b.abs().amax(-1) / 6) / whole
+    scale = share.clamp(min=2**-6).to(torch.float8_e4m3fn)
+    factor = scale.float() / whole if divide else scale.float() * whole
+    q = ((b / factor[..., None])[..., None] - FP4).abs().argmin(-1).to(torch.uint8).flatten(1)
+    dense = (FP4[q.long()].unflatten(1, (-1, 16)) * factor[..., None]).flatten(1).bfloat16()
+    return {"packed": q[:, 0::2] + 16 * q[:, 1::2], "scale": scale, "whole": whole}, dense
+
+
+def awq_encode(w: Tensor, group: int) -> tuple[dict[str, Tensor], Tensor]:
+    """AutoAWQ's tensors by suffix (version gemm), and the dense values."""
+    b = w.float().unflatten(1, (-1, group))
+    low, high = b.amin(-1).clamp(max=0), b.amax(-1).clamp(min=0)
+    scale = ((high - low) / 15).half().float()
+    zero = (-low / scale).round()
+    q = ((b / scale[..., None]).round() + zero[..., None]).clamp(0, 15)
+    dense = ((q - zero[..., None]) * scale[..., None]).flatten(1).bfloat16()
+
+    def pack(t: Tensor) -> Tensor:  # [n, rows]: eight rows a word, not in their order
+        order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+        return pack_words(t.unflatten(1, (-1, 8))[..., order].flatten(1), 4)
+
+    tensors = {"qweight": pack(q.flatten(1).T), "qzeros": pack(zero.T), "scales": scale.T.half()}
+    return tensors, dense

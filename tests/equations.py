@@ -2,10 +2,14 @@
 source's own tensors.
 """
 
+import enum
 import json
 import math
+import sys
 from argparse import Namespace
+from types import ModuleType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -187,7 +191,13 @@ def fairseq_equations(source, ids):
 # --- Megatron-LM with MegaBlocks ---------------------------------------------------------------
 
 
-def megablocks_source(d, seed=0, gated=False, ranks=1, dense=(), **changes):
+FILE = "model_optim_rng.pt"
+
+
+def megablocks_source(d, seed=0, gated=False, ranks=1, dense=(), file=FILE, **changes):
+    """What Megatron-LM's save_checkpoint writes by default: `args` with an enumeration of the
+    program itself, the states of the random number generators as numpy arrays.
+    """
     s = {
         "embedding.word_embeddings.weight": (V, H),
         "embedding.position_embeddings.weight": (40, H),
@@ -202,9 +212,9 @@ def megablocks_source(d, seed=0, gated=False, ranks=1, dense=(), **changes):
             s |= {p + "mlp.dense_h_to_4h.weight": (I, H), p + "mlp.dense_h_to_4h.bias": (I,)}
             s |= {p + "mlp.dense_4h_to_h.weight": (H, I), p + "mlp.dense_4h_to_h.bias": (H,)}
             continue
-        s |= {p + "mlp.router.layer.weight": (E, H), p + "mlp.experts.bias": (H,)}
+        s |= {p + "mlp.moe.router.layer.weight": (E, H), p + "mlp.moe.experts.bias": (H,)}
         names = ("w1", "v1", "w2") if gated else ("w1", "w2")
-        s |= {p + f"mlp.experts.mlp.{n}": (E * I, H) for n in names}
+        s |= {p + f"mlp.moe.experts.mlp.{n}": (E * I, H) for n in names}
     s |= {"encoder.final_layernorm.weight": (H,), "encoder.final_layernorm.bias": (H,)}
     t = draw(s, seed)
     a = {"num_layers": L, "hidden_size": H, "num_attention_heads": HEADS, "ffn_hidden_size": I}
@@ -223,9 +233,24 @@ def megablocks_source(d, seed=0, gated=False, ranks=1, dense=(), **changes):
         rank = folder / ("mp_rank_00" if ranks == 1 else f"mp_rank_00_{r:03d}")
         rank.mkdir(parents=True)
         state = {"args": Namespace(**a), "model": {"language_model": tree}, "iteration": 70}
-        torch.save(state, rank / "model_optim_rng.pt")
+        state |= {"checkpoint_version": 3.0, "rng_state": [{"np_rng_state": np.random.get_state()}]}
+        save_as_megatron(state, rank / file)
     (d / "latest_checkpointed_iteration.txt").write_text("70\n")
     return t, a, gated
+
+
+def save_as_megatron(state, path):
+    """torch.save with ``args.model_type`` of a class that exists in the training program alone."""
+    module = ModuleType("megatron.model.enums")
+    module.ModelType = enum.Enum("ModelType", {"encoder_or_decoder": 1}, module=module.__name__)
+    state["args"].model_type = module.ModelType.encoder_or_decoder
+    names = ("megatron", "megatron.model", module.__name__)
+    try:
+        sys.modules.update(dict.fromkeys(names, module))
+        torch.save(state, path)
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 def megablocks_equations(source, ids):
@@ -251,17 +276,17 @@ def megablocks_equations(source, ids):
             continue
         y = torch.zeros_like(x)
         for s in range(len(ids)):
-            prob = (t[p + "mlp.router.layer.weight"] @ n[s]).softmax(0)
+            prob = (t[p + "mlp.moe.router.layer.weight"] @ n[s]).softmax(0)
             top = prob.topk(a["moe_top_k"])
             norm = a["moe_normalize_expert_weights"]
             total = 1.0 if norm is None else top.values.abs().pow(norm).sum() ** (1 / norm)
             for e in top.indices.tolist():
                 m = {
-                    k: t[p + f"mlp.experts.mlp.{k}"].view(E, I, H)[e]
+                    k: t[p + f"mlp.moe.experts.mlp.{k}"].view(E, I, H)[e]
                     for k in (("w1", "v1", "w2") if gated else ("w1", "w2"))
                 }
                 h = gelu(m["w1"] @ n[s]) * (m["v1"] @ n[s] if gated else 1.0)
                 y[s] += prob[e] / total * (h @ m["w2"])
-        x = x + y + t[p + "mlp.experts.bias"]
+        x = x + y + t[p + "mlp.moe.experts.bias"]
     out = t["embedding.word_embeddings.weight"]
     return layer_norm(x, t, "encoder.final_layernorm") @ out.T

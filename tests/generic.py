@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import (
 )
 
 import qmoe
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
 from qmoe.models.families.find import repair
 from qmoe.models.streamed import StreamedModel
@@ -266,7 +266,7 @@ def prove(
     tiny.save_tokenizer(source)
     text = tiny.save_text(work / "text.txt", 2 * tokens)
     settings = Settings(method=method, calib=str(text), calib_tokens=tokens, ctx=24)
-    compress_checkpoint(str(source), work / "q", settings)
+    compress(str(source), work / "q", settings)
     passed = {"compress": True}
     verify(work / "q")
     loaded = qmoe.load(work / "q", dtype=torch.float32)

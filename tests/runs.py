@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from qmoe.compression import job as compression
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
 from qmoe.models.streamed import StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
@@ -63,7 +63,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 def undisturbed(job: Job, out: Path) -> dict[str, bytes]:
     """The files of a run by one process, to its end."""
-    compress_checkpoint(str(job[0]), out, job[1])
+    compress(str(job[0]), out, job[1])
     return files(out)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from qmoe.calib.sensitivity import dense_sensitivity
 from qmoe.cli import main
 from qmoe.compression.allocation import Part, dense_rates, slope, total
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
 from qmoe.errors import QmoeError
 from qmoe.models.streamed import StreamedModel
@@ -90,7 +90,7 @@ def source(tmp_path_factory, tiny):
 def test_a_rate_between_whole_numbers(source, tmp_path):
     where, text = source
     settings = Settings("rd", str(text), calib_tokens=1024, ctx=128, delta=4.0, dense_bits=4.6)
-    compress_checkpoint(str(where), tmp_path / "out", settings)
+    compress(str(where), tmp_path / "out", settings)
     verify(tmp_path / "out")
     found = inspect(tmp_path / "out")
     assert found.coded_dense_bits_per_weight == pytest.approx(4.6, rel=0.02)
@@ -151,5 +151,5 @@ def test_a_target_out_of_reach_says_what_is_within(source, tmp_path):
     where, text = source
     settings = Settings("rd", str(text), calib_tokens=1024, ctx=128, model_bits=0.1)
     with pytest.raises(QmoeError, match=r"--model-bits 0.1: this model can take \d\.\d\d to"):
-        compress_checkpoint(str(where), tmp_path / "out", settings)
+        compress(str(where), tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()

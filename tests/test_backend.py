@@ -36,14 +36,14 @@ CODE = """
 import sys, torch, qmoe
 from qmoe.inference import experts
 from qmoe.inference.cuda import run_kernels
-from qmoe.measure.perplexity import evaluate
+from qmoe.measure.perplexity import score_batches
 from transformers import AutoModelForCausalLM
 ids = torch.randint(3, 120, (2, 16), generator=torch.Generator().manual_seed(0))
 batch = [{"input_ids": ids, "labels": ids}]
 plain = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32).eval()
 model = qmoe.load(sys.argv[1], dtype=torch.float32)
 experts.BACKENDS["cpu"] = run_kernels
-score = evaluate(model, batch, plain)
+score = score_batches(model, batch, plain)
 print(score.perplexity, score.as_dict()["reference_perplexity"], score.kl)
 """
 

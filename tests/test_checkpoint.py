@@ -205,7 +205,7 @@ def no_weights(d):
         (wrong_shape, "'a'.*needs 20 bytes.*0..16"),
         (negative, "'a'.*-2"),
         (no_offsets, "'a' is malformed"),
-        (strange_dtype, "'a' has dtype F4"),
+        (strange_dtype, "'a' has dtype 'F4'"),
         (huge_header, "no complete safetensors file"),
         (missing, "model-2.safetensors, which is missing"),
         (lfs_pointer, "git-lfs"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qmoe.codec import decode_codes, decode_dense, encode_group, matvec, parse_matrix, parse_tables
+from qmoe.codec.decoder.matrix import PADDING_WORDS
 from qmoe.codec.decoder.reference import decode as decode_reference
 from qmoe.types import QuantizedMatrix
 
@@ -127,19 +128,6 @@ def test_rounding_to_other_types():
     assert torch.equal(decode_dense(tables, layout, torch.bfloat16), expected)
 
 
-def test_lookup16_says_the_same_as_lookup():
-    tables = check([random_matrix(50, 200, step=1.0)], reference=False, limit=8)
-    short, entries = tables.lookup16(), tables.lookup
-    value = (short >> 10).astype(np.int8)
-    value[value > 31] -= 64
-    assert np.array_equal(short & 15, entries & 15)
-    assert np.array_equal(short >> 4 & 63, entries >> 8 & 63)
-    assert np.array_equal(value, (entries >> 16).astype(np.uint8).astype(np.int8))
-    longer = check([random_matrix(50, 200, step=1.0)], reference=False, limit=10)
-    with pytest.raises(ValueError, match="8 bits"):
-        longer.lookup16()
-
-
 def test_layout_is_what_a_kernel_expects():
     matrix = random_matrix(20, 2500, seed=4, step=3)
     matrix.codes[:, 100:200] = 0
@@ -155,7 +143,7 @@ def test_layout_is_what_a_kernel_expects():
     )
     assert layout.stream_start.shape == (61,)
     assert (layout.stream_start.diff() > 0).all()
-    assert 32 * (layout.words.numel() - 4) - layout.stream_start[-1] < 32
+    assert 32 * (layout.words.numel() - PADDING_WORDS) - layout.stream_start[-1] < 32
 
 
 def test_same_input_same_bytes():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qmoe.codec import decode_codes, decode_dense, encode_group, matvec, parse_matrix, parse_tables
+from qmoe.codec.decoder.matrix import PADDING_WORDS
 from qmoe.errors import CorruptError
 from qmoe.types import QuantizedMatrix
 
@@ -152,7 +153,7 @@ def test_streams_must_end_at_their_stored_length():
     encoded = group(3, rows=64, cols=60)
     tables = parse_tables(encoded.tables)
     layout = parse_matrix(tables, encoded.matrices[0])
-    payload = 4 * (layout.words.numel() - 4)
+    payload = 4 * (layout.words.numel() - PADDING_WORDS)
     for value in (0, 0xFF):
         blob = encoded.matrices[0].clone()
         blob[-4 - payload : -8] = value

@@ -4,8 +4,11 @@ bit."""
 import copy
 import os
 import pickle
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from test_codec import plain, random_matrix
@@ -15,10 +18,11 @@ from qmoe.codec import (
     encode_group,
     matvec,
     matvec_pairs,
-    pairs,
     parse_matrix,
     parse_tables,
 )
+from qmoe.codec.decoder import lanes
+from qmoe.codec.decoder import matvec as pairs
 
 
 def parsed(matrices, limit=None):
@@ -111,13 +115,83 @@ def test_a_forked_process_works_alone(threads):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_decodes_on_threads_of_its_own(threads, tmp_path):
+    threads(2)
+    (matrix,) = parsed([random_matrix(1024, 520)])  # two threads' worth
+    expected = decode_dense(*matrix).numpy()
+    child = os.fork()
+    if not child:  # numpy compares: torch's own threads are not there either
+        same = np.array_equal(decode_dense(*matrix).numpy(), expected)
+        (tmp_path / "done").write_text(str(same))
+        os._exit(0)
+    deadline = time.monotonic() + 60  # the defect is a child that never ends
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert (tmp_path / "done").exists(), "the child hangs"
+    assert (tmp_path / "done").read_text() == "True"
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("limit", [8, 10, 12])
+@pytest.mark.parametrize("negative", [False, True])
+def test_vector_code_equals_the_plain_loops_bit_for_bit(monkeypatch, rows, limit, negative):
+    if not lanes.AVAILABLE:
+        pytest.skip("no AVX-512, or slow gathers")
+    dense = [
+        random_matrix(rows, c, seed=s, step=0.2 * s, negative=negative)
+        for s, c in ((1, 1500), (9, 1500))
+    ]
+    matrices = parsed(dense, limit=limit)
+    x = inputs(matrices)
+    y = matvec_pairs(matrices, x)
+    monkeypatch.setattr(pairs, "VECTORS", False)
+    assert torch.equal(y, matvec_pairs(matrices, x))
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize(
+    ("limit", "negative", "cols"), [(8, False, 1500), (8, True, 300), (11, True, 1100)]
+)
+def test_many_activations_are_each_alone_bit_for_bit(
+    threads, monkeypatch, vectors, limit, negative, cols
+):
+    if vectors and not lanes.AVAILABLE:
+        pytest.skip("no AVX-512, or slow gathers")
+    monkeypatch.setattr(pairs, "VECTORS", vectors)
+    ((tables, matrix),) = parsed([random_matrix(71, cols, step=0.4, negative=negative)], limit)
+    x = torch.randn(300, cols, generator=torch.Generator().manual_seed(7))
+    threads(2)
+    alone = matvec_pairs([(tables, matrix)] * len(x), x)
+    for count in (1, 2):
+        threads(count)
+        for n in (0, 1, 2, 5, 16, 17, 33, 64, 100, 300):
+            assert torch.equal(matvec(tables, matrix, x[:n]), alone[:n])
+
+
+def test_payloads_are_views_of_the_blob():
+    group = encode_group([random_matrix(64, 100)])
+    tables = parse_tables(group.tables)
+    blob = group.matrices[0]
+    inside = parse_matrix(tables, blob).words.data_ptr() - blob.data_ptr()
+    assert 0 < inside < blob.numel()
+    moved = torch.empty(blob.numel() + 1, dtype=torch.uint8)[1:]
+    moved.copy_(blob)  # at an odd address
+    (a, b), x = (parse_matrix(tables, m) for m in (blob, moved)), torch.ones(1, 100)
+    assert torch.equal(matvec(tables, a, x), matvec(tables, b, x))
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_points_to_its_own_arrays(duplicate):
     matrices = parsed([random_matrix(8, 30)])
     x = inputs(matrices)
     expected = matvec_pairs(matrices, x)
     before = matrices[0][0].addresses, matrices[0][1].addresses
-    matrices = duplicate(matrices)
+    originals, matrices = matrices, duplicate(matrices)
+    assert originals[0][1].addresses == before[1]  # alive, so that no address is used again
     assert not {*matrices[0][0].addresses[2:], *matrices[0][1].addresses[3:]} & {
         *before[0][2:],
         *before[1][3:],

@@ -14,7 +14,7 @@ from qmoe.compression.coding import encode_experts
 from qmoe.errors import OutputError
 from qmoe.store.manifest import MANIFEST
 from qmoe.store.reader import Container
-from qmoe.store.writer import INDEX, ContainerWriter
+from qmoe.store.writer import INDEX, ContainerWriter, carried_files
 from qmoe.system.tensors import read_header
 from qmoe.types import QuantizedMatrix
 
@@ -335,7 +335,7 @@ def test_carried_files(tmp_path):
         (source / name).write_text(name)
     with ContainerWriter(tmp_path / "a") as writer:
         fill(writer, "m")
-        writer.finish(["m"], **FINISH, carry_from=source)
+        writer.finish(["m"], **FINISH, files=carried_files(source))
     names = {p.name for p in (tmp_path / "a").iterdir()}
     assert {"tokenizer.json", "chat_template.jinja", "LICENSE"} <= names
     assert not {"model.safetensors", "x.py"} & names

@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 
 from qmoe.calib import default_text
 from qmoe.calib.batches import prepare
-from qmoe.compression.pipeline import Settings, compress_checkpoint
+from qmoe.compression.pipeline import compress
+from qmoe.compression.settings import Settings
 from qmoe.errors import CalibrationError
-from qmoe.measure.score import score_checkpoint
+from qmoe.measure.score import evaluate
 from qmoe.store.inspect import inspect
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,10 +166,10 @@ def test_on_every_domain_at_least_as_good_as_the_text_of_another(tmp_path):
         calib = None if name is None else str(TEXTS / "domains" / f"calib_{name}.txt")
         out = tmp_path / str(name)
         settings = Settings("rd", calib, calib_tokens=16384, ctx=256, bits=0.8)
-        compress_checkpoint(str(DOMAINS), out, settings)
+        compress(str(DOMAINS), out, settings)
         for kind in kinds:
             text = str(TEXTS / "domains" / f"dev_{kind}.txt")
-            kl[name, kind] = score_checkpoint(str(out), text, str(DOMAINS), 256, 8192).kl
+            kl[name, kind] = evaluate(str(out), text, str(DOMAINS), 256, 8192).kl
     for kind in kinds:
         elsewhere = min(kl[other, kind] for other in kinds if other != kind)
         assert kl[None, kind] <= elsewhere, kl

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import qmoe
 from qmoe.compression.coding import encode_planes
 from qmoe.compression.dense import find_step
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError, OutputError
 from qmoe.publish.export import export
@@ -64,7 +64,7 @@ def _run(tiny, source, text, out, bits):
     settings = Settings(
         method="rd", delta=2.0, dense_bits=bits, calib=str(text), calib_tokens=1024, ctx=128
     )
-    return compress_checkpoint(str(source), out, settings)
+    return compress(str(source), out, settings)
 
 
 @pytest.fixture(scope="module")

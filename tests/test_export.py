@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
 from qmoe.errors import CorruptError, OutputError
-from qmoe.models.families import layouts
+from qmoe.models.families import find as layouts
 from qmoe.publish.export import export
 from qmoe.publish.verify import verify
 from qmoe.store.inspect import inspect
 from qmoe.store.manifest import MANIFEST, read_sealed, write_sealed
 from qmoe.store.reader import Container
 from qmoe.store.writer import INDEX
-from qmoe.system.tensors import Spill
+from qmoe.system.spill import Spill
 
 
 def _auto(model):

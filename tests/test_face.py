@@ -68,7 +68,7 @@ report: qmoe.CompressReport = qmoe.compress("MODEL", "OUT", settings)
 print(report.sizes.bits_per_weight, qmoe.inspect("OUT").experts, report.out.name)
 score: qmoe.Score = qmoe.evaluate("OUT", "dev.txt", reference="MODEL")
 print(score.perplexity, score.kl, qmoe.verify("OUT").files)
-print(qmoe.export("OUT", "DEST").name, qmoe.push("OUT", "owner/name").url)
+print(qmoe.export("OUT", "DEST").stored_bytes, qmoe.push("OUT", "owner/name").url)
 """
 
 

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 import qmoe
 from qmoe.calib.batches import inputs_only, prepare, split_batches
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError, OutputError
-from qmoe.measure.perplexity import evaluate
-from qmoe.measure.score import load_any, score_checkpoint
+from qmoe.measure.perplexity import score_batches
+from qmoe.measure.score import evaluate, load_any
 from qmoe.models.families.find import repair
 from qmoe.publish.export import export
 from qmoe.publish.verify import verify
@@ -146,9 +146,7 @@ def test_an_export_keeps_what_its_carried_tensors_mean(tmp_path, tiny):
     _compressed(source, tmp_path, tiny)
     export(tmp_path / "q", tmp_path / "dense")
     text = str(tmp_path / "text.txt")
-    score = score_checkpoint(
-        str(tmp_path / "q"), text, str(tmp_path / "dense"), 32, 200, "bfloat16", "cpu"
-    )
+    score = evaluate(str(tmp_path / "q"), text, str(tmp_path / "dense"), 32, 200, "bfloat16", "cpu")
     assert score.kl == pytest.approx(0, abs=1e-3)
     for folder in (source, tmp_path / "dense"):
         assert open_checkpoint(folder).settings["quant_method"] == "fp8"
@@ -178,7 +176,7 @@ def _compressed(source, tmp_path, tiny, **options):
     tiny.save_tokenizer(source)
     text = tiny.save_text(tmp_path / "text.txt", 400)
     settings = Settings(method="rtn", calib=str(text), calib_tokens=256, ctx=32, **options)
-    return compress_checkpoint(str(source), tmp_path / "q", settings), text
+    return compress(str(source), tmp_path / "q", settings), text
 
 
 def test_carried_tensors_are_verified_and_do_not_disturb(tmp_path, tiny):
@@ -230,7 +228,7 @@ def test_eval_reads_the_published_layout(tmp_path, tiny, case):
     ids = torch.randint(16, 50, (2, 9), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(loaded(ids).logits, expected(ids).logits, rtol=1e-6, atol=1e-6)
     text = tiny.save_text(tmp_path / "text.txt", 100)
-    score = score_checkpoint(str(source), str(text), str(tmp_path / "plain"), ctx=32, device="cpu")
+    score = evaluate(str(source), str(text), str(tmp_path / "plain"), ctx=32, device="cpu")
     assert score.kl == pytest.approx(0, abs=1e-6)
 
 
@@ -257,10 +255,10 @@ def test_nllb_calibration_and_evaluation_use_the_equation(tmp_path, tiny):
     tokens = read_sealed(tmp_path / "q" / MANIFEST)["report"]["modules"][f"{path}.experts"]
     assert tokens["tokens"] == torch.cat(seen)[learned].sum(0).tolist()
     assert min(tokens["tokens"]) > 0
-    expected = evaluate(
+    expected = score_batches(
         model, split_batches(prepare(tokenizer, model.config, str(text), 2**40, 32, 0))
     )
-    got = score_checkpoint(str(source), str(text), ctx=32, device="cpu")
+    got = evaluate(str(source), str(text), ctx=32, device="cpu")
     assert got.nll == pytest.approx(expected.nll, abs=1e-6)
     export(tmp_path / "q", tmp_path / "dense", "float32")
     dense = load_any(str(tmp_path / "dense"), "float32", torch.device("cpu"))

@@ -1,7 +1,11 @@
 """Imported checkpoints against the layer equations, which tests/equations.py writes out."""
 
 import json
+import os
+import zipfile
+from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from equations import (
@@ -12,12 +16,14 @@ from equations import (
     megablocks_source,
     openmoe_equations,
     openmoe_source,
+    save_as_megatron,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qmoe.errors import OutputError, SourceError
 from qmoe.models.importers import IMPORTERS, writing
+from qmoe.models.importers.pickles import load_pickle, settings_of
 
 CASES = {
     "openmoe": ("openmoe", openmoe_source, openmoe_equations, {}),
@@ -31,6 +37,12 @@ CASES = {
         {"gated": True, "ranks": 2, "moe_normalize_expert_weights": 2.0, "dense": (1,)},
     ),
     "megablocks top-1": ("megablocks", megablocks_source, megablocks_equations, {"moe_top_k": 1}),
+    "megablocks, distributed optimizer": (
+        "megablocks",
+        megablocks_source,
+        megablocks_equations,
+        {"file": "model_rng.pt", "moe_top_k": np.int64(2), "layernorm_epsilon": np.float64(1e-5)},
+    ),
 }
 
 
@@ -82,9 +94,10 @@ def test_bounded_shards(tmp_path, monkeypatch):
 
 
 def _replace(path, change):
-    state = torch.load(path, weights_only=False)
+    state = load_pickle(path)
     change(state)
-    torch.save(state, path)
+    torch.save(state, path.with_suffix(".new"))  # the file itself is mapped
+    path.with_suffix(".new").replace(path)
 
 
 def test_fairseq_bad_sources(tmp_path):
@@ -95,6 +108,7 @@ def test_fairseq_bad_sources(tmp_path):
     for options, words in (
         ({"decoder_learned_pos": True}, "decoder_learned_pos=True is not supported"),
         ({"activation_fn": "swish"}, "activation 'swish'"),
+        ({"alternate_decoder_ffn_embed_dim": 64}, "alternate_decoder_ffn_embed_dim=64 is not"),
     ):
         fairseq_source(d, **options)
         with pytest.raises(SourceError, match=words):
@@ -103,6 +117,11 @@ def test_fairseq_bad_sources(tmp_path):
     _replace(d / "model-shared.pt", lambda s: s["model"].update({"decoder.x": torch.ones(1)}))
     with pytest.raises(SourceError, match=r"'decoder.x' has no place"):
         run(d, tmp_path / "out")
+    (tmp_path / "split").mkdir()
+    for name in ("model-shared-shard0.pt", "model-rank-0-shard0.pt"):
+        (tmp_path / "split" / name).write_bytes(b"")
+    with pytest.raises(SourceError, match=r"model-rank-0-shard0.pt, a part .* merge them first"):
+        run(tmp_path / "split", tmp_path / "out")
     fairseq_source(d)
     name = "decoder.layers.3.moe_layer.experts.1.fc1.weight"
     _replace(d / "model-rank-1.pt", lambda s: s["model"].pop(name))
@@ -146,6 +165,9 @@ def test_megablocks_bad_sources(tmp_path):
             ({"moe_num_experts": None}, "no setting 'moe_num_experts'"),
             ({"moe_num_experts": 8}, "hold 4 of 8 experts"),
             ({"ffn_hidden_size": 20}, r"expected \[experts \* 20, 32\]"),
+            ({"moe_capacity_factor": 1}, "moe_capacity_factor=1: these experts drop the tokens"),
+            ({"moe_use_megatron_switch": True}, "moe_use_megatron_switch=True is not supported"),
+            ({"num_layers": "4"}, "num_layers='4', expected a positive integer"),
         )
     ):
         megablocks_source(tmp_path / f"src{i}", **options)
@@ -158,6 +180,59 @@ def test_megablocks_bad_sources(tmp_path):
         run(tmp_path / "src", tmp_path / "out")
     with pytest.raises(SourceError, match=r"holds no mp_rank_"):
         run(tmp_path, tmp_path / "out")
+
+
+def test_megablocks_experts_with_a_capacity(tmp_path):
+    megablocks_source(tmp_path / "src")
+
+    def stack(state):
+        layers = state["model"]["language_model"]["encoder"]
+        for name in [n for n in layers if n.endswith(("w1", "w2"))]:
+            layers[name] = layers[name].view(4, -1, 32)
+        state["args"].model_type = None
+
+    _replace(tmp_path / "src" / "iter_0000070" / "mp_rank_00" / "model_optim_rng.pt", stack)
+    with pytest.raises(SourceError, match=r"w1' has the shape \[4, 24, 32\]: experts with a capac"):
+        IMPORTERS["megablocks"](tmp_path / "src", tmp_path / "out")
+
+
+def test_pickles_run_no_code(tmp_path):
+    """Classes of the training program become inert; names of the standard library are refused."""
+    path = tmp_path / "a.pt"
+    array = np.arange(5, dtype=np.uint32)
+    state = {"args": Namespace(x=np.float32(0.5)), "array": array, "words": np.array(["a"])}
+    save_as_megatron(state, path)
+    for old in (False, True):  # numpy 2 renamed the module that its pickles name
+        if old:
+            with zipfile.ZipFile(path) as z:
+                parts = {n: z.read(n) for n in z.namelist()}
+            with zipfile.ZipFile(path, "w") as z:
+                for name, data in parts.items():
+                    z.writestr(name, data.replace(b"numpy._core", b"numpy.core"))
+        loaded = load_pickle(path)
+        assert np.array_equal(loaded["array"], array)
+        assert settings_of(loaded["args"])["x"] == 0.5
+        assert repr(loaded["args"].model_type) == "megatron.model.enums.ModelType(1)"
+
+    class Runs:
+        def __init__(self, call):
+            self.call = call
+
+        def __reduce__(self):
+            return self.call
+
+    marker = tmp_path / "ran"
+    for call in ((os.system, (f"touch {marker}",)), (eval, ("1",)), (np.load, (str(path),))):
+        torch.save({"args": Runs(call)}, path)
+        with pytest.raises(SourceError, match="run code"):
+            load_pickle(path)
+    assert not marker.exists()
+
+
+def test_fairseq_with_a_token_of_its_own_before_texts(tmp_path):
+    fairseq_source(tmp_path / "src", add_bos_token=True)
+    done = IMPORTERS["fairseq"](tmp_path / "src", tmp_path / "out")
+    assert AutoConfig.from_pretrained(done.directory).bos_token_id == 0
 
 
 def test_fairseq_tokenizer(tmp_path):
@@ -174,7 +249,9 @@ def test_fairseq_tokenizer(tmp_path):
     ids = tokenizer("ab ab\nba c", add_special_tokens=False).input_ids
     assert ids == [8, 4, 2, 6, 5, 7, 3]
     assert tokenizer.decode(ids[:2]) == "ab ab"
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (2, 1, 0)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (2, 1, 2)
+    assert tokenizer("ab").input_ids == [2, 8]  # as fairseq's task begins a text
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 2
     (d / "dict.txt").write_text("17 7\n")
     with pytest.raises(SourceError, match="GPT-2 has no token 17"):
         IMPORTERS["fairseq"](d, tmp_path / "new")

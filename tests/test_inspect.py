@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.store.inspect import bits_as_read, expert_bits, inspect
 from qmoe.store.reader import Container
 
@@ -17,7 +17,7 @@ def out(tmp_path_factory, tiny):
 
     folder = tmp_path_factory.mktemp("inspect")
     source, settings = make_job(tiny, folder, hidden_size=64)
-    compress_checkpoint(str(source), folder / "out", settings)
+    compress(str(source), folder / "out", settings)
     return folder / "out"
 
 

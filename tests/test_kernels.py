@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from matrices import rough_matrix as matrix
 
 from qmoe.codec import decode_codes, encode_group
 from qmoe.errors import CorruptError
@@ -16,7 +17,6 @@ from qmoe.kernels.pack import NO_ROW, PackedProjection, pack_projection
 from qmoe.measure.kernels import gpu as bench
 from qmoe.measure.kernels import sass, static
 from qmoe.measure.kernels.sample import packed, parsed, sample_matrix
-from qmoe.measure.kernels.sample import rough_matrix as matrix
 from qmoe.measure.kernels.trace import trace
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,11 +11,11 @@ import sys
 
 import pytest
 import torch
+from matrices import rough_matrix as matrix
 
 from qmoe.kernels import launch, ops, pair_groups, project
 from qmoe.measure.kernels import gpu as bench
 from qmoe.measure.kernels.sample import packed
-from qmoe.measure.kernels.sample import rough_matrix as matrix
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(

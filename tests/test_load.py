@@ -1,6 +1,7 @@
 """Compressed checkpoints as transformers models: equal to the dense model that holds the decoded
 weights."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from container_parts import reseal
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
@@ -16,7 +18,7 @@ from qmoe.inference import experts
 from qmoe.inference.experts import EncodedExperts
 from qmoe.inference.load import set_cache_bytes
 from qmoe.inference.quantizer import CACHE_VARIABLE
-from qmoe.models.families import layouts
+from qmoe.models.families import find as layouts
 from qmoe.models.projects.fairseq_moe import FairseqMoeConfig
 from qmoe.models.projects.megatron_moe import MegatronMoeConfig
 from qmoe.models.projects.openmoe import OpenMoeConfig
@@ -210,7 +212,7 @@ def test_few_and_many_rows_agree_and_repeat(compressed):
     module = qmoe.load(out).model.layers[1].mlp.experts
     host = dense.model.layers[1].mlp.experts
     g = torch.Generator().manual_seed(0)
-    for n in (0, 1, 2, experts.SMALL, experts.SMALL + 1, 40):
+    for n in (0, 1, 2, 4, 8, 9, 40, 300):
         x = torch.randn(n, 64, generator=g)
         index = torch.randint(0, 4, (n, 2), generator=g)
         index[:, 1] = (index[:, 0] + 1) % 4
@@ -340,3 +342,15 @@ def test_no_such_directory(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(QmoeError, match="is no directory and cannot be fetched"):
         qmoe.load("nobody/nothing")
+
+
+def test_a_kind_of_experts_that_the_model_has_not_is_refused(compressed, tmp_path):
+    out = tmp_path / "other"
+    shutil.copytree(compressed[0], out)
+    config = json.loads((out / "config.json").read_text())
+    for module in config["quantization_config"]["modules"].values():
+        module["kind"] = "?"
+    (out / "config.json").write_text(json.dumps(config))
+    reseal(out)
+    with pytest.raises(CorruptError, match=r"the model has .*kind='fused'"):
+        qmoe.load(out)

@@ -14,7 +14,7 @@ from runs import make_job, opened
 
 from qmoe.calib.activations import ActivationStore
 from qmoe.compression.blocks import BlockLoop
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.plan import make_plan
 from qmoe.compression.settings import Settings
 from qmoe.errors import CapacityError
@@ -89,7 +89,7 @@ def test_no_tensor_outlives_being_stored(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(StreamedModel, "dense", watched_dense)
     monkeypatch.setattr(BlockLoop, "block", watched_block)
     source, settings = make_job(tiny, tmp_path)
-    compress_checkpoint(str(source), tmp_path / "out", settings)
+    compress(str(source), tmp_path / "out", settings)
     assert len(stored) > 4
     assert alive == []
 
@@ -134,7 +134,7 @@ def test_too_little_memory_is_refused_with_both_numbers(make, tmp_path):
     source, text = make(1, 4)
     settings = Settings(method="qmoe", calib=str(text), calib_tokens=512, ctx=128, memory=64 << 20)
     with pytest.raises(CapacityError, match=r"--memory 64\.0 MiB is too little.*pass --memory"):
-        compress_checkpoint(str(source), tmp_path / "out", settings)
+        compress(str(source), tmp_path / "out", settings)
     assert list(tmp_path.iterdir()) == []
 
 

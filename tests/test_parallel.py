@@ -16,7 +16,7 @@ from runs import Job, arguments, files, make_job, record, undisturbed
 
 from qmoe.calib.activations import ActivationStore
 from qmoe.compression.layer import _padded
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.system.processes import World
 
 EXPERTS = 40  # more than one group of experts per layer
@@ -114,7 +114,7 @@ def test_a_dead_process_ends_the_run_and_one_process_finishes_it(job, expected, 
     assert "continues at the first unfinished block" in last
     assert "Traceback" not in errors
     heard: list[str] = []
-    compress_checkpoint(str(job[0]), out, job[1], say=heard.append)
+    compress(str(job[0]), out, job[1], say=heard.append)
     assert heard[1] == "1 of 2 blocks are finished; continuing at block model.layers.1"
     assert files(out) == expected
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from runs import make_job, opened
 
-from qmoe.compression import pipeline as compress
+from qmoe.compression import pipeline
 from qmoe.compression.dense import DenseCoder
 from qmoe.compression.estimate import START, Speeds, Work, seconds
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.plan import Needs, make_plan
 from qmoe.quantize import get_method
 from qmoe.system.processes import World
@@ -90,7 +90,7 @@ def test_disk_of_a_real_run(tiny, tmp_path, monkeypatch, bits):
     source, settings = make_job(tiny, tmp_path, **shape)
     settings = dataclasses.replace(settings, bits=bits, delta=None if bits else 8.0)
     made: list[Needs] = []
-    monkeypatch.setattr(compress, "make_plan", lambda *a: made.append(make_plan(*a)) or made[-1])
+    monkeypatch.setattr(pipeline, "make_plan", lambda *a: made.append(make_plan(*a)) or made[-1])
     folder = tmp_path / "disk"
     folder.mkdir()
     over, peak = threading.Event(), 0
@@ -108,7 +108,7 @@ def test_disk_of_a_real_run(tiny, tmp_path, monkeypatch, bits):
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        compress_checkpoint(str(source), folder / "out", settings)
+        compress(str(source), folder / "out", settings)
     finally:
         over.set()
         thread.join()

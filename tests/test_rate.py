@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.rate import REHEARSAL_TOLERANCE, Controller, Curve, check_target, missed
 from qmoe.compression.settings import Settings
 from qmoe.errors import QmoeError
@@ -41,7 +41,7 @@ def uneven(tiny, tmp_path_factory):
 def test_targets_are_met(uneven, tmp_path, bits):
     source, text = uneven
     settings = Settings("rd", str(text), 3000, bits=bits, ctx=128)
-    compress_checkpoint(str(source), tmp_path / "out", settings)
+    compress(str(source), tmp_path / "out", settings)
     assert inspect(tmp_path / "out").bits_per_weight == pytest.approx(bits, rel=0.01)
 
 
@@ -50,7 +50,7 @@ def test_a_target_that_side_data_exceed_is_said_to_be_missed(tiny, tmp_path):
     tiny.save_tokenizer(source)
     text, heard = tiny.save_text(tmp_path / "text.txt", 2000), []
     settings = Settings("rd", str(text), 1024, bits=0.25, ctx=128)
-    report = compress_checkpoint(str(source), tmp_path / "out", settings, say=heard.append)
+    report = compress(str(source), tmp_path / "out", settings, say=heard.append)
     assert report.sizes.bits_per_weight > 0.26
     assert heard[-1] == missed(0.25, report.sizes.bits_per_weight)
     assert heard[-1].startswith("--bits 0.25 is missed by +")
@@ -124,7 +124,7 @@ def test_probe_does_not_depend_on_threads(uneven, tmp_path):
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            compress_checkpoint(str(source), tmp_path / str(threads), settings)
+            compress(str(source), tmp_path / str(threads), settings)
     finally:
         torch.set_num_threads(before)
     for file in (tmp_path / "1").glob("*.safetensors"):

@@ -19,9 +19,8 @@ from typing import BinaryIO
 import pytest
 from runs import Job, arguments, files, make_job, record, undisturbed, when
 
-from qmoe.compression import pipeline as compress
-from qmoe.compression import plan
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression import pipeline, plan
+from qmoe.compression.pipeline import compress
 from qmoe.errors import InterruptedRunError, OutputError, SourceError
 from qmoe.store.writer import ContainerWriter
 
@@ -46,7 +45,7 @@ def _interrupt(job, out: Path, block: int = 1) -> str:
         when(record(out, block), lambda: os.kill(os.getpid(), signal.SIGINT)),
         pytest.raises(InterruptedRunError) as caught,
     ):
-        compress_checkpoint(str(job[0]), out, job[1])
+        compress(str(job[0]), out, job[1])
     return str(caught.value)
 
 
@@ -57,7 +56,7 @@ def test_goes_on_after_ctrl_c(job, expected, tmp_path):
     assert not out.exists()
     before = {p.name: p.stat().st_mtime_ns for p in record(out, 0).parent.iterdir()}
     heard: list[str] = []
-    compress_checkpoint(str(job[0]), out, job[1], say=heard.append)
+    compress(str(job[0]), out, job[1], say=heard.append)
     assert heard[0].startswith("plan: read")
     where = message.rsplit(" ", 1)[1]
     done = int(where.rsplit(".", 1)[1])
@@ -88,7 +87,7 @@ def test_lost_activations_are_made_again(job, expected, tmp_path, damage):
             data[:-7] if damage == "cut" else data
         )
     heard: list[str] = []
-    compress_checkpoint(str(job[0]), out, job[1], say=heard.append)
+    compress(str(job[0]), out, job[1], say=heard.append)
     assert "are missing or damaged; going back to block model.layers.0" in heard[1]
     assert files(out) == expected
 
@@ -99,7 +98,7 @@ def test_changed_settings_and_sources_are_refused(job, tiny, tmp_path):
     source, settings = job
     other = dataclasses.replace(settings, delta=9.0)
     with pytest.raises(OutputError, match=r"begun with delta = 8\.0, this run has 9\.0.*--fresh"):
-        compress_checkpoint(str(source), out, other)
+        compress(str(source), out, other)
     changed = tmp_path / "changed"
     shutil.copytree(source, changed)
     weights = tiny.load_all(changed)
@@ -108,9 +107,9 @@ def test_changed_settings_and_sources_are_refused(job, tiny, tmp_path):
     tiny.rewrite(changed, weights)
     (changed / "model.safetensors.index.json").unlink(missing_ok=True)
     with pytest.raises(OutputError, match=r"begun with source = .*fingerprint.*this run has"):
-        compress_checkpoint(str(changed), out, settings)
+        compress(str(changed), out, settings)
     fresh = dataclasses.replace(other, fresh=True)
-    compress_checkpoint(str(source), out, fresh)
+    compress(str(source), out, fresh)
     assert out.is_dir()
 
 
@@ -122,9 +121,9 @@ def test_memory_does_not_change_the_bytes(job, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "_CODE", 0)
     made = []
     make = plan.make_plan
-    monkeypatch.setattr(compress, "make_plan", lambda *a: made.append(make(*a)) or made[-1])
+    monkeypatch.setattr(pipeline, "make_plan", lambda *a: made.append(make(*a)) or made[-1])
     small = dataclasses.replace(settings, memory=18 << 20)
-    compress_checkpoint(str(source), tmp_path / "out", small)
+    compress(str(source), tmp_path / "out", small)
     assert made[0].activations > made[0].store  # the rest lay in mapped files
     assert files(tmp_path / "out") == expected
 
@@ -134,7 +133,7 @@ def test_second_run_on_the_same_output_is_refused(job, tmp_path):
         ContainerWriter(tmp_path / "out"),
         pytest.raises(OutputError, match="another run is writing"),
     ):
-        compress_checkpoint(str(job[0]), tmp_path / "out", job[1])
+        compress(str(job[0]), tmp_path / "out", job[1])
 
 
 def _kill_chain(job, expected, folder: Path, kills: int, seed: int) -> None:
@@ -144,7 +143,7 @@ def _kill_chain(job, expected, folder: Path, kills: int, seed: int) -> None:
     context.set_forkserver_preload(["qmoe.compression.pipeline"])
 
     def start(out: Path) -> multiprocessing.Process:
-        process = context.Process(target=compress_checkpoint, args=(str(job[0]), out, job[1]))
+        process = context.Process(target=compress, args=(str(job[0]), out, job[1]))
         process.start()
         return process
 
@@ -168,7 +167,7 @@ def _kill_chain(job, expected, folder: Path, kills: int, seed: int) -> None:
             finished += 1
     out = folder / f"{seed}-{finished + 1}"
     if not out.exists():
-        compress_checkpoint(str(job[0]), out, job[1])
+        compress(str(job[0]), out, job[1])
     assert files(out) == expected
     assert files(folder / "0") == expected
 
@@ -197,7 +196,7 @@ def test_ctrl_c_on_the_command_line_in_another_locale(job, expected, tmp_path):
     last = errors.strip().splitlines()[-1]
     assert last.startswith("qmoe: interrupted; the same command continues at block model.layers.")
     assert "Traceback" not in errors
-    compress_checkpoint(str(job[0]), out, job[1])
+    compress(str(job[0]), out, job[1])
     assert files(out) == expected
 
 
@@ -234,10 +233,10 @@ def test_full_disk(job, expected, tmp_path):
             when(record(out, 0), fill),
             pytest.raises(OutputError, match=r"no space left|no room for"),
         ):
-            compress_checkpoint(str(job[0]), out, job[1])
+            compress(str(job[0]), out, job[1])
         filler.unlink()
         heard: list[str] = []
-        compress_checkpoint(str(job[0]), out, job[1], say=heard.append)
+        compress(str(job[0]), out, job[1], say=heard.append)
         assert "blocks are finished; continuing at block" in heard[1]
         assert files(out) == expected
 
@@ -250,10 +249,10 @@ def test_file_size_limit(job, expected, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, before[1]))
     try:
         with pytest.raises(OutputError, match=r"exceed the file size limit|no room for"):
-            compress_checkpoint(str(job[0]), out, job[1])
+            compress(str(job[0]), out, job[1])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    compress_checkpoint(str(job[0]), out, job[1])
+    compress(str(job[0]), out, job[1])
     assert files(out) == expected
 
 
@@ -267,9 +266,9 @@ def test_read_error_in_a_shard(job, expected, tmp_path, monkeypatch):
         when(record(out, 0), lambda: monkeypatch.setattr(os, "preadv", failing)),
         pytest.raises(SourceError, match=r"read error in .*Input/output error"),
     ):
-        compress_checkpoint(str(job[0]), out, job[1])
+        compress(str(job[0]), out, job[1])
     monkeypatch.setattr(os, "preadv", read)
-    compress_checkpoint(str(job[0]), out, job[1])
+    compress(str(job[0]), out, job[1])
     assert files(out) == expected
 
 
@@ -290,9 +289,9 @@ def test_shard_that_is_replaced_under_the_run(job, expected, tmp_path):
         when(record(out, 0), replace),
         pytest.raises(SourceError, match="changed while it was being read"),
     ):
-        compress_checkpoint(str(source), out, job[1])
+        compress(str(source), out, job[1])
     shard.write_bytes(right)
-    compress_checkpoint(str(source), out, job[1])
+    compress(str(source), out, job[1])
     assert files(out) == expected
 
 
@@ -308,7 +307,7 @@ def test_clock_that_jumps_back(job, expected, tmp_path, monkeypatch):
     now = itertools.count(1e9, -3600)
     monkeypatch.setattr(time, "time", lambda: next(now))
     heard: list[str] = []
-    compress_checkpoint(str(source), out, job[1], say=heard.append)
+    compress(str(source), out, job[1], say=heard.append)
     assert "blocks are finished; continuing at block" in heard[1]
     assert files(out) == expected
 
@@ -345,7 +344,7 @@ def test_output_that_may_not_be_written(open_job):
     closed = folder / "closed"
     closed.mkdir(mode=0o555)
     with _nobody(), pytest.raises(OutputError, match="no permission to write"):
-        compress_checkpoint(str(source), closed / "out", settings)
+        compress(str(source), closed / "out", settings)
     assert list(closed.iterdir()) == []
 
 
@@ -354,5 +353,5 @@ def test_shard_that_may_not_be_read(open_job):
     shard = sorted(source.glob("*.safetensors"))[1]
     shard.chmod(0o000)
     with _nobody(), pytest.raises(SourceError, match=rf"{shard.name}.*[Pp]ermission denied"):
-        compress_checkpoint(str(source), folder / "out", settings)
+        compress(str(source), folder / "out", settings)
     assert not (folder / "out").exists()

@@ -13,10 +13,10 @@ from hub import commit_of
 from safetensors.torch import load_file, save_file
 
 from qmoe.cli import main
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
 from qmoe.errors import InterruptedRunError, SourceError
-from qmoe.measure.score import score_checkpoint
+from qmoe.measure.score import evaluate
 
 REPO = "owner/model"
 BLOCKS, SHARDS = 6, 9
@@ -73,7 +73,7 @@ def hub(job, serve_hub, monkeypatch, tmp_path):
 def _run(job, out, **changes):
     heard = []
     settings = Settings(**(vars(job[1]) | changes))
-    compress_checkpoint(REPO, out, settings, say=heard.append)
+    compress(REPO, out, settings, say=heard.append)
     return heard
 
 
@@ -188,13 +188,13 @@ def test_two_processes_share_the_shards(job, hub, tmp_path):
 def test_a_revision_of_the_source(job, hub, tmp_path):
     hub.branches = {"main": {}, "v2": hub.files}
     name, out = f"{REPO}@v2", tmp_path / "out"
-    compress_checkpoint(name, out, job[1])
+    compress(name, out, job[1])
     source = json.loads((out / "qmoe_manifest.json").read_text())["source"]
     assert (source["name"], source["revision"]) == (REPO, commit_of("v2"))
     text = str(job[1].calib)
-    here = score_checkpoint(str(out), text, str(job[0]), ctx=128, tokens=1024)
-    assert score_checkpoint(str(out), text, name, ctx=128, tokens=1024) == here
+    here = evaluate(str(out), text, str(job[0]), ctx=128, tokens=1024)
+    assert evaluate(str(out), text, name, ctx=128, tokens=1024) == here
     hub.branches["small"] = {p.name: p.read_bytes() for p in out.iterdir()}
-    assert score_checkpoint(f"{REPO}@small", text, name, ctx=128, tokens=1024) == here
+    assert evaluate(f"{REPO}@small", text, name, ctx=128, tokens=1024) == here
     with pytest.raises(SourceError, match="'owner/model' is neither"):
-        compress_checkpoint(f"{REPO}@v3", tmp_path / "none", job[1])
+        compress(f"{REPO}@v3", tmp_path / "none", job[1])

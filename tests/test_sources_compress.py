@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
 from qmoe.publish.export import export
 
@@ -14,6 +14,9 @@ CASES = {
     "mxfp4": ("gpt_oss", lambda t, d: t.to_mxfp4(d)),
     "int4": ("deepseek_v3", lambda t, d: t.to_int4(d)),
     "gptq": ("qwen3_moe", lambda t, d: t.to_gptq(d)),
+    "awq": ("qwen3_moe", lambda t, d: t.to_awq(d)),
+    "nvfp4 modelopt": ("deepseek_v3", lambda t, d: t.to_nvfp4(d)),
+    "nvfp4 compressed-tensors": ("mixtral", lambda t, d: t.to_nvfp4(d, "compressed-tensors")),
     "torch pickles": ("switch_transformers", lambda t, d: t.to_shards(d, 3, "bin")),
 }
 
@@ -27,7 +30,7 @@ def test_source_format_to_compressed_model(tmp_path, tiny, case):
     tiny.save_tokenizer(source)
     text = tiny.save_text(tmp_path / "text.txt", 1500)
     settings = Settings(method="qmoe", calib=str(text), calib_tokens=1024, ctx=128)
-    compress_checkpoint(str(source), tmp_path / "q", settings)
+    compress(str(source), tmp_path / "q", settings)
     model = qmoe.load(tmp_path / "q", dtype=torch.float32)
     export(tmp_path / "q", tmp_path / "dense", "float32")
     seq2seq = model.config.is_encoder_decoder

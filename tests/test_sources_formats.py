@@ -105,6 +105,9 @@ CASES = {
     "mxfp4": ("gpt_oss", lambda t, d: t.to_mxfp4(d), {}),
     "int4": ("deepseek_v3", lambda t, d: t.to_int4(d), {}),
     "gptq int4": ("qwen3_moe", lambda t, d: t.to_gptq(d), {}),
+    "awq int4": ("qwen3_moe", lambda t, d: t.to_awq(d), {}),
+    "nvfp4": ("deepseek_v3", lambda t, d: t.to_nvfp4(d), {}),
+    "nvfp4 compressed-tensors": ("mixtral", lambda t, d: t.to_nvfp4(d, "llm-compressor"), {}),
 }
 
 

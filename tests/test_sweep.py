@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from qmoe import codec
 from qmoe.cli import main
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError, QmoeError
 from qmoe.measure import points
@@ -75,13 +75,13 @@ def test_a_sweep_measures_writes_and_cleans_up(swept):
 def test_known_points_are_not_run_again(model, swept, monkeypatch):
     out, found = swept
     calls = []
-    real = points.compress_checkpoint
+    real = points.compress
 
     def counted(source, directory, settings, *rest):
         calls.append(settings.method)
         return real(source, directory, settings, *rest)
 
-    monkeypatch.setattr(points, "compress_checkpoint", counted)
+    monkeypatch.setattr(points, "compress", counted)
     again = _sweep(model, out, "--methods", "gptq2", "--json")
     assert calls == []
     assert json.loads(again.stdout.splitlines()[-1])["points"] == found["points"]
@@ -120,11 +120,11 @@ def test_a_point_that_was_compressed_but_not_scored_is_only_scored(model, tmp_pa
         raise QmoeError("stopped here")
 
     with monkeypatch.context() as patch:
-        patch.setattr(points, "score_checkpoint", failing)
+        patch.setattr(points, "evaluate", failing)
         with pytest.raises(QmoeError, match="stopped here"):
             made.measure(settings)
     assert made.records() == {}
-    monkeypatch.setattr(points, "compress_checkpoint", failing)
+    monkeypatch.setattr(points, "compress", failing)
     record = made.measure(settings)
     assert record["seconds"] is None
     assert list(made.records().values()) == [record]
@@ -180,11 +180,11 @@ def test_knobs_reach_solver_target_and_manifest(model, tmp_path):
         "rd", str(text), 2048, bits=2.0, ctx=64, device="cpu", solver_options=solver_options
     )
     assert point_name(settings) == "rd-2-drift=0-gradient=0-shrinkage=0-weighted=0"
-    compress_checkpoint(str(source), tmp_path / "off", settings)
+    compress(str(source), tmp_path / "off", settings)
     container = Container.open(tmp_path / "off")
     assert container.manifest["settings"]["knobs"] == solver_options
     plain = Settings("rd", str(text), 2048, bits=2.0, ctx=64, device="cpu")
-    compress_checkpoint(str(source), tmp_path / "on", plain)
+    compress(str(source), tmp_path / "on", plain)
     name = "model.layers.0.mlp.experts.stream"
     other = Container.open(tmp_path / "on").read(name)
     assert not torch.equal(container.read(name), other)
@@ -194,9 +194,9 @@ def test_knobs_reach_solver_target_and_manifest(model, tmp_path):
 def test_bad_knobs_are_refused(model, tmp_path, solver_options):
     settings = Settings("rd", str(model[1]), 2048, ctx=64, solver_options=solver_options)
     with pytest.raises(QmoeError, match="rd does not take"):
-        compress_checkpoint(str(model[0]), tmp_path / "out", settings)
+        compress(str(model[0]), tmp_path / "out", settings)
     with pytest.raises(QmoeError, match="has no solver options"):
-        compress_checkpoint(
+        compress(
             str(model[0]),
             tmp_path / "out",
             Settings("rtn", str(model[1]), 2048, solver_options={"drift": 0}),

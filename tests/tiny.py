@@ -342,6 +342,46 @@ def to_gptq(directory: Path, group: int = 32, pattern: str = r"experts\.\d+\..*w
     return dense
 
 
+def to_nvfp4(directory: Path, by: str = "modelopt", pattern: str = LINEARS) -> dict:
+    """Rewrite the blocks' linear layers as NVFP4 of ModelOpt or of compressed-tensors; returns the
+    dense tensors by name.
+    """
+    ours = by == "modelopt"
+    if ours:
+        names = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+    else:
+        names = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+
+    def encode(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        parts, dense = encoders.nvfp4_encode(w, divide=not ours)
+        values = (*parts.values(), torch.ones(1))
+        stem = name.removesuffix("weight")
+        return {stem + k: v for k, v in zip(names, values, strict=True)}, dense
+
+    stored, dense = _convert(directory, pattern, encode)
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    if ours:
+        settings = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+    else:
+        settings = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+        settings["config_groups"] = {"group_0": {"weights": weights, "targets": ["Linear"]}}
+    rewrite(directory, stored, settings)
+    return dense
+
+
+def to_awq(directory: Path, group: int = 32, pattern: str = r"experts\.\d+\..*weight$") -> dict:
+    """Rewrite per-expert matrices as AutoAWQ does; returns the dense tensors by name."""
+
+    def encode(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        parts, dense = encoders.awq_encode(w, group)
+        return {name.removesuffix("weight") + k: v for k, v in parts.items()}, dense
+
+    stored, dense = _convert(directory, pattern, encode)
+    settings = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True}
+    rewrite(directory, stored, {**settings, "version": "gemm"})
+    return dense
+
+
 def save_tokenizer(directory: Path) -> None:
     """A tokenizer of 50 words, "w0" … "w33" and special ones; fits every model here."""
     special = ["<pad>", "<s>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(12))]

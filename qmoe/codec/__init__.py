@@ -5,7 +5,7 @@ validate them; `decode_codes`, `decode_dense`, `matvec` and `matvec_pairs` use t
 about experts, models or files. The bits: docs/format-codec.md.
 """
 
-from qmoe.codec.decoder.decode import decode_codes, decode_dense, matvec
+from qmoe.codec.decoder.decode import decode_codes, decode_dense, decodes_inside, matvec
 from qmoe.codec.decoder.matrix import ParsedMatrix, parse_matrix
 from qmoe.codec.decoder.matvec import matvec_pairs
 from qmoe.codec.encoder.encode import EncodedGroup, encode_group
@@ -19,6 +19,7 @@ __all__ = [
     "class_entropy_bits",
     "decode_codes",
     "decode_dense",
+    "decodes_inside",
     "encode_group",
     "ideal_bits",
     "matvec",

@@ -19,7 +19,7 @@ from qmoe.calib.routing import Parked, park, plugged
 from qmoe.calib.walk import Walk
 from qmoe.compression.dense import DenseCoder
 from qmoe.compression.job import Job
-from qmoe.compression.layer import Calibrated, groups, quantize_layer
+from qmoe.compression.layer import Calibrated, groups, quantize_layer, run_layer
 from qmoe.compression.rate import Controller, module_bits, offsets_bits
 from qmoe.models.streamed import BlockRef
 from qmoe.store.block import BlockWriter, EncodedBatch, ExpertsWriter
@@ -39,14 +39,21 @@ class BlockLoop:
         importance: of the layers, by module path; 1 where nothing is known.
     """
 
-    def __init__(self, job: Job, outputs: Sequence[Outputs], exchange: Path | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        outputs: Sequence[Outputs],
+        exchange: Path | None = None,
+        unchanged: bool = False,
+    ) -> None:
         """Args:
         job: the run.
         outputs: keep the activations: of the quantized stream, and if the method has drift
             correction, of the original one.
         exchange: folder in which processes exchange encoded batches; None encodes nothing.
+        unchanged: nothing is solved, the experts run as they are.
         """
-        self.job, self.exchange = job, exchange
+        self.job, self.exchange, self.unchanged = job, exchange, unchanged
         mine = job.world.mine(len(job.batches))
         self.walks = [Walk(job.streamed, job.batches, kept, mine) for kept in outputs]
         self.rate: Controller | None = None
@@ -145,6 +152,9 @@ class BlockLoop:
         streams: Sequence[Calibrated],
         target: BlockWriter | None,
     ) -> None:
+        if self.unchanged:
+            run_layer(self.job, layout, module, streams)
+            return
         job, importance = self.job, self.importance.get(layout.path, 1.0)
         delta = self._step(layout, module, streams)
         if self.rate is not None and delta is not None:

@@ -53,9 +53,7 @@ class DenseCoder:
         bits: stored bits per weight, of all matrices together; `rates` has each one's.
         """
         self.streamed, self.bits, self.device = job.streamed, bits, job.device
-        self._tokens = {False: learnable(job.batches, job.tokenizer, decoder=False)}
-        if self.streamed.config.is_encoder_decoder:
-            self._tokens[True] = learnable(job.batches, job.tokenizer, decoder=True)
+        self.learn_from(job)
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._inside: list[tuple[Tensor, Tensor]] = []
         self._tied = {name for name, _ in tied_names(self.streamed.model)}
@@ -70,6 +68,12 @@ class DenseCoder:
         """
         sizes = {n: m.get_parameter("weight").numel() for n, m in self.modules().items()}
         self.rates = dense_rates(sizes, self.bits, scores)
+
+    def learn_from(self, job: Job) -> None:
+        """Takes the tokens of a job's batches as those of the walks to come."""
+        self._tokens = {False: learnable(job.batches, job.tokenizer, decoder=False)}
+        if self.streamed.config.is_encoder_decoder:
+            self._tokens[True] = learnable(job.batches, job.tokenizer, decoder=True)
 
     def names(self) -> set[str]:
         """Parameters that will be coded; nothing has to be loaded."""

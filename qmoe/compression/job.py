@@ -31,6 +31,7 @@ class Job:
         world: the processes that share the work.
         store: room for activations; none before the plan has said how much there is.
         progress: draw bars.
+        own: how many of the batches, the last ones, are the model's own words and not of the text.
     """
 
     settings: Settings
@@ -42,6 +43,7 @@ class Job:
     world: World = field(default_factory=World)
     store: ActivationStore = field(default_factory=lambda: ActivationStore(0))
     progress: bool = False
+    own: int = 0
 
     def tokens(self) -> int:
         """Calibration tokens of one stream of inputs, over all batches."""

@@ -131,6 +131,27 @@ def quantize_layer(
     return Coverage([tokens[e] for e in experts], [notes[e] for e in experts])
 
 
+@torch.no_grad()
+def run_layer(
+    job: Job, layout: ExpertsLayout, module: nn.Module, streams: Sequence[Calibrated]
+) -> None:
+    """Fills the outputs of all streams with those of the experts as they are.
+
+    Args:
+        job, layout, module, streams: see `quantize_layer`; one process does all of it.
+    """
+    todo = list(groups(layout))
+    for i, group in enumerate(todo):
+        if i + 1 < len(todo):
+            job.streamed.prefetch(layout, module, todo[i + 1])
+        for e in group:
+            matrices = job.streamed.read_expert(layout, module, e)
+            placed = {k: w.float().to(job.device) for k, w in matrices.items()}
+            for stream in streams:
+                _run_expert(module, stream.parked, e, placed, job.device)
+        job.store.trim()
+
+
 class _Done(Exception):  # control flow: the activation is known, the rest is not needed
     pass
 
@@ -204,9 +225,9 @@ class _Work:
             del problem  # the next one's Hessians need its room
             yield projection, tokens, solution
         for e, w, d in zip(group, weights, decoded, strict=True):
-            self._outputs(self.quantized, e, d)
+            _run_expert(self.module, self.quantized.parked, e, d, self.device)
             if self.original is not None:
-                self._outputs(self.original, e, w)
+                _run_expert(self.module, self.original.parked, e, w, self.device)
 
     def _problem(
         self,
@@ -280,13 +301,16 @@ class _Work:
             expert_forward(self.module, matrices, e, _padded(x), record)
         return caught[0][: len(x)]
 
-    def _outputs(self, stream: Calibrated, e: int, matrices: dict[str, Tensor]) -> None:
-        p = stream.parked
-        token, slot = p.slots(e)
-        for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):
-            x = _padded(p.hidden[t].to(self.device).float())
-            y = expert_forward(self.module, matrices, e, x)[: len(t)]
-            p.output[t, s] = (y.cpu() * p.weight[t, s, None]).to(p.output.dtype)
+
+def _run_expert(
+    module: nn.Module, parked: Parked, e: int, matrices: dict[str, Tensor], device: torch.device
+) -> None:
+    """Fills the outputs of an expert's tokens."""
+    token, slot = parked.slots(e)
+    for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):
+        x = _padded(parked.hidden[t].to(device).float())
+        y = expert_forward(module, matrices, e, x)[: len(t)]
+        parked.output[t, s] = (y.cpu() * parked.weight[t, s, None]).to(parked.output.dtype)
 
 
 def _padded(x: Tensor) -> Tensor:

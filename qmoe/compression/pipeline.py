@@ -11,6 +11,7 @@ experts and give the same bytes.
 """
 
 import hashlib
+import os
 import resource
 import shutil
 import sys
@@ -31,6 +32,7 @@ from qmoe.calib.batches import inputs_only, prepare, split_batches
 from qmoe.calib.importance import fits, layer_importance
 from qmoe.calib.outputs import Durable, resume_point
 from qmoe.calib.sensitivity import dense_sensitivity
+from qmoe.compression import unseen
 from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.carried import account, write_carried
 from qmoe.compression.dense import HEAD, DenseCoder
@@ -41,26 +43,27 @@ from qmoe.compression.rate import Controller, Curve, missed
 from qmoe.compression.report import CompressReport
 from qmoe.compression.settings import Settings as Settings
 from qmoe.compression.target import settle_model_bits
+from qmoe.compression.unseen import BATCH_TOKENS
 from qmoe.errors import InterruptedRunError
 from qmoe.models.classes import plain_config, read_tokenizer
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
-from qmoe.store.writer import ContainerWriter, downloads_of
+from qmoe.store.writer import ContainerWriter, carried_files, downloads_of
 from qmoe.system.files import canonical_json
 from qmoe.system.machine import pick_device
 from qmoe.system.processes import World
 from qmoe.version import __version__
 
-_BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
 _REST = "rest"  # name of the unit of the container that holds what is outside the blocks
 Say = Callable[[str], object]
+_DEFAULTS = Settings()
 
 
-def compress_checkpoint(
+def compress(
     source: str,
-    out: Path,
-    settings: Settings,
+    out: str | os.PathLike[str],
+    settings: Settings = _DEFAULTS,
     progress: bool = False,
     world: World | None = None,
     say: Say = lambda text: None,
@@ -79,7 +82,7 @@ def compress_checkpoint(
         QmoeError: the input's fault, see qmoe.errors; the source is never written to and `out`
             never half-made. InterruptedRunError: ctrl-C.
     """
-    start = time.monotonic()
+    start, out = time.monotonic(), Path(out)
     world = world or World()
     if not world.first:
         progress, say = False, lambda text: None
@@ -88,7 +91,7 @@ def compress_checkpoint(
     report = CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
     found = report.sizes
     for target, got, option in (
-        (settings.bits, found.bits_per_weight, "--bits"),
+        (settings.target, found.bits_per_weight, "--bits"),
         (settings.model_bits, found.model_bits_per_weight, "--model-bits"),
     ):
         if target is not None and (sentence := missed(target, got, option)):
@@ -102,7 +105,7 @@ def open_job(
     """Opens a source and reads the calibration text; no weight is read and nothing written.
 
     Args:
-        source, out, settings, world, progress: see `compress_checkpoint`.
+        source, out, settings, world, progress: see `compress`.
 
     Raises:
         QmoeError: settings, source or text are not usable.
@@ -115,9 +118,9 @@ def open_job(
     tokenizer = read_tokenizer(checkpoint.directory, trusted)
     text = (settings.calib, settings.calib_tokens, settings.context(streamed.config))
     data = prepare(tokenizer, streamed.config, *text, settings.seed, **settings.calib_rows)
-    batches = [inputs_only(b) for b in split_batches(data, _BATCH_TOKENS)]
+    batches = [inputs_only(b) for b in split_batches(data, BATCH_TOKENS)]
     parts = (settings, streamed, tokenizer, batches, method, device, world)
-    return settle_model_bits(Job(*parts, progress=progress))
+    return unseen.with_room(settle_model_bits(Job(*parts, progress=progress)))
 
 
 class Compression:
@@ -140,19 +143,13 @@ class Compression:
         """
         settings, streamed = job.settings, job.streamed
         self.out, self.say, self.first = out, say, job.world.first
+        self.job = job
         self.blocks = list(streamed.blocks())
         self.by_gradient = settings.by_gradient and fits(streamed, settings.memory)
         self.dense = DenseCoder(job, settings.dense_bits) if settings.dense_bits < 16 else None
         self.plan = make_plan(job, out, self.dense, self.by_gradient)
         say(self.plan.text())
-        if settings.model_bits is not None:
-            say(
-                f"--model-bits {settings.model_bits:g}: experts {settings.bits:.3g} bits per "
-                f"weight, everything else {settings.dense_bits:.3g}"
-            )
-        if settings.calib is None:
-            asked = settings.calib_tokens
-            say(default_text.describe(job.tokenizer, asked, job.tokens()))
+        self._say_what_is_not_asked(settings)
         if settings.by_gradient and not self.by_gradient:
             say("layers count alike: the gradients of the whole model do not fit in --memory")
         checkpoint = streamed.checkpoint
@@ -160,22 +157,34 @@ class Compression:
         self.identity = {
             **settings.recorded(),
             "source": self.source,
-            "calib_sha256": _digest(job.batches),
+            "calib_sha256": _digest(job.batches[: len(job.batches) - job.own]),
             "versions": _versions(),
             "device": job.device.type,
             "layer_weights": "gradient" if self.by_gradient else "equal",
         }
-        self.job = job
         self.writer: ContainerWriter | None = None  # in the first process
         self.finished: dict[str, Any] = {}  # notes of finished blocks, by name
         self.dense_scores: dict[str, float] = {}
         self.done = 0  # blocks of the model to go on after
 
+    def _say_what_is_not_asked(self, settings: Settings) -> None:
+        """Says what was decided where the user left it open."""
+        if settings.model_bits is not None:
+            self.say(
+                f"--model-bits {settings.model_bits:g}: experts {settings.bits:.3g} bits per "
+                f"weight, everything else {settings.dense_bits:.3g}"
+            )
+        if settings.calib is None:
+            text = self.job.batches[: len(self.job.batches) - self.job.own]
+            got = sum(batch["input_ids"].numel() for batch in text)
+            asked = settings.calib_tokens
+            self.say(default_text.describe(self.job.tokenizer, asked, got))
+
     def to_the_end(self) -> None:
         """Writes the directory.
 
         Raises:
-            QmoeError: see `compress_checkpoint`.
+            QmoeError: see `compress`.
         """
         with ExitStack() as stack:
             self._begin(stack)
@@ -234,8 +243,13 @@ class Compression:
         return finished, done
 
     def _learn(self) -> None:
-        """Learns how much each layer matters and what it will take, or remembers it."""
-        job, known = self.job, self.finished.get(_REST, {})
+        """Learns what the model says by itself, how much each layer matters and what it will take,
+        or remembers it.
+        """
+        known = self.finished.get(_REST, {})
+        self.job = job = unseen.with_own_words(self.job, known.get("own_words"))
+        if self.dense is not None:
+            self.dense.learn_from(job)
         self.loop = BlockLoop(job, self.kept, self.work / "exchange")
         self.loop.dense = self.dense
         if self.by_gradient:
@@ -249,7 +263,7 @@ class Compression:
                 "sensitivity of what is no expert",
             )
             self.dense.divide(self.dense_scores)
-        bits = job.settings.bits
+        bits = job.settings.target
         if bits is not None:
             curves = known.get("curves") or probed(job, bits, self.loop.importance)
             options = job.settings.for_solver()
@@ -270,6 +284,7 @@ class Compression:
                 )
                 rest.note["importance"] = dict(self.loop.importance)
                 rest.note["dense_scores"] = self.dense_scores
+                rest.note["own_words"] = unseen.of(self.job)
                 if self.loop.rate is not None:
                     rest.note["curves"] = [c.as_list() for c in self.loop.rate.curves]
         if self.writer is None:
@@ -313,9 +328,12 @@ class Compression:
         if self.dense is not None and last and HEAD not in self.finished:
             with self.writer.block(HEAD) as head:
                 self.dense.head(self.loop.whole_walk(), head)
+        config = _plain(streamed.config)
+        # a model with code of its own is nothing without it
+        code = ("*.py",) if config.get("auto_map") else ()
         self.writer.finish(
             [_REST, *carried, *(b.name for b in self.blocks), *last],
-            config=_plain(streamed.config),
+            config=config,
             settings={
                 **settings.recorded(),
                 "method": self.job.method.name,
@@ -324,7 +342,7 @@ class Compression:
             versions=_versions(),
             source={**streamed.checkpoint.origin, **self.source},
             report=account(streamed),
-            carry_from=streamed.checkpoint.directory,
+            files=carried_files(streamed.checkpoint.directory, code),
         )
 
     @contextmanager

@@ -21,6 +21,7 @@ from qmoe.compression.job import Job
 from qmoe.compression.layer import groups
 from qmoe.errors import CapacityError
 from qmoe.models.streamed import StreamedModel
+from qmoe.system.text import size
 from qmoe.types import ExpertsLayout
 
 _CODE = 200 << 20  # bytes: compiled loops and library buffers that appear after the start
@@ -68,9 +69,9 @@ class Needs:
         """One line for people."""
         time = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
         return (
-            f"plan: read {_size(self.read)}, write about {_size(self.write)}, "
-            f"memory {_size(self.peak)} of each process, disk {_size(self.disk)} "
-            f"({_size(self.free)} free), about {time} on one process"
+            f"plan: read {size(self.read)}, write about {size(self.write)}, "
+            f"memory {size(self.peak)} of each process, disk {size(self.disk)} "
+            f"({size(self.free)} free), about {time} on one process"
         )
 
 
@@ -139,7 +140,7 @@ def make_plan(
         dense=sum(model.blocks) / 4,
         outside=model.outside / 4,
         source=job.streamed.checkpoint.source_bytes,
-        probed=job.settings.bits is not None,
+        probed=job.settings.target is not None,
         gradient=gradient,
         coded=[(model.shapes[n][0], model.shapes[n][1]) for n in model.coded],
     )
@@ -184,7 +185,7 @@ def _floor(job: Job, model: _Model, tokens: int) -> int:
 
 def _written(job: Job, model: _Model, dense: DenseCoder | None) -> tuple[int, float]:
     """Bytes of the result, and of its largest block, which exists twice for a moment."""
-    per_weight = job.settings.bits or _GUESS.get(job.method.name.split("(")[0], 4.0)
+    per_weight = job.settings.target or _GUESS.get(job.method.name.split("(")[0], 4.0)
     rate = dense.bits if dense is not None else 0.0
     stored = {
         n: int(model.shapes[n].numel() * rate / 8)
@@ -202,16 +203,16 @@ def _refuse(plan: Needs, memory: int, out: Path, model: _Model) -> None:
     """Raises CapacityError if the run cannot fit."""
     if memory < plan.floor:
         raise CapacityError(
-            f"--memory {_size(memory)} is too little for this model: one block without experts "
-            f"({_size(max(model.blocks))}), everything outside the blocks "
-            f"({_size(model.outside)}) and one group of experts with its Hessians "
-            f"({_size(max(map(_group, model.layouts)))}) need "
-            f"{_size(plan.floor)}; pass --memory {plan.floor / 2**30 + 0.1:.1f}GiB or more"
+            f"--memory {size(memory)} is too little for this model: one block without experts "
+            f"({size(max(model.blocks))}), everything outside the blocks "
+            f"({size(model.outside)}) and one group of experts with its Hessians "
+            f"({size(max(map(_group, model.layouts)))}) need "
+            f"{size(plan.floor)}; pass --memory {plan.floor / 2**30 + 0.1:.1f}GiB or more"
         )
     if plan.free < plan.disk:
         raise CapacityError(
-            f"{_existing(out)} has {_size(plan.free)} free, this run needs {_size(plan.disk)} "
-            f"({_size(plan.write)} for the result, the rest while it runs); free some, choose "
+            f"{_existing(out)} has {size(plan.free)} free, this run needs {size(plan.disk)} "
+            f"({size(plan.write)} for the result, the rest while it runs); free some, choose "
             "another output directory or pass fewer --calib-tokens"
         )
 
@@ -263,7 +264,3 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _size(n: float) -> str:
-    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"

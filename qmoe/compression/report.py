@@ -6,11 +6,10 @@ from typing import Any
 
 from qmoe.store.inspect import FEW_TOKENS, Inspection, inspect
 from qmoe.store.manifest import read_manifest
+from qmoe.system.text import size
 
 _SIZES = (
     "bits_per_weight",
-    "bits_as_read",
-    "experts_nearly_erased",
     "ideal_bits_per_weight",
     "model_bits_per_weight",
     "expert_weights",
@@ -73,13 +72,12 @@ class CompressReport:
         """The result for people."""
         s = self.sizes
         lines = [
-            f"{self.out}: {s.stored_bytes / 2**20:.2f} MiB "
-            f"from {(s.source_bytes or 0) / 2**20:.2f} MiB",
+            f"{self.out}: {size(s.stored_bytes)} from {size(s.source_bytes or 0)}",
             f"experts {s.bits_per_weight:.3f} stored bits per weight "
             f"(ideal {s.ideal_bits_per_weight:.3f}), "
             f"whole model {s.model_bits_per_weight:.3f}",
             *s.read_lines(),
-            f"{self.seconds:.0f} s, peak memory {self.peak_rss_bytes / 2**20:.0f} MiB",
+            f"{self.seconds:.0f} s, peak memory {size(self.peak_rss_bytes)}",
             f"coverage: {self.experts} experts, {self.without_tokens} saw no token, "
             f"{self.starved} fewer than {FEW_TOKENS}",
         ]

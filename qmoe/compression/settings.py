@@ -10,6 +10,7 @@ from qmoe.compression.rate import check_target
 from qmoe.errors import QmoeError
 from qmoe.quantize import Method, get_method
 
+DEFAULT_BITS = 0.8
 DENSE_BITS = (3, 8)  # range of --dense-bits
 _MACHINE = ("memory", "source_cache", "device", "trust_remote_code", "fresh")  # no byte depends
 
@@ -20,14 +21,16 @@ class Settings:
 
     Attributes:
         method: "rd", "qmoe", "rtn" or "gptq2" .. "gptq4".
-        bits: stored bits per expert weight to hit, or None.
-        delta: global step of rd, or None.
+        bits: stored bits per expert weight to hit, for rd; see `target`.
+        delta: global step of rd, in place of a target.
         dense_bits: stored bits per weight outside of the experts, 3 to 8, divided among its
             matrices by one slope; 16 leaves it as it is.
         model_bits: stored bits per weight of the whole file, instead of `bits` and `dense_bits`.
         calib: calibration text; None is the one that comes with the package.
         calib_tokens: at most this many tokens of it.
         calib_rows: how its documents are read: `pack`, `chat`, `column` of qmoe.calib.text.windows.
+        unseen: tokens that the model says by itself for each token of the text, so that what the
+            text does not reach counts too: see `qmoe.calib.own_words`.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
         solver_options: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`,
@@ -40,7 +43,7 @@ class Settings:
         fresh: discard an unfinished run on the same output.
     """
 
-    method: str
+    method: str = "rd"
     calib: str | None = None
     calib_tokens: int = 131072
     calib_rows: Mapping[str, Any] = field(default_factory=dict)
@@ -48,6 +51,7 @@ class Settings:
     delta: float | None = None
     dense_bits: float = 16
     model_bits: float | None = None
+    unseen: float = 0.5
     ctx: int | None = None
     seed: int = 0
     solver_options: Mapping[str, float] = field(default_factory=dict)
@@ -56,6 +60,12 @@ class Settings:
     device: str = "auto"
     trust_remote_code: bool = False
     fresh: bool = False
+
+    @property
+    def target(self) -> float | None:
+        """Stored bits per expert weight to hit: 0.8 where rd is given no bits and no step."""
+        plain = self.method == "rd" and self.delta is None and self.model_bits is None
+        return DEFAULT_BITS if plain and self.bits is None else self.bits
 
     @property
     def by_gradient(self) -> bool:
@@ -76,6 +86,7 @@ class Settings:
             del out["model_bits"]
         if not self.calib_rows:
             del out["calib_rows"]
+        out["bits"] = self.target
         out["calib"] = default_text.NAME if self.calib is None else Path(self.calib).name
         return out
 
@@ -123,8 +134,8 @@ class Settings:
         if self.method == "rd":
             if self.bits is not None and self.delta is not None:
                 raise QmoeError("--bits and --delta exclude each other; give one of them")
-            if self.bits is not None:
-                check_target(self.bits)
+            if self.target is not None:
+                check_target(self.target)
             step = {} if self.delta is None else {"delta": self.delta}
             return self.for_solver() | step
         if self.solver_options:

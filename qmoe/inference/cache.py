@@ -4,6 +4,7 @@ holds."""
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, Self
 
 
@@ -11,11 +12,15 @@ class ByteCache:
     """Holds values of known size, never more than `capacity` bytes of them. Safe to use from
     several threads."""
 
-    def __init__(self, capacity: int) -> None:
-        """Args: capacity: bytes; 0 keeps nothing."""
+    def __init__(self, capacity: int, *, evict: bool = True) -> None:
+        """Args:
+        capacity: bytes; 0 keeps nothing.
+        evict: whether a new value drives out old ones. If not, what came first stays: for values
+            that are used in turn, all of which would otherwise be driven out before their next use.
+        """
         if capacity < 0:
             raise ValueError(f"a cache cannot hold {capacity} bytes")
-        self.capacity = capacity
+        self.capacity, self._evict = capacity, evict
         self.used = 0
         self._items: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._lock = threading.Lock()
@@ -37,6 +42,8 @@ class ByteCache:
         if n <= self.capacity:
             with self._lock:
                 self._drop(key)
+                if not self._evict and self.used + n > self.capacity:
+                    return value
                 while self.used + n > self.capacity:
                     self._drop(next(iter(self._items)))
                 self._items[key] = (value, n)
@@ -54,7 +61,7 @@ class ByteCache:
             self.used = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)(self.capacity)  # a copied model decodes for itself
+        return type(self)(self.capacity, evict=self._evict)  # a copied model decodes for itself
 
-    def __reduce__(self) -> tuple[type[Self], tuple[int]]:
-        return type(self), (self.capacity,)
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        return partial(type(self), evict=self._evict), (self.capacity,)

@@ -9,7 +9,7 @@ What runs on a device is a *backend* in `BACKENDS`, by device type. The CPU back
 every device that has none of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qmoe import codec
+from qmoe.inference import operator
 from qmoe.inference.cache import ByteCache
 from qmoe.models.families.find import KINDS
 from qmoe.models.families.kind import Bias, Routed
 from qmoe.store.stored_experts import StoredExperts
 from qmoe.types import ExpertsLayout
 
-# Up to so many rows a product decodes as it goes; above, decoding once into a dense matrix wins.
-SMALL = 8
-PARSED_BYTES = 64 << 20  # bound of all parsed side data of one model
+# Bound of all parsed side data of one model: so much, and a share of the bytes of its streams. Side
+# data takes about a tenth of them, so that all of it is kept.
+PARSED_BYTES, PARSED_SHARE = 64 << 20, 0.25
 
 # (module, hidden [n, cols], index [n, slots], weights [n, slots] or None) -> [n, width]
 Backend = Callable[["EncodedExperts", Tensor, Tensor, Tensor | None], Tensor]
@@ -40,7 +41,11 @@ class Caches:
     def __init__(self, decoded_bytes: int = 0) -> None:
         """Args: decoded_bytes: bound of the decoded matrices; 0 decodes at every use."""
         self.decoded = ByteCache(decoded_bytes)
-        self.parsed = ByteCache(PARSED_BYTES)
+        self.parsed = ByteCache(PARSED_BYTES, evict=False)
+
+    def expect(self, stream_bytes: int) -> None:
+        """Makes room for the side data of a module with so many bytes of streams."""
+        self.parsed.capacity += int(PARSED_SHARE * stream_bytes)
 
 
 class EncodedExperts(nn.Module):
@@ -54,7 +59,12 @@ class EncodedExperts(nn.Module):
     offsets: nn.Parameter
 
     def __init__(
-        self, host: nn.Module, layout: ExpertsLayout, stream_bytes: int, caches: Caches
+        self,
+        host: nn.Module,
+        layout: ExpertsLayout,
+        stream_bytes: int,
+        caches: Caches,
+        identity: Hashable = None,
     ) -> None:
         """Takes over from a dense module; parameters are created on the current default device,
         empty.
@@ -63,10 +73,14 @@ class EncodedExperts(nn.Module):
             host: the model's experts module; loses its matrices.
             layout: its geometry.
             stream_bytes: length of the stream.
-            caches: shared by the modules of a model.
+            caches: shared by the modules of a model; they may be shared by models.
+            identity: names the bytes of the streams, such as their checksums: what was decoded from
+                equal ones is the same. None: these bytes are like no others.
         """
         super().__init__()
         self.layout, self.caches = layout, caches
+        self.identity = object() if identity is None else identity
+        caches.expect(stream_bytes)
         self.kind = KINDS[layout.kind]
         self.num_experts = layout.experts
         self._projection = {p.name: i for i, p in enumerate(layout.projections)}
@@ -82,6 +96,11 @@ class EncodedExperts(nn.Module):
         self.stream, self.offsets = (nn.Parameter(t, requires_grad=False) for t in empty)
         self._checked: tuple[Any, Any, StoredExperts] | None = None
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
+        self._number = operator.register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = operator.register(self)  # a copy is another module
 
     @staticmethod
     def _take_over(host: nn.Module, target: nn.Module, emptied: set[str]) -> None:
@@ -133,17 +152,21 @@ class EncodedExperts(nn.Module):
 
         def make() -> tuple[codec.Tables, codec.ParsedMatrix]:
             tables: codec.Tables = self.caches.parsed.get(
-                (self.layout.path, "tables", streams.tables_at(expert, projection)),
+                (*self._key, "tables", streams.tables_at(expert, projection)),
                 lambda: streams.tables(expert, projection),
-                lambda t: 3 * t.lookup.nbytes,  # its entries take twice as much again
+                lambda t: t.bytes_held,
             )
             return tables, streams.matrix(expert, projection, tables)
 
-        key = (self.layout.path, expert, projection)
+        key = (*self._key, expert, projection)
         found: tuple[codec.Tables, codec.ParsedMatrix] = self.caches.parsed.get(
-            key, make, _side_bytes
+            key, make, lambda parsed: parsed[1].side_bytes
         )
         return found
+
+    @property
+    def _key(self) -> tuple[Hashable, str]:
+        return self.identity, self.layout.path
 
     def linear(self, streams: StoredExperts, expert: int, name: str, x: Tensor) -> Tensor:
         """``x @ W.T`` for one encoded matrix.
@@ -158,17 +181,18 @@ class EncodedExperts(nn.Module):
             [n, rows], dtype and device of `x`.
         """
         projection = self._projection[name]
-        if x.shape[0] <= SMALL and self._decodes_inside(x):
+        if self._decodes_inside(x):
             tables, matrix = self.parsed(streams, expert, projection)
-            y = codec.matvec(tables, matrix, x.detach().float().cpu().contiguous())
-            return y.to(x.device, x.dtype)
+            if codec.decodes_inside(matrix, len(x)):
+                y = codec.matvec(tables, matrix, x.detach().float().cpu().contiguous())
+                return y.to(x.device, x.dtype)
 
         def decode() -> Tensor:
             exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
             tables, matrix = self.parsed(streams, expert, projection)
             return codec.decode_dense(tables, matrix, exact).to(x.device, x.dtype)
 
-        key = (self.layout.path, expert, projection, x.dtype, x.device)
+        key = (*self._key, expert, projection, x.dtype, x.device)
         return F.linear(x, self.caches.decoded.get(key, decode, lambda w: w.nbytes))
 
     def linear_each(
@@ -183,7 +207,7 @@ class EncodedExperts(nn.Module):
         return codec.matvec_pairs(matrices, x.detach().float().cpu()).to(x.device, x.dtype)
 
     def _decodes_inside(self, x: Tensor) -> bool:
-        """Whether a product with x is to decode as it goes. It has no gradient; a dense one passes
+        """Whether a product with x may decode as it goes. It has no gradient; a dense one passes
         it on to x.
         """
         learns = x.requires_grad and torch.is_grad_enabled()
@@ -192,9 +216,29 @@ class EncodedExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes what the host's forward takes and returns what it returns."""
         routed = self.kind.route(self.host, *args, **kwargs)
-        run = BACKENDS.get(routed.hidden.device.type, run_on_cpu)
-        out = run(self, routed.hidden, routed.index, routed.weights)
+        backend = BACKENDS.get(routed.hidden.device.type)
+        inputs = (routed.hidden, routed.index, routed.weights)
+        if backend is not None:
+            out = backend(self, *inputs)
+        elif torch.compiler.is_compiling():
+            out = operator.apply(self._number, *inputs, [p for _, p in self.own_parameters()])
+        else:
+            out = run_on_cpu(self, *inputs)
         return out.reshape(*routed.shape, out.shape[-1])
+
+    def run_plain(self, hidden: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
+        """`run_on_cpu` of this module."""
+        return run_on_cpu(self, hidden, index, weights)
+
+    @property
+    def width(self) -> int:
+        """Columns of the experts' output."""
+        projections = self.layout.projections
+        return next((p.rows for p in projections if p.inner), projections[-1].rows)
+
+    def own_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are not streams: biases and norms, by name."""
+        return [(n, p) for n, p in self.named_parameters() if n not in ("stream", "offsets")]
 
     def extra_repr(self) -> str:
         matrices = ", ".join(f"{p.name} {p.rows}x{p.cols}" for p in self.layout.projections)
@@ -253,12 +297,9 @@ def _distinct(experts: list[int], count: int) -> bool:
     )
 
 
-def _side_bytes(parsed: tuple[codec.Tables, codec.ParsedMatrix]) -> int:
-    return sum(v.nbytes for v in vars(parsed[1]).values() if isinstance(v, Tensor))
-
-
 def _forget(module: nn.Module, _: Any) -> None:
     """New weights were loaded into the module: what was decoded from the old ones is void."""
     if isinstance(module, EncodedExperts):
+        module.identity = object()
         module.caches.decoded.clear()
         module.caches.parsed.clear()

@@ -61,6 +61,7 @@ def set_cache_bytes(model: nn.Module, cache_bytes: int) -> None:
     for module in model.modules():
         if isinstance(module, EncodedExperts):
             module.caches = caches
+            caches.expect(module.stream.numel())
 
 
 def download(name: str, revision: str | None) -> str:

@@ -86,6 +86,8 @@ class QmoeQuantizer(HfQuantizer):
         from qmoe.store.reader import Container, parse_quantization
         from qmoe.store.writer import INDEX
 
+        if self.container is not None:  # versions that call both hooks
+            return config
         parse_quantization(self.quantization_config.to_dict())
         self.container = OPENED.get()
         where = config._name_or_path
@@ -96,6 +98,10 @@ class QmoeQuantizer(HfQuantizer):
             check(self.container)  # before a wrong config can shape a model
         config.transformers_weights = INDEX
         return config
+
+    def update_ep_plan(self, config: Any) -> Any:
+        """The same hook in transformers 5.17, which has no other there (5.23 lacks this one)."""
+        return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
@@ -124,9 +130,12 @@ class QmoeQuantizer(HfQuantizer):
             raise QmoeError(f"{CACHE_VARIABLE} is {text!r}; it must be a number of bytes")
         return int(text)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
         """None of the family's: tensors are stored under the names of the modules, to be taken
-        literally. Encoded dense matrices are decoded."""
+        literally. Encoded dense matrices are decoded. (transformers 5.17 to 5.19 hand over no
+        model.)"""
         from qmoe.inference.dense import converters
 
         return [] if self.container is None else converters(self.container, self.failures)

@@ -61,24 +61,12 @@ def save_pretrained(
         raise OutputError(
             "a compressed model saves its own tensors to a directory; upload that with `hf upload`"
         )
-    source = Path(model.qmoe_directory)
-    if os.path.isdir(save_directory) and source.is_dir() and source.samefile(save_directory):
-        raise OutputError(
-            f"{save_directory} is what the model was loaded from; save it somewhere else"
-        )
-    manifest = model.qmoe_manifest
-    container = _source(source, manifest)
+    source, manifest = Path(model.qmoe_directory), model.qmoe_manifest
+    container = _source(source, manifest, save_directory)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
-    small: dict[str, bytes] = {}
-    if source.is_dir():
-        carried = carried_files(source)
-        small = {k: v for k, v in carried.items() if k.startswith(("LICENSE", "NOTICE"))}
-    if model.can_generate():
-        small["generation_config.json"] = model.generation_config.to_json_string().encode()
-    with ContainerWriter(
-        save_directory, replace=True, max_shard_bytes=_bytes(max_shard_size)
-    ) as writer:
+    largest = _bytes(max_shard_size)
+    with ContainerWriter(save_directory, replace=True, max_shard_bytes=largest) as writer:
         try:
             for block, files in manifest["blocks"].items():
                 names = [n for n, e in manifest["tensors"].items() if e["file"] in files]
@@ -92,18 +80,32 @@ def save_pretrained(
                 settings=manifest["settings"],
                 versions=manifest["versions"],
                 source=manifest["source"],
-                report={
-                    k: v for k, v in manifest["report"].items() if k not in ("modules", "dense")
-                },
-                extra_files=small,
+                report=manifest["report"],
+                files=_small_files(model, source),
             )
         except BaseException:
             writer.discard()  # a copy is begun anew rather than resumed
             raise
 
 
-def _source(directory: Path, manifest: dict[str, Any]) -> Container | None:
-    """The checkpoint behind a model with encoded dense matrices, proved to be the same still."""
+def _small_files(model: Any, source: Path) -> dict[str, bytes]:
+    """The licence of what the model was loaded from, and its own generation settings."""
+    small: dict[str, bytes] = {}
+    if source.is_dir():
+        carried = carried_files(source)
+        small = {k: v for k, v in carried.items() if k.startswith(("LICENSE", "NOTICE"))}
+    if model.can_generate():
+        small["generation_config.json"] = model.generation_config.to_json_string().encode()
+    return small
+
+
+def _source(
+    directory: Path, manifest: dict[str, Any], target: str | os.PathLike[str]
+) -> Container | None:
+    """The checkpoint behind a model with encoded dense matrices, proved to be the same still, and
+    not the target."""
+    if os.path.isdir(target) and directory.is_dir() and directory.samefile(target):
+        raise OutputError(f"{target} is what the model was loaded from; save it somewhere else")
     if not manifest["report"].get("dense"):
         return None
     try:

@@ -8,29 +8,14 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from qmoe.errors import CorruptError
 from qmoe.inference.experts import Caches, EncodedExperts
-from qmoe.models.auto import auto_class
+from qmoe.models.auto import auto_class, building
 from qmoe.models.families.find import kind_of, layout_of
 from qmoe.store.reader import Container
 from qmoe.types import ExpertsLayout
-
-# What transformers raises on a config that it cannot build a model from.
-_BAD_CONFIG = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
 
 
 def build(container: Container) -> Any:
@@ -39,8 +24,7 @@ def build(container: Container) -> Any:
     Raises:
         CorruptError: config.json describes no model.
     """
-    path = container.directory / "config.json"
-    try:
+    with building(container.directory, CorruptError):
         config = transformers.AutoConfig.from_pretrained(container.directory)
         del config.quantization_config
         name = (config.architectures or [""])[0]
@@ -49,9 +33,6 @@ def build(container: Container) -> Any:
             if hasattr(transformers, name):
                 return getattr(transformers, name)._from_config(config, dtype=dtype)
             return auto_class(config).from_config(config, dtype=dtype)
-    except _BAD_CONFIG as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise CorruptError(f"{path} describes no model: {reason}") from e
 
 
 def check(container: Container) -> None:
@@ -94,7 +75,9 @@ def swap(model: Any, layout: ExpertsLayout, container: Container, caches: Caches
             f"{layout.path}: the model has {found}, quantization_config has {layout}"
         )
     size = container.tensors[f"{layout.path}.stream"][2].shape[0]
-    model.set_submodule(layout.path, EncodedExperts(host, layout, size, caches))
+    held = [container.tensors[f"{layout.path}.{leaf}"][0] for leaf in ("stream", "offsets")]
+    identity = tuple(container.manifest["files"][file]["sha256"] for file in held)
+    model.set_submodule(layout.path, EncodedExperts(host, layout, size, caches, identity))
     # Some families (switch) initialise an experts module's matrices from its parent. Nothing is
     # left to initialise: `compare` proves that every tensor is stored.
     parent = model.get_submodule(layout.path.rpartition(".")[0])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from qmoe.errors import NonFiniteError
+from qmoe.errors import CalibrationError, NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(
+def score_batches(
     model: Any,
     batches: Sequence[dict[str, Tensor]],
     reference: Any | None = None,
@@ -78,6 +78,7 @@ def evaluate(
 
     Raises:
         NonFiniteError: a model's logits hold NaN or Inf.
+        CalibrationError: the labels score nothing.
     """
     sums = dict.fromkeys(("nll", "reference", "kl", "same"), 0.0)
     tokens = 0
@@ -85,13 +86,16 @@ def evaluate(
         logits, labels = _predictions(model, batch)
         tokens += len(labels)
         log_p = F.log_softmax(logits, -1)
-        sums["nll"] += F.nll_loss(log_p, labels, reduction="sum").double().item()
+        sums["nll"] += _total(F.nll_loss(log_p, labels, reduction="none"))
         if reference is not None:
             ref_logits, _ = _predictions(reference, batch)
             log_r = F.log_softmax(ref_logits, -1)
-            sums["reference"] += F.nll_loss(log_r, labels, reduction="sum").double().item()
-            sums["kl"] += F.kl_div(log_p, log_r, reduction="sum", log_target=True).double().item()
+            sums["reference"] += _total(F.nll_loss(log_r, labels, reduction="none"))
+            kl = F.kl_div(log_p, log_r, reduction="none", log_target=True)
+            sums["kl"] += _total(kl.sum(-1))
             sums["same"] += float((logits.argmax(-1) == ref_logits.argmax(-1)).sum())
+    if tokens == 0:
+        raise CalibrationError("no token of the text is scored; give text of at least two tokens")
     if reference is None:
         return Score(sums["nll"] / tokens, tokens)
     return Score(
@@ -101,6 +105,11 @@ def evaluate(
         sums["kl"] / tokens,
         sums["same"] / tokens,
     )
+
+
+def _total(per_token: Tensor) -> float:
+    """The sum in float64 of float32 values, one for each token."""
+    return float(per_token.double().sum())
 
 
 def _predictions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,11 @@ from typing import Any
 
 from qmoe import codec
 from qmoe.calib import default_text
-from qmoe.compression.pipeline import compress_checkpoint
+from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError
 from qmoe.measure.dictionary import dictionary_bits
-from qmoe.measure.score import score_checkpoint
+from qmoe.measure.score import evaluate
 from qmoe.source.checkpoint import open_checkpoint
 from qmoe.store.inspect import inspect
 from qmoe.store.manifest import MANIFEST
@@ -81,7 +81,7 @@ class Points:
             `nominal_bits`), "seconds" of the compression (None if it was found done).
 
         Raises:
-            QmoeError: whatever `compress_checkpoint` and `score_checkpoint` say.
+            QmoeError: whatever `compress` and `evaluate` say.
         """
         name, key = point_name(settings), self._key(settings)
         known = self.records().get(key)
@@ -94,9 +94,9 @@ class Points:
         seconds = None
         if not (directory / MANIFEST).exists():
             self.say(f"{name}: compressing")
-            seconds = compress_checkpoint(self.source, directory, settings, self.progress).seconds
+            seconds = compress(self.source, directory, settings, self.progress).seconds
         self.say(f"{name}: evaluating")
-        score = score_checkpoint(
+        score = evaluate(
             str(directory),
             self.text,
             self.source,
@@ -168,8 +168,8 @@ class Points:
 def point_name(settings: Settings) -> str:
     """A name for people: method, target and what is unusual, such as ``rd-0.8-drift=0``."""
     parts = [settings.method]
-    if settings.bits is not None:
-        parts.append(f"{settings.bits:.6g}")
+    if settings.target is not None:
+        parts.append(f"{settings.target:.6g}")
     if settings.delta is not None:
         parts.append(f"delta={settings.delta:.6g}")
     if settings.dense_bits < 16:

@@ -10,7 +10,7 @@ import torch
 from qmoe.calib.batches import prepare, split_batches
 from qmoe.errors import SourceError
 from qmoe.inference.load import load
-from qmoe.measure.perplexity import Score, evaluate
+from qmoe.measure.perplexity import Score, score_batches
 from qmoe.models.auto import auto_class
 from qmoe.models.classes import read_config, read_tokenizer
 from qmoe.models.families.aliases import ALIASES
@@ -22,7 +22,7 @@ from qmoe.store.writer import INDEX
 from qmoe.system.machine import pick_device
 
 
-def score_checkpoint(
+def evaluate(
     model: str,
     text: str,
     reference: str | None = None,
@@ -61,7 +61,7 @@ def score_checkpoint(
         )
     tokenizer = read_tokenizer(directory_of(model), trust_remote_code)
     data = prepare(tokenizer, first.config, text, tokens or 2**40, ctx, seed=0)
-    return evaluate(first, split_batches(data), other, progress)
+    return score_batches(first, split_batches(data), other, progress)
 
 
 def load_any(model: str, dtype: str, device: torch.device, trust_remote_code: bool = False) -> Any:

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qmoe.compression.pipeline import Say
 from qmoe.compression.rate import check_target
 from qmoe.compression.settings import Settings
 from qmoe.errors import QmoeError
 from qmoe.measure.points import Points, Record
 from qmoe.system.files import write_file, writing
+from qmoe.system.text import markdown_table
 
+TARGETS = (0.4, 0.6, 0.8, 1, 1.5, 2, 3)  # stored bits per expert weight
 METHODS = ("rtn", "qmoe", "gptq2", "gptq3", "gptq4")
 TABLE, PICTURE = "sweep.md", "sweep.png"
 NO_MATPLOTLIB = (
@@ -93,7 +94,10 @@ def parse_methods(text: str) -> list[str]:
 
 
 def sweep(
-    points: Points, base: Settings, bits: Sequence[float], methods: Sequence[str] = METHODS
+    points: Points,
+    base: Settings,
+    bits: Sequence[float] = TARGETS,
+    methods: Sequence[str] = METHODS,
 ) -> Sweep:
     """Measures rd at every target and the other methods, and writes table and picture to
     `points.out`. A point that is known already is not run again.
@@ -125,61 +129,28 @@ def sweep(
     return Sweep(records, text, picture)
 
 
-def run(
-    source: str,
-    out: Path,
-    bits: Sequence[float],
-    methods: Sequence[str],
-    calib: str | None,
-    text: str,
-    calib_tokens: int,
-    ctx: int,
-    tokens: int | None,
-    seed: int,
-    device: str,
-    keep: bool,
-    progress: bool = False,
-    say: Say = lambda text: None,
-) -> Sweep:
-    """`sweep` with the options of the command line."""
-    base = Settings("rd", calib, calib_tokens=calib_tokens, ctx=ctx, seed=seed, device=device)
-    points = Points(source, out, text, tokens, ctx, keep, progress, say)
-    return sweep(points, base, bits, methods)
-
-
 def table(records: Sequence[Record]) -> str:
     """A Markdown table with a row for the original and one for every record."""
     first = records[0]
-    lines = [
+    title = (
         f"{first['model']}: {first['expert_weights'] / 1e6:.1f} M expert weights; {first['text']}, "
-        f"{first['tokens']} scored tokens, context {first['ctx']}",
-        "",
-        markdown_row(_HEAD),
-        markdown_row(["---"] * len(_HEAD)),
-        markdown_row(
-            ["original", "16", "", "16", f"{first['reference_perplexity']:.3f}", "", "", "", ""]
-        ),
-    ]
-    for r in records:
-        nominal, seconds = r["nominal_bits"], r["seconds"]
-        lines.append(
-            markdown_row(
-                [
-                    r["point"],
-                    f"{r['bits_per_weight']:.3f}",
-                    "" if nominal is None else f"{nominal:.3f}",
-                    f"{r['model_bits_per_weight']:.3f}",
-                    f"{r['perplexity']:.3f}",
-                    f"{r['rise_percent']:+.2f} %",
-                    f"{r['kl']:.4f}",
-                    f"{100 * r['top1_agreement']:.1f} %",
-                    "" if seconds is None else f"{seconds:.0f}",
-                ]
-            )
-        )
-    return "\n".join(lines) + "\n"
+        f"{first['tokens']} scored tokens, context {first['ctx']}"
+    )
+    before = f"{first['reference_perplexity']:.3f}"
+    original = ("original", "16", "", "16", before, "", "", "", "")
+    return f"{title}\n\n{markdown_table(_HEAD, [original, *map(_row, records)])}\n"
 
 
-def markdown_row(cells: Sequence[str]) -> str:
-    """One line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+def _row(r: Record) -> tuple[str, ...]:
+    nominal, seconds = r["nominal_bits"], r["seconds"]
+    return (
+        r["point"],
+        f"{r['bits_per_weight']:.3f}",
+        "" if nominal is None else f"{nominal:.3f}",
+        f"{r['model_bits_per_weight']:.3f}",
+        f"{r['perplexity']:.3f}",
+        f"{r['rise_percent']:+.2f} %",
+        f"{r['kl']:.4f}",
+        f"{100 * r['top1_agreement']:.1f} %",
+        "" if seconds is None else f"{seconds:.0f}",
+    )

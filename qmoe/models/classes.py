@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationMixin
 
-from qmoe.errors import SourceError, UnsupportedModelError
+from qmoe.errors import SourceError, UnsupportedModelError, reason
 from qmoe.models.auto import auto_class
 from qmoe.models.families.aliases import ALIASES
 from qmoe.source.checkpoint import Checkpoint
@@ -125,8 +125,7 @@ def read_tokenizer(directory: str | Path, trust_remote_code: bool) -> Any:
         return found
     except (ImportError, OSError, TypeError, ValueError) as e:
         hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise SourceError(f"{directory}: no tokenizer can be read ({reason}){hint}") from e
+        raise SourceError(f"{directory}: no tokenizer can be read ({reason(e)}){hint}") from e
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qmoe.errors import NonFiniteError, SourceError
+from qmoe.models.auto import building
 from qmoe.models.classes import block_lists, model_class, read_config
 from qmoe.models.families.find import KINDS, find_experts
 from qmoe.models.matching import (
@@ -96,11 +97,11 @@ class StreamedModel:
         """
         self.checkpoint, self.dtype = checkpoint, dtype
         self.device = device or torch.device("cpu")
-        self.config = read_config(checkpoint, trust_remote_code)
-        with torch.device("meta"):
-            self.model = model_class(self.config, checkpoint, trust_remote_code)._from_config(
-                self.config, dtype=dtype
-            )
+        with building(checkpoint.directory, SourceError):
+            self.config = read_config(checkpoint, trust_remote_code)
+            cls = model_class(self.config, checkpoint, trust_remote_code)
+            with torch.device("meta"):
+                self.model = cls._from_config(self.config, dtype=dtype)
         self.model.eval()
         # the two calls by which from_pretrained rebuilds non-persistent buffers; parameters stay on
         # meta

@@ -4,12 +4,13 @@ Written from the manifest and what `qmoe inspect` counts, so every figure in it 
 Knows nothing about uploading.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from qmoe.store.inspect import FEW_TOKENS, Inspection
+from qmoe.system.text import markdown_table
 
 
 def model_card(
@@ -105,7 +106,7 @@ def _size(found: Inspection) -> str:
         "Stored bits count streams, tables, scales, classes, offsets and padding. Ideal is the "
         "block-class entropy of the same integers plus the scales as stored."
     )
-    layers = _table(
+    layers = markdown_table(
         ("module", "projection", "bits", "ideal", "zeros"),
         [
             (
@@ -119,7 +120,7 @@ def _size(found: Inspection) -> str:
         ],
     )
     every = f"<details><summary>Every layer</summary>\n\n{layers}\n\n</details>"
-    return f"{_table(('', ''), rows)}\n\n{note}\n\n{every}"
+    return f"{markdown_table(('', ''), rows)}\n\n{note}\n\n{every}"
 
 
 def _quality(score: Mapping[str, Any]) -> str:
@@ -132,7 +133,7 @@ def _quality(score: Mapping[str, Any]) -> str:
         rows.append(("KL from the original, nats per token", f"{score['kl']:.5f}"))
         rows.append(("same most likely token", f"{100 * score['top1_agreement']:.1f} %"))
     rows.append(("tokens scored", f"{score['tokens']:,}"))
-    return _table(("", ""), rows)
+    return markdown_table(("", ""), rows)
 
 
 def _coverage(found: Inspection, manifest: Mapping[str, Any]) -> str:
@@ -153,7 +154,7 @@ def _coverage(found: Inspection, manifest: Mapping[str, Any]) -> str:
             notes[note] = notes.get(note, 0) + 1
     told = "".join(f"\n- {count} experts: {note}" for note, count in sorted(notes.items()))
     head = ("module", "fewest tokens", "median", "most", "experts without")
-    table = _table(head, rows)
+    table = markdown_table(head, rows)
     return (
         f"Of {found.experts:,} experts, {seen.count(0):,} saw no calibration token and "
         f"{starved:,} fewer than {FEW_TOKENS}.{told and chr(10) + told}\n\n"
@@ -164,15 +165,11 @@ def _coverage(found: Inspection, manifest: Mapping[str, Any]) -> str:
 def _settings(manifest: Mapping[str, Any]) -> str:
     given = [("source", _source(manifest)), *sorted(manifest["settings"].items())]
     given += [(f"version of {name}", v) for name, v in sorted(manifest["versions"].items())]
-    return _table(("", ""), [(name, f"`{value}`") for name, value in given if value is not None])
+    rows = [(name, f"`{value}`") for name, value in given if value is not None]
+    return markdown_table(("", ""), rows)
 
 
 def _source(manifest: Mapping[str, Any]) -> str:
     source = manifest["source"]
     revision = source.get("revision")
     return f"{source.get('name', 'unknown')}" + (f"@{revision}" if revision else "")
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in lines)

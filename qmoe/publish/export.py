@@ -5,8 +5,8 @@ One block is decoded at a time. Knows nothing about calibration or solvers.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,29 @@ from qmoe.models.families.find import KINDS
 from qmoe.store.reader import Container
 from qmoe.store.stored_dense import STREAM
 from qmoe.store.writer import CARRIED_BLOCK, carried_files
-from qmoe.system.files import canonical_json, sync_directory, write_file, writing
-from qmoe.system.tensors import Spill
+from qmoe.system.files import canonical_json, check_vacant, staged, write_file
+from qmoe.system.spill import Spill
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint that was written.
+
+    Attributes:
+        directory: where it is.
+        dtype: of its weights.
+        stored_bytes: of its weight files.
+    """
+
+    directory: Path
+    dtype: str
+    stored_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of `qmoe export`."""
+        return {"dest": str(self.directory), "dtype": self.dtype, "bytes": self.stored_bytes}
 
 
 def export(
@@ -32,7 +51,7 @@ def export(
     destination: str | os.PathLike[str],
     dtype: str = "bfloat16",
     progress: Callable[[int], object] | None = None,
-) -> Path:
+) -> Exported:
     """Writes a dense checkpoint.
 
     Encoded weights are the decoded ones rounded to `dtype`; in float32 they are exact. Other
@@ -45,9 +64,6 @@ def export(
         dtype: "bfloat16", "float16" or "float32".
         progress: called with 1 after every block.
 
-    Returns:
-        The destination.
-
     Raises:
         CorruptError: the checkpoint is not sound.
         OutputError: the destination exists or cannot be written.
@@ -55,23 +71,12 @@ def export(
     if dtype not in DTYPES:
         raise OutputError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     out = Path(os.path.abspath(destination))
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} already exists; choose another directory or remove it")
+    check_vacant(out)
     container = Container.open(directory)
-    work = out.with_name(out.name + ".partial")
-    try:
-        with writing(work):
-            if work.is_dir():
-                shutil.rmtree(work)
-            work.mkdir(parents=True)
+    with staged(out, "export") as work:
         _write(container, work, DTYPES[dtype], progress)
-        with writing(out):
-            os.rename(work, out)
-            sync_directory(out.parent)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    return out
+    size = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    return Exported(out, dtype, size)
 
 
 def _write(

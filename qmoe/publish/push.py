@@ -103,18 +103,8 @@ def push(
     text = message or f"Experts at {found.bits_per_weight:.3f} bits per weight"
     api = HfApi()
     try:
-        name = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
-        if private and not api.model_info(name).private:
-            raise HubError(f"{name} exists and is public; make it private first or leave --private")
-        if revision is not None:
-            api.create_branch(name, branch=revision, exist_ok=True)
-        there = api.list_repo_files(name, revision=revision)
-        if plain := [f for f in there if any(fnmatch(f, p) for p in _PLAIN)]:
-            raise HubError(
-                f"{name} holds {plain[0]}, weights that transformers would load in place of these; "
-                "push to another repository or remove them"
-            )
-        stale = [f for f in there if any(fnmatch(f, p) for p in _OURS) and f not in files]
+        name = _repository(api, repo, private, revision)
+        stale = _stale(api, name, revision, files)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(CARD, card(name))
         ]
@@ -126,6 +116,27 @@ def push(
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     size += (where / MANIFEST).stat().st_size
     return Pushed(name, str(done.commit_url), str(done.oid), [*files, CARD], size)
+
+
+def _repository(api: HfApi, repo: str, private: bool, revision: str | None) -> str:
+    """The full name of the repository; it and the branch are made if there is none."""
+    name: str = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+    if private and not api.model_info(name).private:
+        raise HubError(f"{name} exists and is public; make it private first or leave --private")
+    if revision is not None:
+        api.create_branch(name, branch=revision, exist_ok=True)
+    return name
+
+
+def _stale(api: HfApi, name: str, revision: str | None, files: list[str]) -> list[str]:
+    """Files of an earlier checkpoint that the new one does not have."""
+    there = api.list_repo_files(name, revision=revision)
+    if plain := [f for f in there if any(fnmatch(f, p) for p in _PLAIN)]:
+        raise HubError(
+            f"{name} holds {plain[0]}, weights that transformers would load in place of these; "
+            "push to another repository or remove them"
+        )
+    return [f for f in there if any(fnmatch(f, p) for p in _OURS) and f not in files]
 
 
 def read_score(path: Path) -> dict[str, Any]:

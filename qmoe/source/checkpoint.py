@@ -1,8 +1,8 @@
 """Source checkpoints as plain dense tensors, read lazily, whatever the files hold.
 
 A checkpoint is a local directory or a model id of the hub, with safetensors (one file or sharded
-with an index) or torch .bin files. Quantized sources (fp8, MXFP4, packed int4, GPTQ) appear under
-their dense names, decoded while read. Nothing is ever written to a local source.
+with an index) or torch .bin files. Quantized sources (fp8, MXFP4, NVFP4, packed integers, GPTQ,
+AWQ) appear under their dense names, decoded while read. Nothing is ever written to a local source.
 """
 
 import hashlib
@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from qmoe.errors import SourceError
-from qmoe.source.formats.recognise import KEYS, quantization_settings, recognise
+from qmoe.source.foreign import refuse_foreign, refuse_wrapped
+from qmoe.source.formats.recognise import recognise
+from qmoe.source.formats.settings import (
+    quantization_settings,
+    settings_beside,
+    without_settings,
+)
 from qmoe.source.formats.virtual import Virtual
 from qmoe.source.hub import HubShard, Repository
 from qmoe.source.index import read_config, read_index, weight_files
@@ -62,8 +68,8 @@ class Checkpoint:
             without weights).
         config: config.json without its quantization settings, since the tensors presented here are
             dense.
-        quantization: name of the source's low-precision format ("fp8", "mxfp4", "int4", "gptq
-            int4"), or None.
+        quantization: name of the source's low-precision format ("fp8", "mxfp4", "nvfp4", "int4",
+            "gptq int4", "awq int4"), or None.
         origin: where it comes from: {"name": directory name}, or for the hub {"name": model id,
             "revision": commit}.
         settings: the source's quantization settings, which say what its quantized tensors mean;
@@ -88,13 +94,18 @@ class Checkpoint:
         self._expected: set[str] = set()
         self._deletes = True
         self.quantization: str | None = None
-        quantization = quantization_settings(config)
-        self.settings = quantization or quantization_settings(config, (CARRIED_SETTINGS,))
+        refuse_wrapped(stored.names(), str(directory))
+        stated = quantization_settings(config)
+        carried = quantization_settings(config, (CARRIED_SETTINGS,))
+        beside = None if stated or carried else settings_beside(directory)
+        self.settings = stated or carried or beside
         if self.settings is not None:
-            found = recognise(stored, self.settings)
-            self.quantization = found[0] if quantization is not None else None
-            _, self._virtual, self._hidden = found
-        self.config = _dense_config(config)
+            name, self._virtual, self._hidden = recognise(stored, self.settings)
+            if stated or (beside and self._virtual):
+                self.quantization = name
+            elif beside:  # a file of settings that was left beside dense weights
+                self.settings = None
+        self.config = without_settings(config)
 
     def names(self) -> list[str]:
         """Dense tensor names, sorted."""
@@ -327,6 +338,7 @@ def _repository(source: str | Path, cache: Path | None) -> Repository:
 
 def _open_local(directory: Path) -> Checkpoint:
     files = {p.name for p in directory.iterdir()}
+    refuse_foreign(directory, files)
     config, text = read_config(directory)
 
     def shard(name: str) -> Shard:
@@ -346,8 +358,9 @@ def _open_local(directory: Path) -> Checkpoint:
 
 
 def _open_hub(repository: Repository) -> Checkpoint:
-    config, text = read_config(repository.directory)
     files = set(repository.files())
+    refuse_foreign(repository.directory, files)
+    config, text = read_config(repository.directory)
     single, index = weight_files(files, repository.repo)
 
     def shard(name: str) -> Shard:
@@ -366,10 +379,3 @@ def _open_hub(repository: Repository) -> Checkpoint:
         stored = Stored(*read_index(repository.directory / index, shard))
     origin = {"name": repository.repo, "revision": repository.revision}
     return Checkpoint(repository.directory, config, stored, text, origin)
-
-
-def _dense_config(config: dict[str, Any]) -> dict[str, Any]:
-    dense = {k: v for k, v in config.items() if k not in KEYS}
-    if isinstance(dense.get("text_config"), dict):
-        dense["text_config"] = _dense_config(dense["text_config"])
-    return dense

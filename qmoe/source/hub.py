@@ -20,8 +20,9 @@ from torch import Tensor
 
 from qmoe.errors import SourceError, reason
 from qmoe.source.selection import Selection
-from qmoe.source.shards import Entry, SafetensorsShard, parse_header
+from qmoe.source.shards import SafetensorsShard
 from qmoe.system.hub import FAILURES
+from qmoe.system.tensors import Entry, check_header
 
 WEIGHTS = (
     "*.safetensors",
@@ -184,7 +185,7 @@ class HubShard(SafetensorsShard):
                 for k, t in meta.tensors.items()
             }
             data = max((t.data_offsets[1] for t in meta.tensors.values()), default=0)
-            self._remote = parse_header(header, 0, data, self.name)
+            self._remote = check_header(header, data, self.name, SourceError)
         return self._remote
 
     def read(self, tensor: str, selection: Selection = ...) -> Tensor:

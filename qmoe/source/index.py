@@ -73,7 +73,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     try:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise SourceError(f"{path} cannot be read as JSON ({e}); download it again") from e
     if not isinstance(value, dict):
         raise SourceError(f"{path} holds a {type(value).__name__}, expected an object")

@@ -4,7 +4,7 @@ Knows nothing about the checkpoint around it, calibration or solvers.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from qmoe import codec
-from qmoe.store.manifest import write_sealed
+from qmoe.store.manifest import read_sealed, write_sealed
 from qmoe.store.stored_dense import DenseGeometry, StoredMatrix
 from qmoe.store.stored_experts import StoredExperts
 from qmoe.system.files import writing
-from qmoe.system.tensors import Spill
+from qmoe.system.spill import Spill
 from qmoe.types import ExpertsLayout
 
 
@@ -129,9 +129,19 @@ class BlockWriter:
     drops it.
     """
 
-    def __init__(self, data: Path, journal: Path, name: str, max_shard_bytes: int) -> None:
+    def __init__(
+        self,
+        data: Path,
+        journal: Path,
+        name: str,
+        max_shard_bytes: int,
+        committed: Callable[[dict[str, Any]], object] = lambda record: None,
+    ) -> None:
+        """Args: folders of the shards and of the records; name of the block; bound of the data in
+        one shard; receives the record of the block when it is durable.
+        """
         self._data, self._journal, self.name = data, journal, name
-        self._max = max_shard_bytes
+        self._max, self._committed = max_shard_bytes, committed
         self._stem = record_path(journal, name).stem
         self._spill = Spill(journal / f"{self._stem}.spill")
         self._modules: dict[str, Any] = {}
@@ -264,6 +274,7 @@ class BlockWriter:
             "note": self.note,
         }
         write_sealed(record_path(self._journal, self.name), record)
+        self._committed(read_sealed(record_path(self._journal, self.name)))
 
 
 def record_path(journal: Path, name: str) -> Path:

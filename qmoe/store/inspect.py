@@ -21,6 +21,8 @@ from qmoe.store.manifest import MANIFEST
 from qmoe.store.reader import Container
 from qmoe.store.stored_experts import bad_range
 from qmoe.store.writer import INDEX
+from qmoe.system.tensors import DTYPE_NAMES
+from qmoe.system.text import size
 from qmoe.types import QuantizedMatrix
 
 FEW_TOKENS = 64  # below this an expert is called starved in the report
@@ -125,8 +127,7 @@ class Inspection:
         ratio = (self.source_bytes or 0) / self.stored_bytes
         lines += [
             f"whole model  {self.model_bits_per_weight:.3f} bits per weight",
-            f"on disk      {self.stored_bytes / 2**20:.2f} MiB, {ratio:.1f} times smaller "
-            "than the source",
+            f"on disk      {size(self.stored_bytes)}, {ratio:.1f} times smaller than the source",
         ]
         if self.tensors:
             fates = ", ".join(f"{n} {fate}" for fate, n in self.tensors.items() if n)
@@ -317,7 +318,7 @@ def _stored(container: Container, name: str) -> int:
     """Bytes of a tensor and of its entry in the header."""
     entry = container.tensors[name][2]
     header = {
-        "dtype": entry.dtype,
+        "dtype": DTYPE_NAMES[entry.dtype],
         "shape": list(entry.shape),
         "data_offsets": [entry.begin, entry.end],
     }

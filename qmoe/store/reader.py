@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qmoe.errors import CorruptError
+from qmoe.store.claims import check_module
 from qmoe.store.manifest import check_files, check_version, read_manifest
 from qmoe.store.stored_dense import OFFSETS, STREAM, DenseGeometry, StoredMatrix, parse_dense
 from qmoe.store.stored_experts import StoredExperts
@@ -122,7 +124,7 @@ class Container:
         dense = parse_dense((quantization or {}).get("dense"))
         tensors: dict[str, tuple[str, int, Entry]] = {}
         carried: dict[str, tuple[str, int, Entry]] = {}
-        apart = _carried_files(where, manifest)
+        apart = manifest["blocks"].get(CARRIED_BLOCK, [])
         for file in sorted(manifest["files"]):
             if file.endswith(".safetensors"):
                 start, entries = read_header(where / file)
@@ -139,10 +141,7 @@ class Container:
     def _check_index(self) -> None:
         found = {name: file for name, (file, _, _) in self.tensors.items()}
         apart = {name: file for name, (file, _, _) in self.carried.items()}
-        listed = {
-            name: entry.get("file") if isinstance(entry, dict) else None
-            for name, entry in self.manifest["tensors"].items()
-        }
+        listed = {name: entry["file"] for name, entry in self.manifest["tensors"].items()}
         index = _json_object(self.directory / INDEX).get("weight_map")
         for what, claim, true in (("the manifest", listed, found | apart), (INDEX, index, found)):
             if claim != true:
@@ -159,13 +158,9 @@ class Container:
             offsets = self.tensors.get(f"{path}.offsets")
             if stream is None or offsets is None:
                 raise CorruptError(f"config.json lists {path}, which has no stored streams")
-            s, o = stream[2], offsets[2]
             want = (layout.experts, len(layout.projections), 4)
-            if s.dtype != "U8" or len(s.shape) != 1 or o.dtype != "I64" or o.shape != want:
-                raise CorruptError(
-                    f"{path}: stream {s.dtype} {s.shape}, offsets {o.dtype} {o.shape}; "
-                    f"config.json asks for U8 [n] and I64 {want}"
-                )
+            _check_streams(path, stream[2], offsets[2], want)
+            check_module(path, self.manifest["report"]["modules"].get(path), layout)
         for name in self.tensors:
             path, _, leaf = name.rpartition(".")
             if leaf in ("stream", "offsets") and path not in self.modules:
@@ -176,12 +171,7 @@ class Container:
             stream, offsets = (self.tensors.get(t) for t in geometry.tensors)
             if stream is None or offsets is None or name in self.tensors:
                 raise CorruptError(f"config.json lists {name}, which is not stored encoded once")
-            s, o, want = stream[2], offsets[2], geometry.offsets_shape
-            if s.dtype != "U8" or len(s.shape) != 1 or o.dtype != "I64" or o.shape != want:
-                raise CorruptError(
-                    f"{name}: stream {s.dtype} {s.shape}, offsets {o.dtype} {o.shape}; "
-                    f"config.json asks for U8 [n] and I64 {want}"
-                )
+            _check_streams(name, stream[2], offsets[2], geometry.offsets_shape)
         for tensor in self.tensors:
             name, _, leaf = tensor.rpartition(".")
             if leaf in (STREAM, OFFSETS) and name not in self.dense:
@@ -225,13 +215,14 @@ class Container:
         return [name for name in self.tensors if name not in encoded]
 
 
-def _carried_files(where: Path, manifest: dict[str, Any]) -> set[str]:
-    """The shards whose tensors belong to no module."""
-    blocks = manifest.get("blocks")
-    files = blocks.get(CARRIED_BLOCK, []) if isinstance(blocks, dict) else []
-    if not isinstance(files, list) or not all(isinstance(f, str) for f in files):
-        raise CorruptError(f"{where}: the manifest's carried files are {str(files)[:200]}")
-    return set(files)
+def _check_streams(name: str, stream: Entry, offsets: Entry, want: tuple[int, ...]) -> None:
+    """Compares types and shapes of the two tensors of something encoded."""
+    good = stream.dtype == torch.uint8 and len(stream.shape) == 1
+    if not good or offsets.dtype != torch.int64 or offsets.shape != want:
+        raise CorruptError(
+            f"{name}: stream {stream.dtype} {stream.shape}, offsets {offsets.dtype} "
+            f"{offsets.shape}; config.json asks for uint8 [n] and int64 {want}"
+        )
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -239,7 +230,7 @@ def _json_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except OSError as e:
         raise CorruptError(f"cannot read {path}: {e.strerror or e}") from e
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits is a ValueError
         raise CorruptError(f"{path} is not JSON: {e}") from e
     if not isinstance(value, dict):
         raise CorruptError(f"{path} is a {type(value).__name__}, not an object")

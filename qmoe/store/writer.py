@@ -9,7 +9,7 @@ same job goes on at the first block without a record. When all is there, ``data`
 the names of tensors.
 """
 
-import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +20,17 @@ from typing import Any, Self
 from qmoe.errors import CorruptError, OutputError
 from qmoe.store.block import BlockWriter, record_path
 from qmoe.store.manifest import FORMAT_VERSION, MANIFEST, read_sealed, write_sealed
-from qmoe.system.files import canonical_json, file_sha256, sync_directory, write_file, writing
+from qmoe.system.files import (
+    canonical_json,
+    check_no_partial,
+    check_vacant,
+    file_sha256,
+    partial_of,
+    sync_directory,
+    take_lock,
+    write_file,
+    writing,
+)
 
 INDEX = "qmoe.safetensors.index.json"
 MAX_SHARD_BYTES = 4 << 30
@@ -58,8 +68,7 @@ class ContainerWriter:
                     experts = block.experts(layout)
                     experts.add_batch(batch)
                     block.finish_experts(layout.path, tokens, notes)
-            writer.finish(blocks, config=..., settings=..., versions=..., source=...,
-            carry_from=...)
+            writer.finish(blocks, config=..., settings=..., versions=..., source=..., files=...)
     """
 
     def __init__(
@@ -88,14 +97,20 @@ class ContainerWriter:
         """
         self.out = Path(os.path.abspath(out_dir))
         self._replace, self._max = replace, max_shard_bytes
-        self._root = _partial(self.out)
+        # a copy never touches what a compression of the same name left
+        self._root = (
+            self.out.with_name(f"{self.out.name}.copy") if replace else partial_of(self.out)
+        )
         self._data, self._journal = self._root / "data", self._root / "journal"
         self.work = self._root / "work"  # for files of the run that do not become part of `out`
         self._check_free()
+        if replace:
+            check_no_partial(self.out)
         with writing(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        self._lock = take_lock(self._root, self.out)
         try:
+            self._check_free()  # the run that held the lock may have finished meanwhile
             if not resume:
                 for folder in (self._data, self._journal, self.work, downloads_of(self.out)):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -109,27 +124,11 @@ class ContainerWriter:
         except BaseException:
             os.close(self._lock)
             raise
-        self._records: dict[str, dict[str, Any]] | None = None
+        self._records: dict[str, dict[str, Any]] | None = None  # None: the journal is not read yet
 
     def _check_free(self) -> None:
-        if self._replace or not os.path.lexists(self.out):
-            return
-        if not self.out.is_dir() or any(self.out.iterdir()):
-            raise OutputError(
-                f"{self.out} already exists; choose another output directory or remove it"
-            )
-
-    def _take_lock(self) -> int:
-        path = self._root / "lock"
-        with writing(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            os.close(fd)
-            raise OutputError(f"another run is writing {self.out}; wait for it or stop it") from e
-        self._check_free()  # the run that held the lock may have finished meanwhile
-        return fd
+        if not self._replace:
+            check_vacant(self.out)
 
     def _settle_job(self, job: dict[str, Any]) -> None:
         path = self._journal / "job.json"
@@ -163,18 +162,18 @@ class ContainerWriter:
         shutil.rmtree(self._root, ignore_errors=True)
 
     def finished_blocks(self) -> dict[str, dict[str, Any]]:
-        """Blocks that are durable and whole: {name: the `note` of its writer}. Every file is
-        compared with its checksum.
+        """Blocks that are durable: {name: the `note` of its writer}. Files that an earlier run left
+        are compared with their checksums, once.
 
         A block with a damaged record or shard is not finished; it is written again.
         """
+        return {name: record["note"] for name, record in self._sound_records().items()}
+
+    def _sound_records(self) -> dict[str, dict[str, Any]]:
         if self._records is None:
-            self._records = {}
-            for path in sorted(self._journal.glob("*.json")):
-                record = self._sound_record(path)
-                if record is not None:
-                    self._records[record["name"]] = record
-        return {name: record["note"] for name, record in self._records.items()}
+            found = (self._sound_record(path) for path in sorted(self._journal.glob("*.json")))
+            self._records = {record["name"]: record for record in found if record is not None}
+        return self._records
 
     def _sound_record(self, path: Path) -> dict[str, Any] | None:
         if path.name == "job.json":
@@ -194,8 +193,13 @@ class ContainerWriter:
 
     def block(self, name: str) -> BlockWriter:
         """Begins a block. One at a time; a block of the same name is replaced."""
-        self._records = None
-        return BlockWriter(self._data, self._journal, name, self._max)
+        records = self._sound_records()
+        records.pop(name, None)
+
+        def keep(record: dict[str, Any]) -> None:
+            records[name] = record
+
+        return BlockWriter(self._data, self._journal, name, self._max, keep)
 
     def finish(
         self,
@@ -206,8 +210,7 @@ class ContainerWriter:
         versions: Mapping[str, str],
         source: Mapping[str, Any],
         report: Mapping[str, Any] | None = None,
-        carry_from: str | os.PathLike[str] | None = None,
-        extra_files: Mapping[str, bytes] | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> Path:
         """Completes the checkpoint and makes it visible under its name.
 
@@ -218,8 +221,7 @@ class ContainerWriter:
             versions: of the libraries that took part.
             source: what was compressed, e.g. {"name": ..., "bytes": ...}.
             report: more entries for the manifest's report, beside "modules" and "dense".
-            carry_from: directory whose tokenizer, generation and licence files are copied.
-            extra_files: more small files by name.
+            files: small files by name, e.g. `carried_files` of the source.
 
         Returns:
             The output directory.
@@ -228,62 +230,41 @@ class ContainerWriter:
             ValueError: a block is not finished, or two blocks hold the same tensor.
             OutputError: the disk refuses, or the directory appeared meanwhile.
         """
-        self.finished_blocks()
-        records = self._records or {}
+        records = self._sound_records()
         if missing := [name for name in blocks if name not in records]:
             raise ValueError(f"blocks {missing} are not finished")
-        files: dict[str, Any] = {}
-        tensors: dict[str, Any] = {}
-        modules: dict[str, Any] = {}
-        dense: dict[str, Any] = {}
-        for name in blocks:
-            if twice := tensors.keys() & records[name]["tensors"].keys():
-                raise ValueError(f"block {name}: {sorted(twice)[:3]} are in another block, too")
-            files |= records[name]["files"]
-            tensors |= records[name]["tensors"]
-            modules |= records[name]["modules"]
-            dense |= records[name]["dense"]
+        whole = _merged([records[name] for name in blocks])
         for stale in self._data.iterdir():  # shards of blocks that are not part of the model
-            if stale.name not in files:
+            if stale.name not in whole["files"]:
                 stale.unlink()
-        small: dict[str, bytes] = {}
-        if carry_from is not None:  # a model with code of its own is nothing without it
-            code = ("*.py",) if config.get("auto_map") else ()
-            small = carried_files(carry_from, code)
-        small |= extra_files or {}
-        small["config.json"] = canonical_json(_with_modules(config, modules, dense))
-        total = sum(entry["bytes"] for entry in files.values())
-        small[INDEX] = canonical_json(
-            {
-                "metadata": {"total_size": total},
-                "weight_map": {
-                    name: entry["file"]
-                    for block in blocks
-                    if block != CARRIED_BLOCK  # transformers must not look for their modules
-                    for name, entry in records[block]["tensors"].items()
-                },
-            }
-        )
-        for name, data in sorted(small.items()):
-            write_file(self._data / name, data)
-            files[name] = {"bytes": len(data), "sha256": file_sha256(self._data / name)}
+        small = {
+            **(files or {}),
+            "config.json": canonical_json(_with_modules(config, whole["modules"], whole["dense"])),
+            INDEX: canonical_json(_index(whole["files"], [records[name] for name in blocks])),
+        }
+        whole["files"] |= {name: self._put(name, data) for name, data in sorted(small.items())}
         manifest = {
             "format_version": FORMAT_VERSION,
-            "files": files,
-            "tensors": tensors,
+            "files": whole["files"],
+            "tensors": whole["tensors"],
             "blocks": {name: sorted(records[name]["files"]) for name in blocks},
             "settings": dict(settings),
             "versions": dict(versions),
             "source": dict(source),
             "report": {
                 **(report or {}),
-                "modules": {path: entry["report"] for path, entry in modules.items()},
-                "dense": {name: entry["report"] for name, entry in dense.items()},
+                "modules": {path: e["report"] for path, e in whole["modules"].items()},
+                "dense": {name: e["report"] for name, e in whole["dense"].items()},
             },
         }
         write_sealed(self._data / MANIFEST, manifest)
         self._publish()
         return self.out
+
+    def _put(self, name: str, data: bytes) -> dict[str, Any]:
+        """Writes a small file; returns its entry of the manifest."""
+        write_file(self._data / name, data)
+        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def _publish(self) -> None:
         self._check_free()
@@ -302,13 +283,35 @@ class ContainerWriter:
         self.discard()
 
 
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
 def downloads_of(out: str | os.PathLike[str]) -> Path:
     """Where a run that writes `out` may put files of its source; gone when `out` is complete."""
-    return _partial(Path(os.path.abspath(out))) / "source"
+    return partial_of(Path(os.path.abspath(out))) / "source"
+
+
+def _merged(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the records of all blocks list, together."""
+    out: dict[str, dict[str, Any]] = {k: {} for k in ("files", "tensors", "modules", "dense")}
+    for record in records:
+        if twice := out["tensors"].keys() & record["tensors"].keys():
+            raise ValueError(
+                f"block {record['name']}: {sorted(twice)[:3]} are in another block, too"
+            )
+        for key, known in out.items():
+            known |= record[key]
+    return out
+
+
+def _index(files: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The index that transformers reads."""
+    return {
+        "metadata": {"total_size": sum(entry["bytes"] for entry in files.values())},
+        "weight_map": {
+            name: entry["file"]
+            for record in records
+            if record["name"] != CARRIED_BLOCK  # transformers must not look for their modules
+            for name, entry in record["tensors"].items()
+        },
+    }
 
 
 def _with_modules(

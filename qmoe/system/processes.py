@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 import torch.distributed as dist
 
-from qmoe.errors import LostProcessError
+from qmoe.errors import LostProcessError, reason
 
 PATIENCE = timedelta(hours=12)  # a dead process is noticed at once; this is for one that hangs
 _T = TypeVar("_T")
@@ -97,11 +97,10 @@ class World:
         try:
             yield
         except RuntimeError as error:  # all that torch.distributed raises derives from it
-            reason = str(error).strip().splitlines()[0][:300]
             raise LostProcessError(
                 f"process {self.rank} of {self.size} lost contact with the others at: {what} "
-                f"({reason}); one of them ended, see its message. The same command, with any "
-                "number of processes, continues at the first unfinished block"
+                f"({reason(error)}); one of them ended, see its message. The same command, with "
+                "any number of processes, continues at the first unfinished block"
             ) from error
 
     def close(self) -> None:

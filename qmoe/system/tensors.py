@@ -1,10 +1,10 @@
-"""Files of tensors (the safetensors layout) written as a stream and read without trust.
+"""Files of tensors in the safetensors layout: the one reader, which trusts nothing, and the one
+writer.
 
-A safetensors file is ``u64 header length | JSON header | data``; the header names every tensor's
-dtype, shape and byte range. The library's writer wants all tensors in memory, and its header comes
-first although the sizes of encoded streams are only known at the end, so tensors are spilled to a
-scratch file and put in order when the file is closed. Bytes depend on the tensors alone: largest
-items first (every tensor is aligned to its item size), then by name; no time stamps.
+A file is ``u64 header length | JSON header | data``; the header names every tensor's dtype, shape
+and byte range in the data. Files are read by position, not mapped: the address space does not grow
+with the file, and resident memory is what was asked for. Who reads says what kind of error a
+damaged file is: of a source or of a compressed checkpoint.
 
 Knows nothing about experts, models or manifests.
 """
@@ -12,8 +12,8 @@ Knows nothing about experts, models or manifests.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.errors import CorruptError
-from qmoe.system.files import CHUNK, sync_directory, writing
+from qmoe.errors import CorruptError, QmoeError
+from qmoe.system.files import sync_directory, writing
 
-MAX_HEADER = 100 << 20  # the limit of the safetensors library
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_MAX_BYTES = 1 << 63  # of a tensor; torch counts in int64
+_MAX_DIMS = 64
+_AT_ONCE = 1 << 30  # bytes of one read; the kernel hands over at most 2 GiB
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -51,12 +54,17 @@ DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: dtype name, shape, byte range in the data part of its file."""
+    """One tensor of a file.
 
-    dtype: str
+    Attributes:
+        dtype, shape: of the tensor.
+        begin, end: its byte range in the data part of a safetensors file; 0 in other files.
+    """
+
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int
-    end: int
+    begin: int = 0
+    end: int = 0
 
 
 # ---- writing ----
@@ -69,225 +77,245 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-@dataclass
-class _Spilled:
-    dtype: str
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor on the way into a file.
+
+    Attributes:
+        dtype, shape: of the tensor; the dtype has a name in the format.
+        chunks: called once, yields its bytes in order, in pieces of any size.
+    """
+
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: list[tuple[int, int]]  # ranges of the scratch file
-    digest: Any
+    chunks: Callable[[], Iterable[bytes | memoryview]]
 
     @property
     def nbytes(self) -> int:
-        return sum(b - a for a, b in self.pieces)
+        """Bytes of the tensor."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
-class Spill:
-    """Tensors of one part of a checkpoint, on the way to one or more safetensors files.
+def write_tensors(path: Path, tensors: Mapping[str, Streamed]) -> tuple[int, str]:
+    """Writes a durable safetensors file that is there complete or not at all.
 
-    A tensor arrives whole (`add`) or piece by piece (`append` on a 1-D uint8 tensor whose length
-    is not known yet). Nothing stays in memory.
+    Bytes depend on the tensors and their order alone. A tensor is aligned to its item size if those
+    of larger items come first; the header is padded to 8 bytes.
+
+    Args:
+        path: of the file; ``path.tmp`` is used on the way.
+        tensors: in the order of the file.
+
+    Returns:
+        Size and sha256 of the file.
+
+    Raises:
+        ValueError: a tensor yields more or fewer bytes than its shape has.
+        OutputError: the disk refuses.
     """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, t in tensors.items():
+        offsets = [at, at + t.nbytes]
+        header[name] = {
+            "dtype": DTYPE_NAMES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": offsets,
+        }
+        at += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    scratch = path.with_name(path.name + ".tmp")
+    with writing(path):
+        with open(scratch, "wb") as f:
+            for chunk in _file_chunks(text, tensors):
+                f.write(chunk)
+                digest.update(chunk)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(scratch, path)
+        sync_directory(path.parent)
+    return 8 + len(text) + at, digest.hexdigest()
 
-    def __init__(self, path: Path) -> None:
-        """Args: path: scratch file, created or emptied; removed by `close`."""
-        self._path = path
-        with writing(path):
-            self._file = open(path, "w+b")  # noqa: SIM115 - lives until close()
-        self._tensors: dict[str, _Spilled] = {}
-        self._size = 0
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Stores a whole tensor.
-
-        Raises:
-            ValueError: the name is taken or the dtype has no name in the format.
-            OutputError: the disk refuses.
-        """
-        if name in self._tensors:
-            raise ValueError(f"tensor {name} is written twice")
-        if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"tensor {name}: dtype {tensor.dtype} cannot be stored")
-        self._tensors[name] = _Spilled(
-            DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), [], hashlib.sha256()
-        )
-        self._write(name, tensor_bytes(tensor))
-
-    def append(self, name: str, piece: Tensor) -> int:
-        """Appends uint8 [n] to a growing 1-D tensor.
-
-        Returns:
-            Length before the piece.
-        """
-        if piece.dtype != torch.uint8 or piece.ndim != 1:
-            raise ValueError(
-                f"{name}: pieces are uint8 [n], got {piece.dtype} {tuple(piece.shape)}"
-            )
-        t = self._tensors.setdefault(name, _Spilled("U8", (0,), [], hashlib.sha256()))
-        before = t.nbytes
-        self._write(name, tensor_bytes(piece))
-        t.shape = (t.nbytes,)
-        return before
-
-    def _write(self, name: str, data: memoryview) -> None:
-        t = self._tensors[name]
-        with writing(self._path):
-            self._file.write(data)
-        t.digest.update(data)
-        end = self._size + data.nbytes
-        if t.pieces and t.pieces[-1][1] == self._size:
-            t.pieces[-1] = (t.pieces[-1][0], end)
-        else:
-            t.pieces.append((self._size, end))
-        self._size = end
-
-    def close(self) -> None:
-        """Drops the scratch file."""
-        with suppress(OSError):  # on a full disk the rest of the buffer, which nobody needs now
-            self._file.close()
-        self._path.unlink(missing_ok=True)
-
-    def _order(self) -> list[str]:
-        def key(name: str) -> tuple[int, str]:
-            return -DTYPES[self._tensors[name].dtype].itemsize, name
-
-        return sorted(self._tensors, key=key)
-
-    def shards(self, max_bytes: int) -> list[list[str]]:
-        """Names per file: in file order, a new file whenever the next tensor would exceed the
-        bound."""
-        out: list[list[str]] = [[]]
-        size = 0
-        for name in self._order():
-            n = self._tensors[name].nbytes
-            if out[-1] and size + n > max_bytes:
-                out.append([])
-                size = 0
-            out[-1].append(name)
-            size += n
-        return out
-
-    def write_shard(self, path: Path, names: list[str]) -> tuple[int, str, dict[str, str]]:
-        """Writes one durable safetensors file.
-
-        Returns:
-            Its size, its sha256, and the sha256 of every tensor in it.
-        """
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name in names:
-            t = self._tensors[name]
-            offsets = [at, at + t.nbytes]
-            header[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": offsets}
-            at += t.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode("ascii")
-        text += b" " * (-len(text) % 8)
-        digest = hashlib.sha256()
-        scratch = path.with_name(path.name + ".tmp")
-        with writing(path):
-            with open(scratch, "wb") as f:
-                for chunk in self._chunks(text, names):
-                    f.write(chunk)
-                    digest.update(chunk)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(scratch, path)
-            sync_directory(path.parent)
-        sums = {name: self._tensors[name].digest.hexdigest() for name in names}
-        return 8 + len(text) + at, digest.hexdigest(), sums
-
-    def _chunks(self, header: bytes, names: list[str]) -> Iterator[bytes]:
-        yield len(header).to_bytes(8, "little") + header
-        self._file.flush()
-        for name in names:
-            for begin, end in self._tensors[name].pieces:
-                self._file.seek(begin)
-                while begin < end:
-                    chunk = self._file.read(min(CHUNK, end - begin))
-                    begin += len(chunk)
-                    yield chunk
-        self._file.seek(0, os.SEEK_END)
+def _file_chunks(header: bytes, tensors: Mapping[str, Streamed]) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little") + header
+    for name, t in tensors.items():
+        written = 0
+        for chunk in t.chunks():
+            written += memoryview(chunk).nbytes
+            yield chunk
+        if written != t.nbytes:
+            raise ValueError(f"{name}: {written} bytes came, {list(t.shape)} has {t.nbytes}")
 
 
 # ---- reading ----
 
 
-def read_header(path: Path) -> tuple[int, dict[str, Entry]]:
-    """Parses and validates the header of a safetensors file; allocates nothing that the file's
-    real size does not allow.
+@contextmanager
+def opened(path: Path, error: type[QmoeError], where: str = "") -> Iterator[int]:
+    """A descriptor for reading by position.
 
-    Returns:
-        Offset of the data part in the file, and the tensors in file order.
-
-    Raises:
-        CorruptError: with the file, the tensor and the offending values.
+    Args:
+        path: of the file.
+        error: raised if it cannot be opened.
+        where: name of the file for messages, by default its path.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise CorruptError(f"{path}: header of {length} bytes in a file of {size} bytes")
-            text = f.read(length)
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError as e:
-        raise CorruptError(f"cannot read {path}: {e.strerror or e}") from e
+        raise error(f"cannot open {where or path}: {e.strerror}; is the directory complete?") from e
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_at(fd: int, into: Any, offset: int, where: str, error: type[QmoeError]) -> Any:
+    """Fills a buffer from a byte offset and returns it.
+
+    Args:
+        fd: an open file.
+        into: a writable buffer.
+        offset: of its first byte in the file.
+        where: name of the file for messages.
+        error: raised if the file ends before, or the disk fails.
+    """
+    view = memoryview(into)
+    done = 0
+    while done < len(view):
+        try:
+            n = os.preadv(fd, [view[done : done + _AT_ONCE]], offset + done)
+        except OSError as e:
+            raise error(
+                f"read error in {where} at byte {offset + done}: {e.strerror}; check the disk and "
+                "run again"
+            ) from e
+        if n == 0:
+            raise error(
+                f"{where} ends at byte {offset + done}, expected {offset + len(view)}: truncated; "
+                "fetch it again"
+            )
+        done += n
+    return into
+
+
+def header_of(fd: int, where: str, error: type[QmoeError]) -> tuple[bytes, dict[str, Entry]]:
+    """Reads and validates the header of an open safetensors file; allocates nothing that the file's
+    real size does not allow.
+
+    Args:
+        fd: the file.
+        where: its name for messages.
+        error: what a damaged file is.
+
+    Returns:
+        The header's bytes, which begin at byte 8 and end where the data begins; and the tensors in
+        the order of the data.
+    """
+    size = os.fstat(fd).st_size
+    lead = read_at(fd, bytearray(min(8, size)), 0, where, error)
+    length = int.from_bytes(lead, "little")
+    if size < 8 or length > min(MAX_HEADER, size - 8):
+        raise error(
+            f"{where} has {size} bytes, which is no complete safetensors file (header of {length} "
+            "bytes): truncated or not downloaded (a git-lfs pointer?); fetch it again"
+        )
+    text = bytes(read_at(fd, bytearray(length), 8, where, error))
     try:
         header = json.loads(text.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise CorruptError(f"{path}: the header is not JSON: {e}") from e
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits is a ValueError
+        raise error(f"{where}: the header is no JSON ({e}); fetch the file again") from e
+    return text, check_header(header, size - 8 - length, where, error)
+
+
+def check_header(header: Any, data: int, where: str, error: type[QmoeError]) -> dict[str, Entry]:
+    """Validates a header that is parsed.
+
+    Args:
+        header: the JSON value.
+        data: bytes of the file behind the header.
+        where: name of the file for messages.
+        error: raised for an entry that is malformed, and for ranges that leave holes, overlap,
+            disagree with the shape, or do not end with the data.
+
+    Returns:
+        The tensors in the order of the data.
+    """
     if not isinstance(header, dict):
-        raise CorruptError(f"{path}: the header is a {type(header).__name__}, not an object")
-    header.pop("__metadata__", None)
-    entries: dict[str, Entry] = {}
+        raise error(f"{where}: the header is a {type(header).__name__}, not an object")
+    found = {
+        name: _entry(name, raw, where, error)
+        for name, raw in header.items()
+        if name != "__metadata__"
+    }
+    entries = dict(sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)))
     at = 0
-    for name, raw in sorted(header.items(), key=_begin):
-        entry = _entry(path, name, raw)
+    for name, entry in entries.items():
         if entry.begin != at:
-            raise CorruptError(f"{path}: tensor {name} begins at {entry.begin}, expected {at}")
-        entries[name] = entry
+            what = (
+                "overlaps the tensor before it" if entry.begin < at else "leaves a hole before it"
+            )
+            raise error(
+                f"{where}: tensor {name!r} begins at byte {entry.begin}, expected {at}: it {what}; "
+                "fetch the file again"
+            )
         at = entry.end
-    if at != size - 8 - length:
-        raise CorruptError(f"{path}: tensors end at {at}, the data has {size - 8 - length} bytes")
-    return 8 + length, entries
+    if at != data:
+        raise error(
+            f"{where} has {data} bytes of data but its header describes {at}: truncated or "
+            "damaged; fetch it again"
+        )
+    return entries
 
 
-def _begin(item: tuple[str, Any]) -> int:
+def _entry(name: str, raw: Any, where: str, error: type[QmoeError]) -> Entry:
     try:
-        return int(item[1]["data_offsets"][0])
-    except (KeyError, TypeError, IndexError, ValueError):
-        return -1  # sorts first and fails in _entry, which can say why
-
-
-def _entry(path: Path, name: str, raw: Any) -> Entry:
-    try:
-        dtype, shape, (begin, end) = raw["dtype"], raw["shape"], raw["data_offsets"]
-    except (KeyError, TypeError, ValueError) as e:
-        raise CorruptError(f"{path}: the header entry of {name} is {raw!r}") from e
-    numbers = [begin, end, *(shape if isinstance(shape, list) else [None])]
-    if dtype not in DTYPES or any(type(v) is not int or v < 0 for v in numbers):
-        raise CorruptError(f"{path}: the header entry of {name} is {raw!r}")
-    if end - begin != prod(shape) * DTYPES[dtype].itemsize:
-        raise CorruptError(f"{path}: {name} {dtype} {shape} does not fill bytes {begin} to {end}")
+        kind, shape, (begin, end) = raw["dtype"], raw["shape"], raw["data_offsets"]
+        numbers = [begin, end, *shape]
+    except (KeyError, TypeError, ValueError):
+        numbers = [None]
+    if (
+        any(type(n) is not int or not 0 <= n < _MAX_BYTES for n in numbers)
+        or not isinstance(shape, list)
+        or not isinstance(kind, str)
+        or len(shape) > _MAX_DIMS
+    ):
+        text = f"{where}: the header entry of {name!r} is malformed ({raw!r:.200}); fetch it again"
+        raise error(text)
+    if kind not in DTYPES:
+        raise error(
+            f"{where}: tensor {name!r} has dtype {kind[:20]!r}, which is not supported (known: "
+            f"{', '.join(DTYPES)})"
+        )
+    dtype, need = DTYPES[kind], prod(shape) * DTYPES[kind].itemsize
+    if end - begin != need or prod(max(n, 1) for n in shape) * dtype.itemsize >= _MAX_BYTES:
+        raise error(
+            f"{where}: tensor {name!r} {kind} {shape} needs {need} bytes but its offsets are "
+            f"{begin}..{end}; fetch the file again"
+        )
     return Entry(dtype, tuple(shape), begin, end)
 
 
-def read_tensor(path: Path, data_start: int, entry: Entry) -> Tensor:
+def read_header(path: Path, error: type[QmoeError] = CorruptError) -> tuple[int, dict[str, Entry]]:
+    """Offset of the data part in a safetensors file, and its tensors in the order of the data; see
+    `header_of`."""
+    with opened(path, error) as fd:
+        text, entries = header_of(fd, str(path), error)
+    return 8 + len(text), entries
+
+
+def read_tensor(
+    path: Path, data_start: int, entry: Entry, error: type[QmoeError] = CorruptError
+) -> Tensor:
     """Reads one tensor into memory of its own.
 
-    Raises:
-        CorruptError: the file is shorter than its header says.
+    Args:
+        path, data_start, entry: file, and what `read_header` found in it.
+        error: raised if the file is shorter than its header says.
     """
     out = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-    try:
-        with open(path, "rb", buffering=0) as f:
-            f.seek(data_start + entry.begin)
-            view, got = out.numpy().data, 0
-            while got < len(view) and (n := f.readinto(view[got:])):
-                got += n
-    except OSError as e:
-        raise CorruptError(f"cannot read {path}: {e.strerror or e}") from e
-    if got < len(out):
-        raise CorruptError(f"{path} is truncated: {got} bytes where {len(out)} were announced")
-    return out.view(DTYPES[entry.dtype]).reshape(entry.shape)
+    with opened(path, error) as fd:
+        read_at(fd, out.numpy(), data_start + entry.begin, str(path), error)
+    return out.view(entry.dtype).reshape(entry.shape)

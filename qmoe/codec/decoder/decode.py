@@ -5,6 +5,7 @@ threads; the compiled loops release the interpreter lock and hold no shared stat
 """
 
 import itertools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,13 +16,32 @@ from torch import Tensor
 
 from qmoe.codec.decoder.loops import decode_rows, dense_rows
 from qmoe.codec.decoder.matrix import PADDING_WORDS, ParsedMatrix
-from qmoe.codec.decoder.matvec import matvec_pairs
+from qmoe.codec.decoder.matvec import matmul_vectors, matvec_pairs, vectors_for
 from qmoe.codec.decoder.matvec_loops import matvec_rows_batch
 from qmoe.codec.format.tables import Tables
 from qmoe.types import QuantizedMatrix
 
+# Where products that decode as they go win, measured at 0.3 to 4 bits
+_SPARSE = 1.5  # payload bits a weight: below, most weights are in runs of zeros
+_SINGLES, _PLAIN_INPUTS, _VECTOR_INPUTS = 4, 8, 128
 _ROWS_PER_THREAD = 1 << 18  # weights; below this a thread costs more than it saves
-_POOL = ThreadPoolExecutor(max_workers=64, thread_name_prefix="qmoe-codec")
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=64, thread_name_prefix="qmoe-codec")
+
+
+_POOL = _pool()
+
+
+def _start_pool() -> None:
+    global _POOL
+    _POOL = _pool()
+
+
+# A forked process has its parent's pool, but not its threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_pool)
 
 
 def decode_codes(tables: Tables, matrix: ParsedMatrix) -> QuantizedMatrix:
@@ -37,15 +57,16 @@ def decode_dense(
 ) -> Tensor:
     """Weights [rows, cols]: `QuantizedMatrix.dequantize` in float32, or rounded from it."""
     weights = torch.empty(matrix.rows, matrix.cols, dtype=torch.float32)
-    row = matrix.row_scale.numpy()
-    negative = row if matrix.row_scale_neg is None else matrix.row_scale_neg.numpy()
-    out, shared, col = weights.numpy(), _shared(tables, matrix), matrix.col_scale.numpy()
+    col, row, negative = matrix.scales
+    out, shared = weights.numpy(), _shared(tables, matrix)
     _over_rows(matrix, lambda lo, hi: dense_rows(*shared, lo, hi, row, negative, col, out))
     return weights.to(dtype)
 
 
 def matvec(tables: Tables, matrix: ParsedMatrix, x: Tensor) -> Tensor:
-    """``x @ W.T`` with W decoded inside the product: [n, cols] -> float32 [n, rows], for small n.
+    """``x @ W.T`` with W decoded inside the product: [n, cols] -> float32 [n, rows].
+
+    A row of the result does not depend on the other rows, whichever loop computes it.
 
     Raises:
         ValueError: x is not float32 [n, cols] on the CPU.
@@ -55,19 +76,36 @@ def matvec(tables: Tables, matrix: ParsedMatrix, x: Tensor) -> Tensor:
         raise ValueError(
             f"x must be float32 [n, {matrix.cols}] on the CPU, got {x.dtype} {shape} on {x.device}"
         )
-    n = x.shape[0]
-    if n == 1:
-        return matvec_pairs([(tables, matrix)], x)
+    n = len(x)
+    if n == 0:
+        return torch.empty(0, matrix.rows)
+    if vectors_for(matrix.rows):
+        return matvec_pairs([(tables, matrix)], x) if n == 1 else matmul_vectors(tables, matrix, x)
+    if n <= _SINGLES:
+        return matvec_pairs([(tables, matrix)] * n, x)
+    return _batch(tables, matrix, x)
+
+
+def decodes_inside(matrix: ParsedMatrix, n: int) -> bool:
+    """Whether `matvec` of n inputs is faster than a dense product of decoded weights, as measured
+    (docs/log-codec.md): what counts is the number of symbols, hence of bits, per weight."""
+    bits = int(matrix.stream_start[-1]) / (matrix.rows * matrix.cols)
+    if vectors_for(matrix.rows):
+        return bits < _SPARSE or n <= _VECTOR_INPUTS
+    return n <= (_PLAIN_INPUTS if bits < _SPARSE else _SINGLES)
+
+
+def _batch(tables: Tables, matrix: ParsedMatrix, x: Tensor) -> Tensor:
+    n = len(x)
     scaled = torch.zeros(n, matrix.cols + 1)
     torch.mul(x, matrix.col_scale, out=scaled[:, :-1])
     by_slot = scaled[:, matrix.slots.long()]  # [n, pieces, span + 1]
     gathered = by_slot.permute(1, 2, 0).contiguous().numpy()
     split = matrix.row_scale_neg is not None
-    sums = np.zeros((2, matrix.rows, n), np.float32)
+    sums = np.zeros((2, matrix.pieces, matrix.rows, n), np.float32)
     shared = _shared(tables, matrix)[:-1]
-    if n:
-        _over_rows(matrix, lambda lo, hi: matvec_rows_batch(*shared, lo, hi, gathered, split, sums))
-    total, below = torch.from_numpy(sums[0]), torch.from_numpy(sums[1])
+    _over_rows(matrix, lambda lo, hi: matvec_rows_batch(*shared, lo, hi, gathered, split, sums))
+    total, below = (sum(torch.from_numpy(part), torch.zeros(())) for part in sums)
     y = total * matrix.row_scale[:, None]
     if matrix.row_scale_neg is not None:
         y += below * (matrix.row_scale_neg - matrix.row_scale)[:, None]
@@ -77,7 +115,7 @@ def matvec(tables: Tables, matrix: ParsedMatrix, x: Tensor) -> Tensor:
 def _shared(tables: Tables, matrix: ParsedMatrix) -> tuple[Any, ...]:
     """Arguments common to the loops; the last is `slots`."""
     words, start, row_class, slot_class, slots = matrix.arrays
-    last = words.size - PADDING_WORDS
+    last = words.size - PADDING_WORDS - 1
     lookup = tables.lookup.reshape(-1)
     return words, last, start, row_class, slot_class, tables.table_of, lookup, tables.limit, slots
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qmoe.codec.decoder.starts import find_starts
-from qmoe.codec.format.arrays import F32, I32, I64, U8, U32
+from qmoe.codec.format.arrays import F32, I32, I64, U8, U16, U32
 from qmoe.codec.format.classes import CONTEXTS
 from qmoe.codec.format.geometry import geometry, piece_count
 from qmoe.codec.format.sidedata import Field, pack
@@ -22,7 +22,10 @@ from qmoe.types import SCALE_MAX, SCALE_MIN, QuantizedMatrix, grid_scale
 
 MAGIC = 0x314D4D51  # "QMM1"
 SCALE_FIELDS = ("row_scale", "row_scale_neg", "col_scale")
-PADDING_WORDS = 4  # zero words behind the payload, so that decoders may look ahead
+PADDING_WORDS = 1  # behind the payload lies the checksum, so that decoders may look one word ahead
+
+MOST_ORDERED = 1 << 16  # rows
+_SIDE_PADDING = 4  # words of zeros behind a copy, so that damaged side data cannot be read past
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class ParsedMatrix:
         rows, cols: shape.
         pieces: streams per row.
         span: C, end position of a stream; at most 1025.
-        words: int32 [n + PADDING_WORDS], bit patterns of the little-endian payload words.
+        words: int32 [n + PADDING_WORDS], bit patterns of the little-endian payload words and of
+            the checksum behind them; a view of the blob where its address allows, not a copy.
         stream_start: int32 [rows * pieces + 1], bit offsets; the last is the payload's length.
         row_class: uint8 [rows].
         slots: int32 [pieces, span + 1]; column whose weight ends at a position, `cols` where there
@@ -50,7 +54,6 @@ class ParsedMatrix:
             col_order[(k - 1) * pieces + p].
         row_index, row_index_neg, col_index: int16 grid indices of the scales [rows], [rows] or
             None, [cols].
-        row_scale, row_scale_neg, col_scale: the same as float32.
     """
 
     rows: int
@@ -65,9 +68,34 @@ class ParsedMatrix:
     row_index: Tensor
     col_index: Tensor
     row_index_neg: Tensor | None
-    row_scale: Tensor
-    col_scale: Tensor
-    row_scale_neg: Tensor | None
+
+    @property
+    def row_scale(self) -> Tensor:
+        """float32 [rows]."""
+        return grid_scale(self.row_index)
+
+    @property
+    def row_scale_neg(self) -> Tensor | None:
+        """float32 [rows], of the negative weights, if they have scales of their own."""
+        return None if self.row_index_neg is None else grid_scale(self.row_index_neg)
+
+    @property
+    def col_scale(self) -> Tensor:
+        """float32 [cols]."""
+        return grid_scale(self.col_index)
+
+    @property
+    def side_bytes(self) -> int:
+        """Memory of everything but the payload, which belongs to the blob."""
+        held = (self.stream_start, self.row_class, self.slots, self.slot_class, self.row_index)
+        more = () if self.row_index_neg is None else (self.row_index_neg,)
+        order = 2 * self.rows * self.pieces
+        return order + sum(int(t.nbytes) for t in (*held, self.col_index, *more))
+
+    def padded_words(self, padding: int) -> U32:
+        """A copy of the payload with so many words of zeros behind it: uint32 [n + padding]."""
+        payload = self.words.numpy().view(np.uint32)[:-PADDING_WORDS]
+        return np.concatenate([payload, np.zeros(padding, np.uint32)])
 
     @cached_property
     def arrays(self) -> tuple[U32, I32, U8, U8, I32]:
@@ -75,22 +103,37 @@ class ParsedMatrix:
         first = (self.words.numpy().view(np.uint32), self.stream_start.numpy())
         return *first, self.row_class.numpy(), self.slot_class.numpy(), self.slots.numpy()
 
-    @cached_property
+    @property
     def scales(self) -> tuple[F32, F32, F32]:
         """col_scale, row_scale, row_scale_neg (the same object as row_scale if there is none)."""
-        row = self.row_scale.numpy()
-        negative = row if self.row_scale_neg is None else self.row_scale_neg.numpy()
-        return self.col_scale.numpy(), row, negative
+        row, below = self.row_scale.numpy(), self.row_scale_neg
+        return self.col_scale.numpy(), row, row if below is None else below.numpy()
+
+    @cached_property
+    def order(self) -> U16:
+        """uint16 [pieces, rows]: the rows by falling length of their streams in a piece. Streams
+        that are decoded side by side should be of like length."""
+        if self.rows > MOST_ORDERED:
+            raise ValueError(f"{self.rows} rows do not fit in 16-bit numbers")
+        bits = np.diff(self.stream_start.numpy()).reshape(self.rows, self.pieces)
+        order: U16 = np.argsort(-bits.T, axis=1, kind="stable").astype(np.uint16)
+        return order
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "addresses"}  # a copy lies elsewhere
+        made = ("addresses", "arrays", "order")  # a copy lies elsewhere
+        return {k: v for k, v in vars(self).items() if k not in made}
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """Words of the payload, pieces, positions of a piece; then where words, stream_start,
-        row_class, slot_class, slots, col_scale, row_scale and row_scale_neg (or row_scale) lie."""
-        places = [a.ctypes.data for a in (*self.arrays, *self.scales)]
-        return (self.words.numel() - PADDING_WORDS, self.pieces, self.span + 1, *places)
+        """The last word of the payload, pieces, positions of a piece; then where words,
+        stream_start, row_class, slot_class, slots, col_index, row_index, row_index_neg (or
+        row_index) and order (0 if there are too many rows for one) lie."""
+        below = self.row_index if self.row_index_neg is None else self.row_index_neg
+        scales = [t.numpy() for t in (self.col_index, self.row_index, below)]
+        places = [a.ctypes.data for a in self.arrays] + [a.ctypes.data for a in scales]
+        order = self.order.ctypes.data if self.rows <= MOST_ORDERED else 0
+        last = self.words.numel() - PADDING_WORDS - 1
+        return (last, self.pieces, self.span + 1, *places, order)
 
     @property
     def col_order(self) -> Tensor:
@@ -170,7 +213,7 @@ def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> ParsedMatr
         streams > 32 * raw.size
     ):  # each has at least one bit; checked before anything is sized by rows
         raise CorruptError(f"blob of {4 * raw.size + 4} bytes for {streams} streams")
-    words = np.concatenate([raw[1:], np.zeros(PADDING_WORDS, np.uint32)])
+    words = np.concatenate([raw[1:], np.zeros(_SIDE_PADDING, np.uint32)])
     side = _SideReader(tables.fields, words)
     negative = side.flag()
     zeros = np.zeros(1, np.int64)
@@ -188,10 +231,10 @@ def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> ParsedMatr
     )
     col_scale = side.take("col_scale", tables.cols, col_class, SCALE_MIN, SCALE_MAX)
     run_bits = side.take("run_bits", -(-streams // RUN), zeros, 1, 1 << 31)
-    payload = words[side.finish() :]
-    bits = int(run_bits.sum())
-    if -(-bits // 32) != payload.size - PADDING_WORDS:
-        raise CorruptError(f"streams of {bits} bits in {payload.size - PADDING_WORDS} words")
+    payload = _payload(blob, side.finish() + 1)
+    size, bits = payload.size - PADDING_WORDS, int(run_bits.sum())
+    if -(-bits // 32) != size:
+        raise CorruptError(f"streams of {bits} bits in {size} words")
     if bits >= 1 << 31 or (bits % 32 and payload[bits // 32] >> (bits % 32)):
         raise CorruptError(f"streams of {bits} bits, or set bits behind them")
     shape = geometry(col_class.astype(np.uint8))
@@ -214,10 +257,16 @@ def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> ParsedMatr
         row_index=grid(row_scale),
         col_index=grid(col_scale),
         row_index_neg=None if row_neg is None else grid(row_neg),
-        row_scale=grid_scale(grid(row_scale)),
-        col_scale=grid_scale(grid(col_scale)),
-        row_scale_neg=None if row_neg is None else grid_scale(grid(row_neg)),
     )
+
+
+def _payload(blob: Tensor, first: int) -> U32:
+    """The words of a blob from `first` on, its checksum the last: a view if they are aligned."""
+    data = blob.contiguous()
+    if data.data_ptr() % 4:
+        data = data.clone()
+    words: U32 = data.numpy().view("<u4")[first:]
+    return words
 
 
 class _SideReader:

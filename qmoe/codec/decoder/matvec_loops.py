@@ -7,8 +7,9 @@ from typing import Any
 import numba as nb
 import numpy as np
 
+from qmoe.codec.decoder.lanes import fused
 from qmoe.codec.decoder.loops import ADVANCE, BYTE, LENGTH, ONE, next_bits
-from qmoe.codec.format.arrays import F32, I32, U8, U32, U64
+from qmoe.codec.format.arrays import F32, I16, I32, U8, U32, U64
 
 # of 64-bit entries: a shift takes six bits of its count as it is, an advance fills a byte
 _SIX, _EIGHT, _SIGN = np.uint64(63), np.uint64(255), np.uint64(63)
@@ -40,14 +41,40 @@ def _used(window: np.uint64) -> np.uint64:
 
 
 @nb.njit(cache=True, nogil=True)
-def place_inputs(x: F32, col_scale: F32, slots: I32, out: F32) -> None:
-    """out[p, t] = x * col_scale of the column at position t of piece p, 0 where there is none and
-    behind the last position."""
+def place_inputs(x: F32, col_index: I16, slots: I32, out: F32) -> None:
+    """out[p, t] = x * column scale of the column at position t of piece p, 0 where there is none
+    and behind the last position."""
     for p in range(slots.shape[0]):
         for t in range(slots.shape[1]):
             column = slots[p, t]
-            out[p, t] = x[column] * col_scale[column] if column < x.size else np.float32(0)
+            out[p, t] = x[column] * scale(col_index[column]) if column < x.size else np.float32(0)
         out[p, slots.shape[1] :] = np.float32(0)
+
+
+@nb.njit(cache=True, nogil=True)
+def place_classes(slot_class: U8, out: I32) -> None:
+    """out[p, t] = slot_class, the last one behind the last position."""
+    for p in range(slot_class.shape[0]):
+        for t in range(slot_class.shape[1]):
+            out[p, t] = slot_class[p, t]
+        out[p, slot_class.shape[1] :] = slot_class[p, -1]
+
+
+@nb.extending.intrinsic
+def _as_float(context: Any, bits: Any) -> Any:
+    """The float32 of these 32 bits."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(nb.types.float32))
+
+    return nb.types.float32(nb.types.int32), code
+
+
+@nb.njit(inline="always")
+def scale(index: int) -> np.float32:
+    """`qmoe.types.grid_scale` of one index."""
+    value: np.float32 = _as_float(np.int32((index + 8128) << 17))
+    return value
 
 
 @nb.extending.intrinsic
@@ -76,28 +103,29 @@ def matvec_rows(
     end: int,
     x: F32,
     split: bool,
-    row_scale: F32,
-    row_scale_neg: F32,
-    out: F32,
+    sums: F32,
+    negative: F32,
 ) -> None:
-    """Products of rows first..end - 1, out [rows]: the sum over all codes times the row's scale,
-    and if `split` the sum over the negative ones times what their scale differs by.
+    """Sums of value * x over the streams of rows first..end - 1, into sums [pieces, rows] and, if
+    `split`, those of the negative values alone into negative [pieces, rows].
+
+    Each sum adds (fused, one rounding) in the order of its stream, starting from 0.
 
     entries: uint64 [tables << bits], `Tables.entries`. x: float32 [pieces, span + 1 + 63 * symbols
     of a group], from `place_inputs`: a group may pass the end, and is clamped behind it.
     """
-    arrays = (words, starts, row_class, slot_class, table_of, entries, x, row_scale, row_scale_neg)
+    arrays = (words, starts, row_class, slot_class, table_of, entries, x, sums, negative)
     if bits == 8:  # compiled for itself: the usual index width, a third faster as a constant
-        _matvec_rows(arrays, limit, 8, first, end, split, out)
+        _matvec_rows(arrays, limit, 8, first, end, split)
     else:
-        _matvec_rows(arrays, limit, bits, first, end, split, out)
+        _matvec_rows(arrays, limit, bits, first, end, split)
 
 
 @nb.njit(inline="always")
 def _matvec_rows(
-    arrays: tuple[Any, ...], limit: int, bits: int, first: int, end: int, split: bool, out: F32
+    arrays: tuple[Any, ...], limit: int, bits: int, first: int, end: int, split: bool
 ) -> None:
-    words, starts, row_class, slot_class, table_of, entries, x, row_scale, row_scale_neg = arrays
+    words, starts, row_class, slot_class, table_of, entries, x, sums, negative = arrays
     pieces, span = slot_class.shape[0], np.uint64(slot_class.shape[1] - 1)
     shift, last, zero = np.uint64(bits), np.uint64(limit), np.float32(0)
     mask = (ONE << shift) - ONE
@@ -105,9 +133,9 @@ def _matvec_rows(
         row1, row2, row3 = min(row0 + 1, end - 1), min(row0 + 2, end - 1), min(row0 + 3, end - 1)
         a0, a1 = np.uint64(row_class[row0]), np.uint64(row_class[row1])
         a2, a3 = np.uint64(row_class[row2]), np.uint64(row_class[row3])
-        sum0 = sum1 = sum2 = sum3 = zero
-        neg0 = neg1 = neg2 = neg3 = zero
         for p in range(pieces):
+            sum0 = sum1 = sum2 = sum3 = zero
+            neg0 = neg1 = neg2 = neg3 = zero
             classes, xs = slot_class[p], x[p]
             bit0 = np.uint64(starts[row0 * pieces + p])
             bit1 = np.uint64(starts[row1 * pieces + p])
@@ -134,31 +162,38 @@ def _matvec_rows(
                     at1 += (entry1 >> BYTE) & _EIGHT
                     at2 += (entry2 >> BYTE) & _EIGHT
                     at3 += (entry3 >> BYTE) & _EIGHT
-                    term0, term1 = _value(entry0) * xs[at0], _value(entry1) * xs[at1]
-                    term2, term3 = _value(entry2) * xs[at2], _value(entry3) * xs[at3]
-                    sum0 += term0
-                    sum1 += term1
-                    sum2 += term2
-                    sum3 += term3
+                    value0, value1 = _value(entry0), _value(entry1)
+                    value2, value3 = _value(entry2), _value(entry3)
+                    sum0, sum1 = fused(value0, xs[at0], sum0), fused(value1, xs[at1], sum1)
+                    sum2, sum3 = fused(value2, xs[at2], sum2), fused(value3, xs[at3], sum3)
                     if split:
-                        neg0 += term0 if entry0 >> _SIGN else zero
-                        neg1 += term1 if entry1 >> _SIGN else zero
-                        neg2 += term2 if entry2 >> _SIGN else zero
-                        neg3 += term3 if entry3 >> _SIGN else zero
+                        neg0 = fused(value0 if entry0 >> _SIGN else zero, xs[at0], neg0)
+                        neg1 = fused(value1 if entry1 >> _SIGN else zero, xs[at1], neg1)
+                        neg2 = fused(value2 if entry2 >> _SIGN else zero, xs[at2], neg2)
+                        neg3 = fused(value3 if entry3 >> _SIGN else zero, xs[at3], neg3)
                 bit0, bit1 = bit0 + _used(window0), bit1 + _used(window1)
                 bit2, bit3 = bit2 + _used(window2), bit3 + _used(window3)
                 at0, at1 = min(at0, span), min(at1, span)
                 at2, at3 = min(at2, span), min(at3, span)
-        out[row3], out[row2] = sum3 * row_scale[row3], sum2 * row_scale[row2]
-        out[row1], out[row0] = sum1 * row_scale[row1], sum0 * row_scale[row0]
+            sums[p, row3], sums[p, row2], sums[p, row1], sums[p, row0] = sum3, sum2, sum1, sum0
+            if split:
+                negative[p, row3], negative[p, row2] = neg3, neg2
+                negative[p, row1], negative[p, row0] = neg1, neg0
+
+
+@nb.njit(cache=True, nogil=True)
+def add_up(sums: F32, negative: F32, split: bool, row_index: I16, below: I16, out: F32) -> None:
+    """out[row] = sum over pieces * row scale, and if `split` the sum over the negative values times
+    what their scale differs by."""
+    for row in range(out.size):
+        total, under = np.float32(0), np.float32(0)
+        for p in range(sums.shape[0]):
+            total += sums[p, row]
+        out[row] = total * scale(row_index[row])
         if split:
-            out[row0] += neg0 * (row_scale_neg[row0] - row_scale[row0])
-            if row1 > row0:
-                out[row1] += neg1 * (row_scale_neg[row1] - row_scale[row1])
-            if row2 > row1:
-                out[row2] += neg2 * (row_scale_neg[row2] - row_scale[row2])
-            if row3 > row2:
-                out[row3] += neg3 * (row_scale_neg[row3] - row_scale[row3])
+            for p in range(sums.shape[0]):
+                under += negative[p, row]
+            out[row] += under * (scale(below[row]) - scale(row_index[row]))
 
 
 @nb.njit(cache=True, nogil=True)
@@ -178,15 +213,15 @@ def matvec_rows_batch(
     out: F32,
 ) -> None:
     """As `matvec_rows` for several activations: x float32 [pieces, span + 1, n], out float32 [2,
-    rows, n], zeroed."""
+    pieces, rows, n], zeroed."""
     pieces, span = slot_class.shape[0], np.uint64(slot_class.shape[1] - 1)
     shift, last = np.uint64(bits), np.uint64(limit)
     mask = (ONE << shift) - ONE
     for row in range(first, end):
         a = np.uint64(row_class[row])
-        total, below = out[0, row], out[1, row]
         for p in range(pieces):
             classes, xs = slot_class[p], x[p]
+            total, below = out[0, p, row], out[1, p, row]
             bit, at = np.uint64(starts[row * pieces + p]), np.uint64(0)
             while at < span:
                 base = np.uint64(table_of[a + np.uint64(classes[at])]) << shift
@@ -199,7 +234,7 @@ def matvec_rows_batch(
                     value = np.float32(np.int8(entry >> np.uint64(16)))
                     if value != 0:
                         for k in range(total.size):
-                            total[k] += value * xs[at, k]
+                            total[k] = fused(value, xs[at, k], total[k])
                         if split and value < 0:
                             for k in range(total.size):
-                                below[k] += value * xs[at, k]
+                                below[k] = fused(value, xs[at, k], below[k])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qmoe.codec.encoder.table_choice import MAX_TABLES
-from qmoe.codec.format.arrays import I64, U8, U16, U32, U64
+from qmoe.codec.format.arrays import I64, U8, U32, U64
 from qmoe.codec.format.bits import BitReader, BitWriter
 from qmoe.codec.format.classes import CONTEXTS
 from qmoe.codec.format.geometry import MAX_COLS, MAX_ROWS
@@ -28,7 +28,6 @@ from qmoe.codec.format.sidedata import Field
 from qmoe.codec.format.symbols import (
     MAX_ESCAPES,
     MAX_RUN,
-    SHORT_LIMIT,
     length_predictor,
     symbol_count,
     symbol_effects,
@@ -91,27 +90,28 @@ class Tables:
         return (upper | (self.lookup & np.uint32(0xFFFF)).astype(np.uint64)).reshape(-1)
 
     @cached_property
+    def lane_entries(self) -> U32:
+        """uint32 [tables << L]: code length | advance << 8 | value << 24."""
+        low = self.lookup & np.uint32(0xFFFF)
+        entries: U32 = (low | self.lookup >> np.uint32(16) << np.uint32(24)).reshape(-1)
+        return entries
+
+    @property
+    def bytes_held(self) -> int:
+        """Memory of the lookup tables in all three forms."""
+        return 4 * self.lookup.nbytes
+
+    @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """L, number of tables; then where table_of and entries lie."""
-        places = self.table_of.ctypes.data, self.entries.ctypes.data
+        """L, number of tables; then where table_of, entries and lane_entries lie."""
+        entries = self.entries.ctypes.data, self.lane_entries.ctypes.data
+        places = self.table_of.ctypes.data, *entries
         return (self.limit, len(self.kinds), *places)
 
     @property
     def latch(self) -> int:
         """Symbols that share a table: 32 // L, so that they fit in one 32-bit word."""
         return 32 // self.limit
-
-    def lookup16(self) -> U16:
-        """The lookup tables as uint16 [tables, 256]: code length | advance << 4 | (value & 63) <<
-        10.
-
-        Raises:
-            ValueError: L is not 8; longer codes may have values that do not fit in 6 bits.
-        """
-        if self.limit != SHORT_LIMIT:
-            raise ValueError(f"16-bit entries need codes of {SHORT_LIMIT} bits, got {self.limit}")
-        e = self.lookup
-        return (e & 15 | (e >> 8 & 63) << 4 | (e >> 16 & 63) << 10).astype(np.uint16)
 
 
 def to_blob(words: U32, seed: int) -> tuple[Tensor, int]:

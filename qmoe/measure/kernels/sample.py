@@ -32,20 +32,6 @@ def sample_matrix(rows: int, cols: int, bits: float = 0.8, seed: int = 0) -> Qua
     return QuantizedMatrix(codes.to(torch.int8), row_scale.short(), col_scale.short())
 
 
-def rough_matrix(
-    rows: int, cols: int, size: float = 0.4, negative: bool = False, seed: int = 0
-) -> QuantizedMatrix:
-    """Random codes of log-normal column energies around `size`; `negative` makes an asymmetric
-    ternary grid.
-    """
-    g = torch.Generator().manual_seed(seed)
-    codes = torch.randn(rows, cols, generator=g) * torch.randn(1, cols, generator=g).exp() * size
-    codes = codes.round().clamp(-1 if negative else -127, 1 if negative else 127).to(torch.int8)
-    scale = torch.randint(-320, -250, (2, rows), generator=g).short()
-    col = (torch.randint(-6, 6, (cols,), generator=g) * 16).short()
-    return QuantizedMatrix(codes, scale[0], col, scale[1] if negative else None)
-
-
 def parsed(
     matrices: Sequence[QuantizedMatrix], limit: int | None = None
 ) -> list[tuple[Tables, ParsedMatrix]]:

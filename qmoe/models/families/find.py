@@ -67,11 +67,6 @@ def read_expert(module: nn.Module, expert: int) -> dict[str, Tensor]:
     return _known(module).read(module, expert)
 
 
-def write_expert(module: nn.Module, expert: int, weights: dict[str, Tensor]) -> None:
-    """Puts canonical matrices back into the module's parameters; the inverse of `read_expert`."""
-    _known(module).write(module, expert, weights)
-
-
 def expert_forward(
     module: Any,
     weights: dict[str, Tensor],

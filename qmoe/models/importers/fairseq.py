@@ -3,8 +3,8 @@
 A directory with ``NAME-shared.pt`` (everything but the experts, and the settings) and one
 ``NAME-rank-R.pt`` per rank, whose ``moe_layer.experts.J`` is expert R * (experts per rank) + J.
 Layer names lie under ``decoder.``. With dict.txt and GPT-2's vocabulary beside them the tokenizer
-is
-written too.
+is written too. Texts begin with ``</s>``, or with ``<s>`` where the task's add_bos_token is set
+(fairseq's LanguageModelingTask.build_dataset_for_inference).
 """
 
 import re
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from qmoe.errors import SourceError
-from qmoe.models.importers.gpt2_bpe import read_tokenizer
+from qmoe.models.importers.gpt2_bpe import SPECIAL, read_tokenizer
 from qmoe.models.importers.pickles import load_pickle, settings_of
 from qmoe.models.importers.writing import Imported, Part, whole, write_model
 from qmoe.models.projects.fairseq_moe import FairseqMoeConfig
@@ -39,6 +39,7 @@ NO_TOKENIZER = (
     "and merges.txt) beside the weights and import again"
 )
 OPEN_RANKS = 8
+SPLIT = r"(-shard|_part)\d+\.pt$"
 
 
 def import_fairseq(source: str | Path, destination: str | Path) -> Imported:
@@ -61,13 +62,21 @@ def import_fairseq(source: str | Path, destination: str | Path) -> Imported:
     ignored = {n for n in dense if re.fullmatch(IGNORED, n)}
     if config.tie_word_embeddings:
         ignored.add("decoder.output_projection.weight")
-    tokenizer = read_tokenizer(Path(source), config.vocab_size)
-    notes = NOTES if tokenizer is not None else (*NOTES, NO_TOKENIZER)
-    return write_model(destination, config, parts, stored, ignored, {}, notes, tokenizer)
+    tokenizer = read_tokenizer(Path(source), config.vocab_size, SPECIAL[config.bos_token_id])
+    if tokenizer is None:
+        return write_model(destination, config, parts, stored, ignored, (*NOTES, NO_TOKENIZER))
+    put = tokenizer.save_pretrained
+    return write_model(destination, config, parts, stored, ignored, NOTES, put)
 
 
 def _files(directory: Path) -> tuple[Path, list[Path]]:
     shared = sorted(directory.glob("*-shared.pt"))
+    split = sorted(p.name for p in directory.glob("*.pt") if re.search(SPLIT, p.name))
+    if split and not shared:
+        raise SourceError(
+            f"{directory} holds {split[0]}, a part of a file that fairseq splits over processes; "
+            "merge them first with fairseq's consolidate_fsdp_shards (branch moe)"
+        )
     if len(shared) != 1:
         raise SourceError(
             f"{directory} holds {len(shared)} files *-shared.pt, expected one; give the directory "
@@ -109,7 +118,8 @@ def _config(
         "no_token_positional_embeddings": False,
         "decoder_normalize_before": True,
         "adaptive_softmax_cutoff": None,
-        "alternate_ffn_embed_dim": 0,
+        "alternate_decoder_ffn_embed_dim": 0,  # dense layers of that width where experts would be
+        "layernorm_embedding": False,
     }
     for key, value in unsupported.items():
         if key in a and (a[key] or None) != (value or None):
@@ -135,12 +145,14 @@ def _config(
     width = next(t.shape[0] for n, t in first.items() if n.endswith("fc1.weight"))
     output = dense.get("decoder.output_projection.weight")
     top1 = bool(a.get("moe_top1_expert", False))
+    task = settings_of(cfg.get("task")) or a
     return FairseqMoeConfig(
         vocab_size=dense[embedding].shape[0],
         d_model=dense[embedding].shape[1],
         ffn_dim=width,
         num_layers=max(layers) + 1,
         attention_heads=a["decoder_attention_heads"],
+        bos_token_id=SPECIAL.index("<s>" if task.get("add_bos_token") else "</s>"),
         activation_function=ACTIVATIONS[a.get("activation_fn", "gelu")],
         max_position_embeddings=a.get("max_target_positions") or a.get("tokens_per_sample") or 2048,
         scale_embedding=not a.get("no_scale_embedding", False),

@@ -1,10 +1,13 @@
 """Megatron-LM checkpoints with MegaBlocks experts -> model type ``megatron_moe``.
 
-``mp_rank_00/model_optim_rng.pt`` (or ``mp_rank_00_RRR`` for every expert-parallel rank R) below the
-directory or its latest ``iter_*``, with ``args`` and, under ``model.language_model``, ``embedding``
-and ``encoder``. Sparse layers hold ``mlp.router.layer.weight`` [E, H], ``mlp.experts.mlp.w1`` and
-``w2`` [experts of the rank * I, H] (and ``v1`` where experts have a gate), ``mlp.experts.bias``.
-Queries, keys and values are interleaved per head: [heads, 3, head width, H].
+``mp_rank_00/model_optim_rng.pt`` (``model_rng.pt`` under the distributed optimizer; a folder
+``mp_rank_00_RRR`` for every expert-parallel rank R) below the directory or its latest ``iter_*``,
+with ``args`` and, under ``model.language_model``, ``embedding`` and ``encoder``. Sparse layers hold
+``mlp.moe.router.layer.weight`` [E, H], ``mlp.moe.experts.mlp.w1`` and ``w2`` [experts of the rank *
+I, H] (and ``v1`` where experts have a gate), ``mlp.moe.experts.bias``; the level ``moe`` is
+Megatron-LM's adapter around the layer of MegaBlocks. Queries, keys and values are interleaved per
+head: [heads, 3, head width, H].
+Checked against Megatron-LM (stanford-futuredata, 85f95ae) with MegaBlocks 78eea65.
 """
 
 import re
@@ -20,7 +23,7 @@ from qmoe.models.importers.pickles import load_pickle, settings_of
 from qmoe.models.importers.writing import Imported, Part, whole, write_model
 from qmoe.models.projects.megatron_moe import MegatronMoeConfig
 
-FILE = "model_optim_rng.pt"
+FILES = ("model_optim_rng.pt", "model_rng.pt")
 LAYER = {
     "input_layernorm": "ln_1",
     "post_attention_layernorm": "ln_2",
@@ -61,7 +64,7 @@ def import_megablocks(source: str | Path, destination: str | Path) -> Imported:
     parts = _parts(config, trees)
     stored = set().union(*trees)
     ignored = {n for n in stored if n.endswith(("._extra_state", "rotary_emb.inv_freq"))}
-    return write_model(destination, config, parts, stored, ignored, {}, NOTES)
+    return write_model(destination, config, parts, stored, ignored, NOTES)
 
 
 def _files(directory: Path) -> list[Path]:
@@ -70,11 +73,11 @@ def _files(directory: Path) -> list[Path]:
         directory = directory / (
             "release" if step == "release" else f"iter_{int(step):07d}" if step.isdigit() else step
         )
-    found = sorted(directory.glob(f"mp_rank_*/{FILE}"))
+    found = next((f for name in FILES if (f := sorted(directory.glob(f"mp_rank_*/{name}")))), [])
     if not found:
         raise SourceError(
-            f"{directory} holds no mp_rank_*/{FILE}; give a Megatron checkpoint directory in the "
-            "'torch' format"
+            f"{directory} holds no mp_rank_*/{' or '.join(FILES)}; give a Megatron checkpoint "
+            "directory in the 'torch' format"
         )
     odd = [p for p in found if not re.fullmatch(r"mp_rank_00(_\d{3})?", p.parent.name)]
     if odd:
@@ -86,7 +89,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _flat(state: dict[str, Any], path: Path) -> Tree:
-    """Tensors of ``model.language_model`` by dotted name, without a level that only some versions
+    """Tensors of ``model.language_model`` by dotted name, without levels that only some versions
     have.
     """
     model = state.get("model")
@@ -106,15 +109,24 @@ def _flat(state: dict[str, Any], path: Path) -> Tree:
                 out[name] = value
 
     walk("", model["language_model"])
-    return {re.sub(r"^transformer\.", "encoder.", n): t for n, t in out.items()}
+    names = {n: re.sub(r"^transformer\.", "encoder.", n) for n in out}
+    return {re.sub(r"(\.\d+\.mlp)\.moe\.", r"\1.", names[n]): t for n, t in out.items()}
 
 
 def _config(args: dict[str, Any], tree: Tree, path: str) -> MegatronMoeConfig:
-    absent = [k for k in NEEDED if args.get(k) is None]
-    if absent:
+    for key in NEEDED:
+        if args.get(key) is None:
+            raise SourceError(
+                f"{path} has no setting {key!r} in its args; this is no Megatron checkpoint with "
+                "MegaBlocks experts"
+            )
+        if not isinstance(args[key], int) or args[key] < 1:
+            raise SourceError(f"{path}: {key}={args[key]!r}, expected a positive integer")
+    if args.get("moe_capacity_factor"):
         raise SourceError(
-            f"{path} has no setting {absent[0]!r} in its args; this is no Megatron checkpoint "
-            "with MegaBlocks experts"
+            f"{path}: moe_capacity_factor={args['moe_capacity_factor']!r}: these experts drop the "
+            "tokens over their capacity, which no model class here does; only dropless experts "
+            "(capacity factor 0) are supported"
         )
     unsupported = {
         "position_embedding_type": (None, "learned_absolute"),
@@ -126,6 +138,7 @@ def _config(args: dict[str, Any], tree: Tree, path: str) -> MegatronMoeConfig:
         "swiglu": (None, False),
         "apply_residual_connection_post_layernorm": (None, False),
         "moe_weight_parallelism": (None, False),
+        "moe_use_megatron_switch": (None, False),
     }
     for key, fine in unsupported.items():
         if args.get(key) not in fine:
@@ -142,7 +155,7 @@ def _config(args: dict[str, Any], tree: Tree, path: str) -> MegatronMoeConfig:
             f"{path} holds no experts or no word and position embeddings; this layout is not "
             "supported"
         )
-    norm = args.get("moe_normalize_expert_weights")
+    tanh = args.get("bias_gelu_fusion", True) or args.get("openai_gelu")
     return MegatronMoeConfig(
         vocab_size=vocabulary.shape[0],
         n_embd=args["hidden_size"],
@@ -151,7 +164,7 @@ def _config(args: dict[str, Any], tree: Tree, path: str) -> MegatronMoeConfig:
         n_inner=args.get("ffn_hidden_size") or 4 * args["hidden_size"],
         n_positions=positions.shape[0],
         layer_norm_epsilon=args.get("layernorm_epsilon", 1e-5),
-        activation_function="gelu_pytorch_tanh" if args.get("bias_gelu_fusion", True) else "gelu",
+        activation_function="gelu_pytorch_tanh" if tanh else "gelu",  # of dense layers
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -160,7 +173,7 @@ def _config(args: dict[str, Any], tree: Tree, path: str) -> MegatronMoeConfig:
         tie_word_embeddings="output_layer.weight" not in tree,
         num_experts=args["moe_num_experts"],
         num_experts_per_tok=args.get("moe_top_k", 1),
-        router_norm=norm,
+        router_norm=args.get("moe_normalize_expert_weights") or None,  # 0 is off, too
         sparse_layers=sparse,
         gated=any(n.endswith(".mlp.v1") for n in tree),
         expert_bias=any(n.endswith(".mlp.experts.bias") for n in tree),
@@ -236,6 +249,12 @@ def _experts(
     inner, hidden = int(config.n_inner or 0), int(config.n_embd)
     counts = []
     for r, tree in enumerate(trees):
+        if tree[names[0]].ndim == 3:
+            raise SourceError(
+                f"{names[0]!r} has the shape {list(tree[names[0]].shape)}: experts with a "
+                "capacity, which drop tokens; only dropless experts ([experts * width, hidden]) "
+                "are supported"
+            )
         shapes = {n: list(tree[n].shape) if n in tree else None for n in names}
         if any(
             s is None or s[0] % inner or s[1:] != [hidden] or s != shapes[names[0]]

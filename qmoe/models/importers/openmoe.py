@@ -8,6 +8,7 @@ H, 2 I], ``wi_up`` [E, H, I] and ``wo`` [E, I, H] (inputs first: transposed here
 """
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,10 +48,14 @@ def import_openmoe(source: str | Path, destination: str | Path) -> Imported:
     """
     ck = open_checkpoint(source)
     config = _config(ck)
-    files = {f: ck.directory / f for f in TOKENIZER if (ck.directory / f).is_file()}
-    return write_model(
-        destination, config, _parts(ck, config), set(ck.names()), set(), files, (NOTE,)
-    )
+
+    def tokenizer(directory: Path) -> None:
+        for name in TOKENIZER:
+            if (ck.directory / name).is_file():
+                shutil.copyfile(ck.directory / name, directory / name)
+
+    parts, stored = _parts(ck, config), set(ck.names())
+    return write_model(destination, config, parts, stored, set(), (NOTE,), tokenizer)
 
 
 def _config(ck: Checkpoint) -> OpenMoeConfig:

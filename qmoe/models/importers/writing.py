@@ -3,9 +3,9 @@
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qmoe.errors import OutputError, SourceError
-from qmoe.system.tensors import DTYPE_NAMES
+from qmoe.errors import SourceError
+from qmoe.system.files import check_vacant, staged, writing
+from qmoe.system.tensors import Streamed, tensor_bytes, write_tensors
 
 SHARD_BYTES = 4 << 30
 
@@ -65,9 +66,8 @@ def write_model(
     parts: dict[str, Part],
     stored: set[str],
     ignored: set[str],
-    files: dict[str, Path],
     notes: tuple[str, ...] = (),
-    tokenizer: Any = None,
+    more: Callable[[Path], object] = lambda directory: None,
 ) -> Imported:
     """Write a checkpoint under a temporary name and rename it when complete.
 
@@ -77,34 +77,20 @@ def write_model(
         parts: by parameter name of the model.
         stored: names of all tensors of the source.
         ignored: those of them that no parameter needs.
-        files: further files by name (tokenizer), copied.
         notes: passed on.
-        tokenizer: written if given.
+        more: puts further files (tokenizer) into the directory that it is given.
 
     Raises:
         OutputError: the destination exists or cannot be written.
         SourceError: the parts are not exactly the model's parameters, or leave source tensors over.
     """
-    target = Path(destination)
-    if target.exists():
-        raise OutputError(f"{target} exists; remove it or choose another directory")
+    target = Path(os.path.abspath(destination))
+    check_vacant(target)
     _check(config, parts, stored, ignored)
-    work = target.with_name(target.name + ".partial")
-    try:
-        if work.exists():
-            shutil.rmtree(work)
-        work.mkdir(parents=True)
+    with staged(target, "import") as work, writing(target):
         config.save_pretrained(work)
-        for name, path in files.items():
-            shutil.copyfile(path, work / name)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(work)
+        more(work)
         _write_shards(work, parts)
-        work.rename(target)
-    except OSError as e:
-        raise OutputError(
-            f"{target} cannot be written ({e.strerror or e}); is the disk full?"
-        ) from e
     used = sorted({s for p in parts.values() for s in p.sources})
     total = sum(math.prod(p.shape) for p in parts.values())
     return Imported(target, total, tuple(used), tuple(sorted(ignored & stored)), notes)
@@ -153,43 +139,32 @@ def _write_shards(directory: Path, parts: dict[str, Part]) -> None:
             if len(groups) > 1
             else "model.safetensors"
         )
-        _write_file(directory / file, {n: parts[n] for n in group})
+        write_tensors(
+            directory / file,
+            {
+                n: Streamed(parts[n].dtype, parts[n].shape, partial(_chunks, n, parts[n]))
+                for n in group
+            },
+        )
         where.update(dict.fromkeys(group, file))
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _write_file(path: Path, parts: dict[str, Part]) -> None:
-    """One safetensors file, its header first, since all shapes are known before any value."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, part in parts.items():
-        start, end = end, end + math.prod(part.shape) * part.dtype.itemsize
-        header[name] = {
-            "dtype": DTYPE_NAMES[part.dtype],
-            "shape": list(part.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for name, part in parts.items():
-            written = 0
-            for piece in part.pieces():
-                if piece.dtype != part.dtype:
-                    raise SourceError(
-                        f"{name}: the source mixes {part.dtype} and {piece.dtype}; convert it to "
-                        "one dtype first"
-                    )
-                flat = piece.contiguous().view(-1).view(torch.uint8)
-                f.write(flat.numpy().data)
-                written += flat.numel()
-            if written != header[name]["data_offsets"][1] - header[name]["data_offsets"][0]:
-                raise SourceError(
-                    f"{name}: {written} bytes came from {', '.join(part.sources)}, expected "
-                    f"{header[name]['data_offsets']}"
-                )
-        f.flush()
-        os.fsync(f.fileno())
+def _chunks(name: str, part: Part) -> Iterator[memoryview]:
+    """The bytes of a tensor, if the source has the number and the type of values that it should."""
+    size, written = math.prod(part.shape) * part.dtype.itemsize, 0
+    for piece in part.pieces():
+        if piece.dtype != part.dtype:
+            raise SourceError(
+                f"{name}: the source mixes {part.dtype} and {piece.dtype}; convert it to one dtype "
+                "first"
+            )
+        written += piece.nbytes
+        if written <= size:
+            yield tensor_bytes(piece)
+    if written != size:
+        raise SourceError(
+            f"{name}: {written} bytes came from {', '.join(part.sources)}, expected {size}"
+        )

@@ -5,7 +5,7 @@ ceil(C/bn)]; W = weight * scale, every scale valid for its block of bm x bn, blo
 bottom edge cropped. The grid is laid out from the block size and not from R // scale_rows, which
 differ when R is no multiple of bm (DeepSeek-V3's 576 rows have 5 scales of 128, not of 115). Scales
 are float32 or bf16, or powers of two alone (ue8m0: byte b means 2^(b - 127)), as F8_E8M0 or as
-plain bytes.
+plain bytes. Signed 8-bit integers with scales per row or tensor are read by the same code.
 """
 
 import torch
@@ -16,14 +16,9 @@ from qmoe.source.formats import loops
 from qmoe.source.formats.virtual import Raw, Virtual
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SUFFIXES = ("_scale_inv", "_scale")  # appended to the weight's name
+DEFAULT_BLOCK = (128, 128)  # transformers' own, where the settings name none
+SUFFIXES = ("_scale_inv", "_scale", "_weight_scale")  # appended to the weight's name
 SIBLINGS = ("scale", "qscale_weight")  # beside "X.weight" as "X.scale"
-ACTIVATION = (
-    "input_scale",
-    "activation_scale",
-    "qscale_act",
-    "input_scale_inv",
-)  # of the activations: nothing to do with weights
 
 
 def scale_values(scale: Tensor) -> Tensor:
@@ -69,23 +64,34 @@ class Fp8(Virtual):
     scales.
     """
 
-    def __init__(self, weight: str, scale: str, block: tuple[int, int] | None) -> None:
+    def __init__(
+        self,
+        weight: str,
+        scale: str,
+        block: tuple[int, int] | None,
+        stated: bool = True,
+        kinds: tuple[torch.dtype, ...] = FP8,
+    ) -> None:
         self.parts = (weight, scale)
         self.block = block
+        self.stated = stated
+        self.kinds = kinds
 
     def shape(self, raw: Raw) -> tuple[int, ...]:
         weight, scale = self.parts
         shape, grid = raw.shape(weight), raw.shape(scale)
-        if raw.dtype(weight) not in FP8:
+        if raw.dtype(weight) not in self.kinds:
             raise SourceError(
-                f"{weight!r} has a scale {scale!r} but is {raw.dtype(weight)}, expected an 8-bit "
-                "float"
+                f"{weight!r} has a scale {scale!r} but is {raw.dtype(weight)}, expected "
+                f"{' or '.join(map(str, self.kinds))}"
             )
         if len(shape) not in (2, 3):
             raise SourceError(
                 f"fp8 tensor {weight!r} has shape {list(shape)}; only matrices and stacks of "
                 "matrices are supported"
             )
+        if not self.stated and grid in ((), (1,), shape[:-1], (*shape[:-1], 1)):
+            self.block = None
         if self.block is not None:
             fine = grid == (
                 *shape[:-2],
@@ -147,23 +153,32 @@ class Fp8(Virtual):
         return raw.read(scale, slice(start, stop)).reshape(stop - start, *grid[1:])
 
 
-def recognise(raw: Raw, block: tuple[int, int] | None) -> tuple[dict[str, Virtual], set[str]]:
+def recognise(
+    raw: Raw,
+    block: tuple[int, int] | None,
+    stated: bool = True,
+    kinds: tuple[torch.dtype, ...] = FP8,
+) -> tuple[dict[str, Virtual], set[str]]:
     """Dense names with their virtual tensors, and the names to hide: every weight that has a scale
     beside it.
+
+    Args:
+        raw: stored tensors.
+        block: rows and columns of a block, or None for scales per row or tensor.
+        stated: whether the settings say so; if not, a scale of one number or of one per row is
+            taken as that. (No grid of blocks has such a shape and another meaning.)
+        kinds: dtypes of weights.
     """
     names = set(raw.names())
     dense: dict[str, Virtual] = {}
     hidden: set[str] = set()
     for name in sorted(names):
         stem, _, last = name.rpartition(".")
-        if last in ACTIVATION or name.endswith(tuple("_" + a for a in ACTIVATION)):
-            hidden.add(name)
-            continue
         candidates = [name + s for s in SUFFIXES]
         if last == "weight":
             candidates += [f"{stem}.{s}" for s in SIBLINGS]
         scale = next((c for c in candidates if c in names), None)
         if scale is not None:
-            dense[name] = Fp8(name, scale, block)
+            dense[name] = Fp8(name, scale, block, stated, kinds)
             hidden.add(scale)
     return dense, hidden

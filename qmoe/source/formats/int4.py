@@ -164,6 +164,8 @@ def recognise_packed(raw: Raw, bits: int) -> tuple[dict[str, Virtual], set[str]]
     dense: dict[str, Virtual] = {}
     for name in sorted(names):
         if name.endswith(".weight_packed"):
+            if f"{name.removesuffix('_packed')}_global_scale" in names:
+                continue  # 4-bit floats
             stem = name.removesuffix(".weight_packed")
             for odd in ("weight_zero_point", "weight_g_idx"):
                 if f"{stem}.{odd}" in names:
@@ -172,7 +174,7 @@ def recognise_packed(raw: Raw, bits: int) -> tuple[dict[str, Virtual], set[str]]
                         "supported; use the bf16 checkpoint"
                     )
             tensor = Packed(stem, bits)
-            _complete(tensor, names)
+            complete(tensor, names)
             dense[f"{stem}.weight"] = tensor
     return dense, {p for v in dense.values() for p in v.parts}
 
@@ -191,12 +193,13 @@ def recognise_gptq(
         if name.endswith(".qweight"):
             stem = name.removesuffix(".qweight")
             tensor = Gptq(stem, bits, group, zero_offset, f"{stem}.g_idx" in names)
-            _complete(tensor, names)
+            complete(tensor, names)
             dense[f"{stem}.weight"] = tensor
     return dense, {p for v in dense.values() for p in v.parts}
 
 
-def _complete(tensor: Virtual, names: set[str]) -> None:
+def complete(tensor: Virtual, names: set[str]) -> None:
+    """Refuses a quantized tensor of which a part is missing."""
     missing = [p for p in tensor.parts if p not in names]
     if missing:
         raise SourceError(

@@ -60,20 +60,22 @@ def scaled_bytes(
 
 @nb.njit(cache=True, nogil=True)
 def nibble_blocks(blocks: Bytes, table: Floats, scale: Floats, out: Words) -> None:
-    """MXFP4: ``out[i, 2 j + h] = bf16(table[half h of blocks[i, j]] * scale[i, j // 16])``, exact.
+    """4-bit floats: ``out[i, 2 j + h] = bf16(table[half h of blocks[i, j]] * scale[i, j // k])``;
+    exact where scales are powers of two.
 
     Args:
-        blocks: [rows, n * 16], low half first.
+        blocks: [rows, n * k] bytes, low half first.
         table: [16].
-        scale: [rows, n], powers of two.
-        out: [rows, n * 32].
+        scale: [rows, n].
+        out: [rows, n * k * 2].
     """
     rows, n = scale.shape
-    line = np.empty(n * 32, np.float32)
+    width = blocks.shape[1] // n
+    line = np.empty(blocks.shape[1] * 2, np.float32)
     for i in range(rows):
         for k in range(n):
             s = scale[i, k]
-            for j in range(k * 16, k * 16 + 16):
+            for j in range(k * width, (k + 1) * width):
                 b = blocks[i, j]
                 line[2 * j] = table[b & np.uint8(15)] * s
                 line[2 * j + 1] = table[b >> np.uint8(4)] * s

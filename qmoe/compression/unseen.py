@@ -1,0 +1,121 @@
+"""The model's own words beside the calibration text: how many, and how the model is made to say
+them (see `qmoe.calib.own_words`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qmoe.calib.batches import split_batches
+from qmoe.calib.importance import fits
+from qmoe.calib.outputs import Resident
+from qmoe.calib.own_words import own_words
+from qmoe.compression.blocks import BlockLoop
+from qmoe.compression.job import Job
+from qmoe.models.downloads import begin_walk, leave
+from qmoe.models.streamed import BlockRef
+from qmoe.system.processes import World
+
+BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
+
+
+def with_room(job: Job) -> Job:
+    """The job with batches of zeros behind its own, as many as the model's own words will fill:
+    for rd alone, other methods learn from the text as their authors have it; encoder-decoder
+    models say none.
+    """
+    if job.settings.method != "rd" or job.streamed.config.is_encoder_decoder:
+        return job
+    text = [batch["input_ids"] for batch in job.batches]
+    count = round(job.settings.unseen * sum(len(ids) for ids in text))
+    return _behind(job, torch.zeros(count, text[0].shape[1], dtype=torch.long))
+
+
+def with_own_words(job: Job, known: Sequence[Sequence[int]] | None) -> Job:
+    """The job with the batches filled for which `with_room` made room.
+
+    Args:
+        job: its model with everything outside its blocks resident. All processes call this in step.
+        known: the words where an earlier run of the same job found them.
+    """
+    if not job.own:
+        return job
+    if known is None:
+        known = job.world.share(lambda: _say(job).tolist(), "the model's own words")
+    return _behind(job, torch.tensor(known))
+
+
+def of(job: Job) -> list[list[int]]:
+    """The windows that the model says, for the journal of the run."""
+    own = job.batches[len(job.batches) - job.own :]
+    return [row for batch in own for row in batch["input_ids"].tolist()]
+
+
+def _behind(job: Job, ids: Tensor) -> Job:
+    text = list(job.batches[: len(job.batches) - job.own])
+    if not len(ids):
+        return replace(job, batches=text, own=0)
+    own = split_batches({"input_ids": ids}, BATCH_TOKENS)
+    return replace(job, batches=[*text, *own], own=len(own))
+
+
+def _say(job: Job) -> Tensor:
+    own = [batch["input_ids"] for batch in job.batches[len(job.batches) - job.own :]]
+    windows = (sum(len(ids) for ids in own), own[0].shape[1])
+    head = job.streamed.model.get_output_embeddings()
+    vocabulary = int(head.weight.shape[0])
+    alone = replace(job, world=World())
+    voice = _Whole(alone) if fits(job.streamed, job.settings.memory) else _Walks(alone)
+    try:
+        return own_words(voice.predict, job.tokenizer, vocabulary, windows, job.settings.seed)
+    finally:
+        voice.close()
+
+
+class _Whole:
+    """A model that is in memory while it speaks."""
+
+    def __init__(self, job: Job) -> None:
+        self._streamed = job.streamed
+        self._blocks = list(job.streamed.blocks())
+        begin_walk(self._streamed, self._blocks)
+        for block in self._blocks:
+            self._streamed.load_block(block)
+            leave(self._streamed, block)
+
+    @torch.no_grad()
+    def predict(self, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
+        for batch in batches:
+            placed = {name: t.to(self._streamed.device) for name, t in batch.items()}
+            yield self._streamed.model(**placed, use_cache=False).logits
+
+    def close(self) -> None:
+        for block in self._blocks:
+            self._streamed.free(block)
+
+
+class _Walks:
+    """A model of which one block is in memory: a walk through all of them for every token."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._blocks: list[BlockRef] = list(job.streamed.blocks())
+
+    def predict(self, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
+        streamed, blocks = self._job.streamed, self._blocks
+        outputs = Resident(self._job.store)
+        loop = BlockLoop(replace(self._job, batches=batches, own=0), [outputs], unchanged=True)
+        begin_walk(streamed, blocks)
+        hidden = not self._job.progress
+        title = f"own words, token {batches[0]['input_ids'].shape[1] + 1}"
+        for i, block in enumerate(tqdm(blocks, desc=title, unit="block", disable=hidden)):
+            loop.block(block, None, blocks[i + 1 : i + 2])
+            leave(streamed, block)
+        yield from loop.whole_walk().logits()
+        outputs.drop()
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,61 @@
+"""The command line sets no default of its own: its help texts quote those of what it calls."""
+
+import inspect
+import re
+
+import click
+import pytest
+
+from qmoe.cli import main
+from qmoe.compression.settings import DEFAULT_BITS, Settings
+from qmoe.measure.points import Points
+from qmoe.measure.score import evaluate
+from qmoe.measure.sweep import METHODS, TARGETS
+from qmoe.publish.export import export
+
+SETTINGS = vars(Settings()) | {"bits": DEFAULT_BITS, "memory": "8GiB", "calib_column": "text"}
+ALL = {
+    "compress": SETTINGS | {"ctx": "the model's, at most 2048"},
+    "eval": {k: p.default for k, p in inspect.signature(evaluate).parameters.items()}
+    | {"tokens": "all"},
+    "sweep": SETTINGS
+    | {
+        "bits": ",".join(f"{b:g}" for b in TARGETS),
+        "methods": ",".join(METHODS),
+        "ctx": Points.ctx,
+        "tokens": "all",
+    },
+    "export": {k: p.default for k, p in inspect.signature(export).parameters.items()},
+}
+
+
+def _quoted(command):
+    for option in main.commands[command].params:
+        if found := re.search(r"\[default: (.*)\]$", getattr(option, "help", None) or ""):
+            yield option.name, found.group(1)
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_help_quotes_the_defaults_of_what_is_called(command):
+    quoted = dict(_quoted(command))
+    assert quoted
+    assert quoted == {name: str(ALL[command][name]) for name in quoted}
+
+
+def test_memory_is_what_help_says():
+    assert Settings().memory == 8 * 2**30
+
+
+def _commands(group, path=()):
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from _commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+@pytest.mark.parametrize(("name", "command"), list(_commands(main)))
+def test_no_option_is_passed_on_that_was_not_given(name, command):
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.default in (None, False) or not isinstance(option.default, str | int)

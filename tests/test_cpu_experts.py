@@ -1,0 +1,160 @@
+"""Encoded experts on the CPU: what is kept between calls, and torch.compile."""
+
+import pytest
+import torch
+from torch import nn
+
+import qmoe
+from qmoe.inference.experts import Caches, EncodedExperts
+from qmoe.store.stored_experts import StoredExperts
+
+
+@pytest.fixture
+def written(build_model, write_compressed, tmp_path):
+    """A compressed mixtral and its dense twin."""
+    dense = write_compressed(build_model("mixtral"), tmp_path / "out")
+    return tmp_path / "out", dense
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, EncodedExperts)]
+
+
+def share(caches, *models):
+    for model in models:
+        for module in layers(model):
+            module.caches = caches
+
+
+@pytest.mark.parametrize("decoded", [0, 1 << 30])
+def test_models_that_share_caches_keep_their_own_weights(
+    written, build_model, write_compressed, model_inputs, tmp_path, decoded
+):
+    out, dense = written
+    other = write_compressed(build_model("mixtral", seed=3), tmp_path / "other")
+    models = qmoe.load(out), qmoe.load(tmp_path / "other")
+    share(Caches(decoded), *models)
+    inputs = model_inputs(dense)
+    with torch.no_grad():
+        for model, twin in zip(models, (dense, other), strict=True):
+            torch.testing.assert_close(
+                model(**inputs).logits, twin(**inputs).logits, rtol=1e-3, atol=1e-4
+            )
+
+
+def test_one_checkpoint_loaded_twice_is_parsed_once(written, model_inputs, monkeypatch):
+    out, dense = written
+    models = qmoe.load(out), qmoe.load(out)
+    caches = Caches()
+    share(caches, *models)
+    calls = counted(monkeypatch)
+    with torch.no_grad():
+        models[0](**model_inputs(dense))
+        first = len(calls)
+        models[1](**model_inputs(dense))
+    assert len(calls) == first > 0
+
+
+def counted(monkeypatch):
+    calls = []
+    parse = StoredExperts.matrix
+
+    def matrix(self, expert, projection, tables):
+        calls.append((expert, projection))
+        return parse(self, expert, projection, tables)
+
+    monkeypatch.setattr(StoredExperts, "matrix", matrix)
+    return calls
+
+
+def test_payloads_do_not_count_in_the_cache(written, monkeypatch):
+    model = qmoe.load(written[0])
+    module = layers(model)[0]
+    caches = Caches()
+    # room for the side data of the module, not for its streams besides
+    streams = module.encoded()
+    side = sum(
+        streams.matrix(e, p, streams.tables(e, p)).side_bytes
+        for e in range(module.num_experts)
+        for p in range(2)
+    )
+    tables = {
+        t: streams.tables(0, p).bytes_held for p in range(2) for t in [streams.tables_at(0, p)]
+    }
+    caches.parsed.capacity = side + 2 * sum(tables.values())
+    module.caches = caches
+    calls = counted(monkeypatch)
+    x, index = torch.ones(1, module.layout.projections[0].cols), torch.arange(module.num_experts)
+    for _ in range(3):
+        module.run_plain(x, index[None], None)
+    assert len(calls) == 2 * module.num_experts
+    assert caches.parsed.used > 0
+
+
+def test_a_cache_that_is_too_small_keeps_what_fits(written, monkeypatch):
+    model = qmoe.load(written[0])
+    module = layers(model)[0]
+    caches = Caches()
+    module.caches = caches
+    x, index = torch.ones(1, module.layout.projections[0].cols), torch.arange(module.num_experts)
+    module.run_plain(x, index[None], None)
+    caches.parsed.clear()
+    caches.parsed.capacity = _half(module)
+    calls = counted(monkeypatch)
+    for _ in range(2):
+        module.run_plain(x, index[None], None)
+    every = 2 * module.num_experts
+    assert every < len(calls) < 2 * every  # the second time some are there
+
+
+def _half(module):
+    streams = module.encoded()
+    tables = streams.tables(0, 0)
+    return 2 * tables.bytes_held + module.num_experts * streams.matrix(0, 0, tables).side_bytes
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_compiled_without_a_break(written, tokens):
+    model = qmoe.load(written[0]).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    ids = torch.arange(tokens)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+        )
+
+
+def test_gradients_flow_through_the_compiled_module(written):
+    module = layers(qmoe.load(written[0]))[0]
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    index, found = torch.tensor([[0, 1], [2, 3], [1, 0]]), []
+    for call in (module, compiled):
+        x = torch.linspace(-1, 1, 3 * 64).reshape(3, 64).requires_grad_()
+        weights = torch.tensor([[0.5, 0.5], [0.1, 0.9], [0.7, 0.3]], requires_grad=True)
+        y = call(x, index, weights)
+        (y * y).sum().backward()
+        found.append((y.detach(), x.grad, weights.grad))
+    for plain, traced in zip(*found, strict=True):
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(plain, traced, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_of_biases_flow_through_the_compiled_module(
+    build_model, write_compressed, tmp_path
+):
+    write_compressed(build_model("gpt_oss"), tmp_path / "out")
+    module = layers(qmoe.load(tmp_path / "out", dtype=torch.float32))[0]
+    names = [n for n, p in module.own_parameters() if p.is_floating_point()]
+    assert names
+    cols = module.layout.projections[0].cols
+    x, index = torch.linspace(-1, 1, 2 * cols).reshape(2, cols), torch.tensor([[0, 1], [1, 2]])
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    found = []
+    for call in (module, compiled):
+        for p in dict(module.own_parameters()).values():
+            nn.Parameter.requires_grad_(p, True)
+            p.grad = None
+        call(x, index, torch.full((2, 2), 0.5)).square().sum().backward()
+        found.append([p.grad for _, p in module.own_parameters()])
+    for plain, traced in zip(*found, strict=True):
+        torch.testing.assert_close(plain, traced, rtol=1e-4, atol=1e-6)
