@@ -37,6 +37,7 @@ from qmoe.types import QuantizedMatrix
 HEAD = "head"  # name of the unit of the container that holds an untied head
 _LEAST, _NARROWEST = 1 << 12, 16  # weights; rows or columns: below, side data would outweigh
 BAND = 1 << 22  # weights of a band
+_TRUST = 0.5  # in scores: they overstate by about two what differences are (docs/log-quant.md)
 _ENTRY = 65  # bytes that a tensor's entry in the header of its file takes beside its name
 _SAMPLE = 1 << 20  # weights on which a step is sought
 _TOLERANCE, _TRIES = 0.003, 8  # share of the bits; steps tried
@@ -67,7 +68,8 @@ class DenseCoder:
             scores: bits that each should have beyond a common number; those not named get none.
         """
         sizes = {n: m.get_parameter("weight").numel() for n, m in self.modules().items()}
-        self.rates = dense_rates(sizes, self.bits, scores)
+        trusted = {name: _TRUST * score for name, score in scores.items()}
+        self.rates = dense_rates(sizes, self.bits, trusted)
 
     def learn_from(self, job: Job) -> None:
         """Takes the tokens of a job's batches as those of the walks to come."""
