@@ -147,15 +147,22 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @_option(
     "--dense-bits",
     default="16",
-    type=click.Choice(["16", "8", "4", "3"]),
-    help="Stored bits per weight of attention, shared experts, embeddings and head; 16: untouched.",
+    type=float,
+    help="Stored bits per weight of attention, shared experts, embeddings and head together, 3 to "
+    "8, divided among them by one slope; 16: untouched.",
+)
+@click.option(
+    "--model-bits",
+    type=float,
+    default=None,
+    help="Stored bits per weight of the whole file (rd), instead of --bits and --dense-bits.",
 )
 @click.option(
     "--calib",
     "calib",
     type=str,
-    required=True,
-    help=f"Calibration text: {_TEXTS}.",
+    help=f"Calibration text: {_TEXTS} [default: a mix of prose, code, mathematics and dialogue "
+    "that comes with qmoe].",
 )
 @_option("--calib-tokens", default="131072", type=click.IntRange(1))
 @_rows("calib-")
@@ -195,8 +202,6 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     from qmoe.system.processes import World
 
     given = _given(options)
-    if "dense_bits" in given:
-        given["dense_bits"] = int(given["dense_bits"])
     given["calib_rows"] = _taken_rows(given, "calib_")
     with World.of_environment() as world:
         report = run(
@@ -248,7 +253,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     default="rtn,qmoe,gptq2,gptq3,gptq4",
     help="Others to measure beside rd; '' for none.",
 )
-@click.option("--calib", required=True, help="Calibration text, see compress.")
+@click.option("--calib", default=None, help="Calibration text, see compress.")
 @click.option("--text", required=True, help="Evaluation text, see eval.")
 @_option("--calib-tokens", default="131072", type=click.IntRange(1))
 @_option(
