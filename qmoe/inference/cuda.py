@@ -231,6 +231,27 @@ def experts_per_token(config: Any) -> int:
     return next((k for k in found if isinstance(k, int) and k > 0), 1)
 
 
+def settle(module: EncodedExperts, device: torch.device, top_k: int) -> None:
+    """Lays a layer out for the kernels now and for good: its streams, on the CPU too, are dropped.
+    For engines that load once and capture graphs.
+
+    Args:
+        module: with its streams; afterwards only `run_kernels` can run it.
+        device: where it will run.
+        top_k: experts of a token.
+
+    Raises:
+        QmoeError: the kernels do not give right results there.
+    """
+    with workers() as run:
+        pack = _make(module, device, top_k, run)
+    if pack is None:
+        raise QmoeError(f"the kernels do not give right results on {device}; run it on a CPU")
+    for parameter in (module.stream, module.offsets):
+        parameter.data = parameter.data.new_empty(0)
+    module._checked = None
+
+
 def _plain_swiglu(module: EncodedExperts) -> bool:
     """Whether the experts are ``down(silu(gate) * up)`` with gate rows first and nothing else."""
     host: Any = module.host

@@ -84,7 +84,7 @@ class EncodedExperts(nn.Module):
         self.kind = KINDS[layout.kind]
         self.num_experts = layout.experts
         self._projection = {p.name: i for i, p in enumerate(layout.projections)}
-        encoded = self.kind.encoded(host)
+        self.encoded_names = encoded = self.kind.encoded(host)  # parameters that are no more
         for name in encoded:
             owner, _, leaf = name.rpartition(".")
             del host.get_submodule(owner)._parameters[leaf]

@@ -204,9 +204,7 @@ def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> ParsedMatr
     """
     raw, _ = from_blob(blob, 3, MAGIC, tables.checksum, check)
     streams = tables.rows * piece_count(tables.cols)
-    if (
-        streams > 32 * raw.size
-    ):  # each has at least one bit; checked before anything is sized by rows
+    if streams > 32 * raw.size:  # each has at least one bit; nothing is sized by rows before
         raise CorruptError(f"blob of {4 * raw.size + 4} bytes for {streams} streams")
     words = np.concatenate([raw[1:], np.zeros(_SIDE_PADDING, np.uint32)])
     side = _SideReader(tables.fields, words)
