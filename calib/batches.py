@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.calib.text import span_corruption, windows
+from qmoe.calib.text import beginning, span_corruption, windows
+from qmoe.errors import CalibrationError
 
 _TOKENS_AT_ONCE = 4096  # bounds the logits: 4096 x vocabulary x 4 bytes for each model
 
+_SHOWN = 80  # characters of a line
 SPAN_WINDOW = 180  # tokens of text behind one span-corruption sample where the context allows it
 
 
@@ -24,10 +26,7 @@ def prepare(
     tokens: int,
     ctx: int,
     seed: int,
-    *,
-    pack: bool = False,
-    chat: bool = False,
-    column: str = "text",
+    **rows: Any,
 ) -> dict[str, Tensor]:
     """One batch of all samples: the model's inputs and `labels` (-100 where nothing is scored).
 
@@ -39,17 +38,54 @@ def prepare(
         tokens: at most this many tokens of text.
         ctx: tokens of a window.
         seed: of the masked spans.
-        pack, chat, column: what rows of jsonl, parquet and data sets become, see `qmoe.calib.text`.
+        rows: `pack`, `chat`, `column` and `bos` of `qmoe.calib.text.windows`.
 
     Raises:
         CalibrationError: the text is shorter than one window.
     """
     if not config.is_encoder_decoder:
-        ids = windows(tokenizer, source, tokens, ctx, seed, pack=pack, chat=chat, column=column)
+        ids = windows(tokenizer, source, tokens, ctx, seed, **rows)
         return {"input_ids": ids, "labels": ids}
+    start = beginning(tokenizer, rows.get("bos", "auto"))
     window = min(ctx, SPAN_WINDOW)
-    ids = windows(tokenizer, source, tokens, window, seed, pack=pack, chat=chat, column=column)
-    return span_corruption(ids, tokenizer, seed)
+    ids = windows(tokenizer, source, tokens, window, seed, **{**rows, "bos": "off"})
+    return span_corruption(ids, tokenizer, seed, start=start)
+
+
+def check_tokens(batch: dict[str, Tensor], tokenizer: Any, rows: int) -> None:
+    """Every token has an embedding.
+
+    Args:
+        batch: see `prepare`.
+        tokenizer: that made it.
+        rows: of the model's input embeddings.
+
+    Raises:
+        CalibrationError: with the first token that has none.
+    """
+    for ids in batch.values():
+        if int(ids.max()) >= rows:
+            beyond = int(ids[ids >= rows][0])
+            raise CalibrationError(
+                f"token {tokenizer.convert_ids_to_tokens(beyond)!r} of the text has number "
+                f"{beyond}, but the model's embeddings have {rows} rows; use the tokenizer that "
+                "the model was trained with, or resize the embeddings"
+            )
+
+
+def described(batch: dict[str, Tensor], tokenizer: Any, bos: str = "auto") -> str:
+    """What samples look like, for people: how they begin, and the first line of the first."""
+    ids = batch["input_ids"]
+    start = beginning(tokenizer, bos)
+    begins = bool(start) and ids[0, : len(start)].tolist() == start
+    if begins:
+        said = " beginning with " + repr("".join(tokenizer.convert_ids_to_tokens(start)))
+    else:
+        said = " beginning with no special token"
+    text = tokenizer.decode(ids[0].tolist()[len(start) if begins else 0 :])
+    line = next((s for s in text.splitlines() if s.strip()), "")
+    shown = line if len(line) <= _SHOWN else line[:_SHOWN] + "…"
+    return f"text: {len(ids)} windows of {ids.shape[1]} tokens, each{said}; the first: {shown!r}"
 
 
 def inputs_only(batch: dict[str, Tensor]) -> dict[str, Tensor]:

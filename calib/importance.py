@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qmoe.models.auto import building
 from qmoe.models.downloads import begin_walk, leave
+from qmoe.models.families.find import repair
 from qmoe.models.streamed import StreamedModel
 
 TOKENS = 16384  # calibration tokens behind the gradients
@@ -49,6 +51,7 @@ def layer_importance(
     for block in blocks:
         streamed.load_block(block)
         leave(streamed, block)
+    repaired = repair(streamed.model)
     parameters = list(streamed.model.parameters())
     for p in parameters:
         p.requires_grad_(False)
@@ -61,7 +64,10 @@ def layer_importance(
         # a few rows at a time: the graph of a whole batch would be the larger part of the memory
         for rows in range(len(batch["input_ids"])):
             one = {k: v[rows : rows + 1].to(streamed.device) for k, v in batch.items()}
-            tokens += _add(streamed, one, generator, squares)
+            with building(str(streamed.checkpoint.directory), what="run"):
+                tokens += _add(streamed, one, generator, squares)
+    for path in repaired:
+        del streamed.model.get_submodule(path).forward
     for block in blocks:
         streamed.free(block)
     means = torch.tensor([squares[path] / tokens for path in squares], dtype=torch.float64)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 LENGTH = 4  # tokens of a piece, its random first one included
-_LOGITS = 2**26  # of all positions of a batch together: 256 MiB in float32
+_LOGITS = 2**25  # of all positions of a batch together: 128 MiB in float32
 _ROWS = 1024  # of a batch at most; fixed, since it decides the rounding of sums
 
 # logits of every batch, [rows, tokens, vocabulary] or its last position alone

@@ -41,7 +41,9 @@ def main() -> None:
             shown = sys.stderr.isatty()
             report = compress(str(SOURCE), folder / name, settings, progress=shown)
             verify(folder / name)
-            score = evaluate(str(folder / name), DEV, str(SOURCE), CTX, TOKENS, progress=shown)
+            score = evaluate(
+                str(folder / name), DEV, str(SOURCE), ctx=CTX, tokens=TOKENS, progress=shown
+            )
             rows.append({"method": name, **report.as_dict(), **score.as_dict()})
         show(rows)
         sample(folder / "rd")

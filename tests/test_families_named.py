@@ -146,7 +146,10 @@ def test_an_export_keeps_what_its_carried_tensors_mean(tmp_path, tiny):
     _compressed(source, tmp_path, tiny)
     export(tmp_path / "q", tmp_path / "dense")
     text = str(tmp_path / "text.txt")
-    score = evaluate(str(tmp_path / "q"), text, str(tmp_path / "dense"), 32, 200, "bfloat16", "cpu")
+    score = evaluate(
+        *(str(tmp_path / "q"), text, str(tmp_path / "dense")),
+        **{"ctx": 32, "tokens": 200, "dtype": "bfloat16", "device": "cpu"},
+    )
     assert score.kl == pytest.approx(0, abs=1e-3)
     for folder in (source, tmp_path / "dense"):
         assert open_checkpoint(folder).settings["quant_method"] == "fp8"

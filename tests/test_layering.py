@@ -30,6 +30,7 @@ ALLOWED = {
         *("models", "calib"),
     ),
     "publish": (*VALUES, "system", "codec", "store", "models", "inference"),
+    "engines": (*VALUES, "system", "store", "models", "inference"),
     "measure": (
         *(*VALUES, "system", "codec", "source", "store", "kernels"),
         *("models", "calib", "inference", "compression"),

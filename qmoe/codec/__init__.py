@@ -3,6 +3,10 @@
 `encode_group` writes a group header and one blob per matrix; `parse_tables` and `parse_matrix`
 validate them; `decode_codes`, `decode_dense`, `matvec` and `matvec_pairs` use them. Knows nothing
 about experts, models or files. The bits: docs/format-codec.md.
+
+format/   what both directions share
+encoder/  integers -> words
+decoder/  words -> integers, weights or products
 """
 
 from qmoe.codec.decoder.decode import decode_codes, decode_dense, decodes_inside, matvec

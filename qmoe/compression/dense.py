@@ -26,8 +26,8 @@ from qmoe.compression.coding import encode_planes, trial_bits
 from qmoe.compression.job import Job
 from qmoe.errors import NonFiniteError
 from qmoe.models.families.find import route
-from qmoe.models.matching import tied_names
 from qmoe.models.streamed import BlockRef
+from qmoe.models.ties import tied_names
 from qmoe.quantize.dense import DenseSolver
 from qmoe.store.block import BlockWriter
 from qmoe.store.stored_dense import DenseGeometry

@@ -143,6 +143,7 @@ def make_plan(
         probed=job.settings.target is not None,
         gradient=gradient,
         coded=[(model.shapes[n][0], model.shapes[n][1]) for n in model.coded],
+        own=sum(tokens[len(tokens) - job.own :]),
     )
     speeds = estimate.Speeds.measured(job.method, model.layouts, job.streamed.device)
     plan = Needs(

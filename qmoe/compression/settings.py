@@ -10,7 +10,8 @@ from qmoe.errors import QmoeError
 from qmoe.quantize import Method, get_method
 
 DEFAULT_BITS = 0.8
-_MACHINE = ("memory", "source_cache", "device", "trust_remote_code", "fresh")  # no byte depends
+# no byte of a weight depends on these
+_MACHINE = ("memory", "source_cache", "device", "trust_remote_code", "fresh", "with_code")
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,21 @@ class Settings:
         dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
         calib: calibration text.
         calib_tokens: at most this many tokens of it.
-        calib_rows: how its documents are read: `pack`, `chat`, `column` of qmoe.calib.text.windows.
+        calib_rows: how it is read: `pack`, `chat`, `column`, `bos` of qmoe.calib.text.windows.
         unseen: tokens that the model says by itself for each token of the text, so that what the
             text does not reach counts too: see `qmoe.calib.own_words`.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
         solver_options: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`,
-            and `gradient`, 0 for layers that count alike.
+            and `gradient`, 1 for layers weighted by the gradient of the loss.
         memory: bytes that a process may use; what activations find no room for goes to mapped
             files.
         source_cache: "keep" or "drop" downloaded source files when no block needs them any more.
         device: where solvers and forwards run.
         trust_remote_code: run the source's own model code.
         fresh: discard an unfinished run on the same output.
+        with_code: add the file that lets ``trust_remote_code=True`` load the output without an
+            ``import qmoe``, see `qmoe.models.code`.
     """
 
     method: str = "rd"
@@ -46,7 +49,7 @@ class Settings:
     bits: float | None = None
     delta: float | None = None
     dense_bits: int = 16
-    unseen: float = 0.5
+    unseen: float = 1.0
     ctx: int | None = None
     seed: int = 0
     solver_options: Mapping[str, float] = field(default_factory=dict)
@@ -55,6 +58,7 @@ class Settings:
     device: str = "auto"
     trust_remote_code: bool = False
     fresh: bool = False
+    with_code: bool = False
 
     @property
     def text(self) -> str:
@@ -76,7 +80,7 @@ class Settings:
     @property
     def by_gradient(self) -> bool:
         """Whether layers are weighted by the loss's gradient where it can be had."""
-        return self.method == "rd" and bool(self.solver_options.get("gradient", True))
+        return self.method == "rd" and bool(self.solver_options.get("gradient", False))
 
     def for_solver(self) -> dict[str, float]:
         """The options that the solver itself takes."""

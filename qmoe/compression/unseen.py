@@ -16,6 +16,7 @@ from qmoe.calib.own_words import own_words
 from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.job import Job
 from qmoe.models.downloads import begin_walk, leave
+from qmoe.models.families.find import repair
 from qmoe.models.streamed import BlockRef
 from qmoe.system.processes import World
 
@@ -66,7 +67,8 @@ def _say(job: Job) -> Tensor:
     own = [batch["input_ids"] for batch in job.batches[len(job.batches) - job.own :]]
     windows = (sum(len(ids) for ids in own), own[0].shape[1])
     head = job.streamed.model.get_output_embeddings()
-    vocabulary = int(head.weight.shape[0])
+    text = job.streamed.config.get_text_config()
+    vocabulary = int(text.vocab_size if head is None else head.weight.shape[0])
     alone = replace(job, world=World())
     voice = _Whole(alone) if fits(job.streamed, job.settings.memory) else _Walks(alone)
     try:
@@ -85,6 +87,7 @@ class _Whole:
         for block in self._blocks:
             self._streamed.load_block(block)
             leave(self._streamed, block)
+        self._repaired = repair(self._streamed.model)
 
     @torch.no_grad()
     def predict(self, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
@@ -93,6 +96,8 @@ class _Whole:
             yield self._streamed.model(**placed, use_cache=False).logits
 
     def close(self) -> None:
+        for path in self._repaired:
+            del self._streamed.model.get_submodule(path).forward
         for block in self._blocks:
             self._streamed.free(block)
 

@@ -15,7 +15,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from qmoe.codec import Integers
 from qmoe.errors import CorruptError
 from qmoe.inference.linear import IntegerLinear, fits
-from qmoe.models.matching import tied_names
+from qmoe.models.ties import tied_names
 from qmoe.store.reader import Container
 from qmoe.store.stored_dense import OFFSETS, STREAM, StoredMatrix
 

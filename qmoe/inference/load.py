@@ -1,18 +1,19 @@
 """`load`: a compressed checkpoint, checked whole, as a transformers model."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from qmoe.errors import QmoeError, reason
 from qmoe.inference.experts import Caches, EncodedExperts
 from qmoe.inference.quantizer import INTEGERS, OPENED
 from qmoe.inference.structure import check
-from qmoe.models.auto import auto_class
+from qmoe.models.auto import auto_class, model_class
 from qmoe.store.reader import Container
-from qmoe.system.hub import split_revision
+from qmoe.system.hub import download
 
 
 def load(
@@ -41,21 +42,43 @@ def load(
         CorruptError: any file is not as it was written.
         FormatVersionError: another format version.
     """
-    if not os.path.isdir(directory):
-        directory = download(str(directory), kwargs.get("revision"))
-    container = Container.open(directory)
-    check(container)  # all this before transformers meets a damaged config
-    token, kept = OPENED.set(container), INTEGERS.set(integers)
-    try:
+    with verified(directory, kwargs.get("revision")) as container:
+        where = container.directory
         remote = bool(kwargs.get("trust_remote_code"))
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=remote)
-        model: PreTrainedModel = auto_class(config).from_pretrained(directory, **kwargs)
-    finally:
-        OPENED.reset(token)
-        INTEGERS.reset(kept)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=remote)
+        cls = model_class(config)[0] or auto_class(config)
+        kept = INTEGERS.set(integers)
+        try:
+            model: PreTrainedModel = cls.from_pretrained(where, **kwargs)
+        finally:
+            INTEGERS.reset(kept)
     if cache_bytes is not None:
         set_cache_bytes(model, cache_bytes)
     return model
+
+
+@contextmanager
+def verified(directory: str | os.PathLike[str], revision: str | None = None) -> Iterator[Container]:
+    """Opens and verifies a compressed checkpoint; what transformers loads from it in the meantime
+    is not verified a second time.
+
+    Args:
+        directory: or the id of a repository on the hub, which is downloaded whole.
+        revision: of the repository.
+
+    Raises:
+        CorruptError: any file is not as it was written.
+        FormatVersionError: another format version.
+    """
+    if not os.path.isdir(directory):
+        directory = download(str(directory), revision)
+    container = Container.open(directory)
+    check(container)  # all this before transformers meets a damaged config
+    token = OPENED.set(container)
+    try:
+        yield container
+    finally:
+        OPENED.reset(token)
 
 
 def set_cache_bytes(model: nn.Module, cache_bytes: int) -> None:
@@ -70,21 +93,3 @@ def set_cache_bytes(model: nn.Module, cache_bytes: int) -> None:
         if isinstance(module, EncodedExperts):
             module.caches = caches
             caches.expect(module.stream.numel())
-
-
-def download(name: str, revision: str | None) -> str:
-    """The local copy of a checkpoint on the hub, "owner/name" or "owner/name@revision".
-
-    Raises:
-        QmoeError: it cannot be fetched.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repo, at = split_revision(name)
-    try:
-        return str(snapshot_download(repo, revision=revision or at))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise QmoeError(
-            f"{name} is no directory and cannot be fetched from the hub: {reason(e)}"
-        ) from e

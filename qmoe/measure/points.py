@@ -99,8 +99,8 @@ class Points:
             str(directory),
             self.text,
             self.source,
-            self.ctx,
-            self.tokens,
+            ctx=self.ctx,
+            tokens=self.tokens,
             device=settings.device,
             progress=self.progress,
         ).as_dict()
