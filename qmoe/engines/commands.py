@@ -1,6 +1,7 @@
 """The commands `qmoe serve`, `qmoe chat` and `qmoe exec`: parse, call, print."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -8,15 +9,21 @@ import click
 from qmoe.errors import QmoeError
 
 _PASSED = {"ignore_unknown_options": True, "allow_interspersed_args": False}
-_dtype = click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-)
-_device = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-)
+_DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
+
+
+def _option(*names: str, default: str, help: str = "", **more: Any) -> Callable[..., Any]:
+    """An option that is passed on only if it is given; its help quotes the default."""
+    return click.option(*names, default=None, help=f"{help} [default: {default}]".strip(), **more)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user wrote."""
+    return {name: value for name, value in options.items() if value not in (None, False)}
+
+
+_dtype = _option("--dtype", default="auto", type=_DTYPES)
+_device = _option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 _trust = click.option(
     "--trust-remote-code", is_flag=True, help="Run model code that the checkpoint brings along."
 )
@@ -25,66 +32,53 @@ _trust = click.option(
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("out")
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
-@click.option("--host", default="localhost", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option(
+@_option("--host", default="localhost")
+@_option("--port", default="8000", type=click.IntRange(0, 65535), help="0: any free one.")
+@_option(
     "--engine",
-    type=click.Choice(["transformers", "vllm"]),
     default="transformers",
-    show_default=True,
+    type=click.Choice(["transformers", "vllm"]),
     help="vllm: where it is installed; EXTRA goes to it.",
 )
 @click.option("--no-batching", is_flag=True, help="One request at a time (transformers).")
 @_device
 @_dtype
 @_trust
-def serve(out: str, extra: tuple[str, ...], engine: str, **options: Any) -> None:
+def serve(out: str, extra: tuple[str, ...], engine: str | None, **options: Any) -> None:
     """An OpenAI-compatible server for OUT, a compressed directory or a hub id; ctrl-C ends it."""
-    from qmoe.engines.serve import serve as run
-    from qmoe.engines.serve import serve_with_vllm
+    from qmoe.engines import serve as servers
 
-    place = options.pop("host"), options.pop("port")
+    given = _given(options)
     if engine == "vllm":
-        if options["dtype"] != "auto":
-            extra = ("--dtype", options["dtype"], *extra)
-        if options["trust_remote_code"]:
-            extra = ("--trust-remote-code", *extra)
-        if options["device"] != "auto":
-            raise QmoeError("vLLM chooses the device itself; leave --device")
-        serve_with_vllm(out, *place, extra)
+        servers.serve_with_vllm(out, extra, **given)
     if extra:
         raise QmoeError(f"unknown arguments {' '.join(extra)}; `qmoe serve --help` lists all")
-    options["batching"] = not options.pop("no_batching")
-    run(out, *place, **options)
+    servers.serve(out, **given)
 
 
 @click.command()
 @click.argument("out")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
-@click.option(
+@_option("--max-new-tokens", default="512", type=click.IntRange(1))
+@_option(
     "--temperature",
+    default="as the model's generation_config says",
     type=click.FloatRange(0),
-    default=None,
-    help="0: always the likeliest token; default: as the model's generation_config says.",
+    help="0: always the likeliest token.",
 )
 @_device
 @_dtype
 @_trust
-def chat(out: str, max_new_tokens: int, temperature: float | None, **options: Any) -> None:
+def chat(out: str, max_new_tokens: int | None, temperature: float | None, **options: Any) -> None:
     """A conversation with OUT in the terminal."""
-    from qmoe.engines.chat import Chat, lines, model_and_tokenizer, talk
+    from qmoe.engines.chat import Chat, lines, model_and_tokenizer, settings, talk
 
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-    if temperature is not None:
-        settings |= {"do_sample": temperature > 0}
-        settings |= {"temperature": temperature} if temperature else {}
-    model, tokenizer = model_and_tokenizer(out, **options)
+    model, tokenizer = model_and_tokenizer(out, **_given(options))
 
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    talk(Chat(model, tokenizer, settings), lines(), write)
+    talk(Chat(model, tokenizer, settings(max_new_tokens, temperature)), lines(), write)
 
 
 @click.command(name="exec", context_settings=_PASSED)
