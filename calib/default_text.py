@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qmoe.calib.text import beginning, cut, encode_messages, token_ids
-from qmoe.errors import CalibrationError
+from qmoe.calib.text import beginning, cut, encode_messages, token_ids, window_count
 from qmoe.system.files import file_sha256
 
 NAME = "bundled"  # how manifests and points call it
@@ -64,11 +63,7 @@ def windows(tokenizer: Any, tokens: int, ctx: int, bos: str = "auto") -> Tensor:
     Raises:
         CalibrationError: not one window.
     """
-    if ctx < 2 or tokens < ctx:
-        raise CalibrationError(
-            f"{tokens} tokens in windows of {ctx}: ask for at least one window of two tokens"
-        )
-    count = tokens // ctx
+    count = window_count(tokens, ctx)
     ids: list[int] = []
     for row in token_stream(tokenizer):
         ids += row

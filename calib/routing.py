@@ -9,7 +9,7 @@ Memory: the parked hidden states [tokens, hidden] and outputs [tokens, slots, hi
 `ActivationStore`; beyond that, one expert's rows at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -175,13 +175,20 @@ def park(
         output[part] = 0
         store.release(h)
     if world.apart:
-        for n in sorted(owner):
-            part = slice(starts[n], starts[n + 1])
-            for shared in (hidden, index, weight):
-                world.spread(shared[part], owner[n])
+        parts = [t for t in (hidden, index, weight, token) if t is not None]
+        _spread(world, parts, starts, owner)
         output.zero_()
     world.meet(f"routing of {path}")
     return Parked(hidden, index, weight, rows, output, token)
+
+
+def _spread(
+    world: World, tensors: Sequence[Tensor], starts: Sequence[int], owner: Mapping[int, int]
+) -> None:
+    """Sends every batch's rows from the process that ran it to those that do not share memory."""
+    for n in sorted(owner):
+        for tensor in tensors:
+            world.spread(tensor[starts[n] : starts[n + 1]], owner[n])
 
 
 @contextmanager

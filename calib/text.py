@@ -64,17 +64,13 @@ def windows(
         CalibrationError: no such source, an unreadable row, an optional library that is missing, an
             option that does not apply, or less text than one window.
     """
-    if ctx < 2 or tokens < ctx:
-        raise CalibrationError(
-            f"{tokens} tokens in windows of {ctx}: ask for at least one window of two tokens"
-        )
+    count = window_count(tokens, ctx)
     start = beginning(tokenizer, bos)
     if len(start) >= ctx:
         raise CalibrationError(
             f"windows of {ctx} tokens have no room for text behind the {len(start)} tokens that "
             "begin them; use a larger --ctx"
         )
-    count = tokens // ctx
     path = Path(source)
     if _is_plain(path, str(source)):
         _check_plain(path, {"chat": chat, "pack": pack, "column": column is not None})
@@ -88,6 +84,19 @@ def windows(
         if chat and bos == "auto" and ids[: len(start)] != start:
             start = []  # the template decides how a chat begins
     return cut(ids, count, ctx, str(source), start)
+
+
+def window_count(tokens: int, ctx: int) -> int:
+    """How many windows of `ctx` tokens are wanted.
+
+    Raises:
+        CalibrationError: none, or windows in which nothing can be predicted.
+    """
+    if ctx < 2 or tokens < ctx:
+        raise CalibrationError(
+            f"{tokens} tokens in windows of {ctx}: ask for at least one window of two tokens"
+        )
+    return tokens // ctx
 
 
 def beginning(tokenizer: Any, bos: str = "auto") -> list[int]:
@@ -201,16 +210,7 @@ def span_corruption(
         raise CalibrationError(
             f"windows of {length} tokens are too short for {spans} masked spans; use longer windows"
         )
-    known = tokenizer.get_vocab()
-    names = [f"<extra_id_{i}>" for i in range(spans + 1)]
-    absent = [s for s in names if s not in known]
-    if absent or tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        lacks = absent[0] if absent else "an end-of-text or padding token"
-        raise CalibrationError(
-            f"the tokenizer lacks {lacks}, which span corruption needs; is this an "
-            "encoder-decoder model?"
-        )
-    sentinels = torch.tensor([known[s] for s in names])
+    sentinels = _sentinels(tokenizer, spans + 1)
     end = torch.tensor([tokenizer.eos_token_id])
     generator = torch.Generator().manual_seed(seed)
     first = torch.tensor(list(start), dtype=torch.int64)
@@ -230,6 +230,20 @@ def span_corruption(
         "labels": target,
         "decoder_input_ids": torch.cat([shifted, target[:, :-1]], 1),
     }
+
+
+def _sentinels(tokenizer: Any, count: int) -> Tensor:
+    """Ids [count] of ``<extra_id_0>`` …"""
+    known = tokenizer.get_vocab()
+    names = [f"<extra_id_{i}>" for i in range(count)]
+    absent = [s for s in names if s not in known]
+    if absent or tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        lacks = absent[0] if absent else "an end-of-text or padding token"
+        raise CalibrationError(
+            f"the tokenizer lacks {lacks}, which span corruption needs; is this an "
+            "encoder-decoder model?"
+        )
+    return torch.tensor([known[s] for s in names])
 
 
 def _cuts(total: int, parts: int, generator: torch.Generator) -> list[int]:

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -30,9 +30,9 @@ from qmoe.calib import default_text
 from qmoe.calib.activations import ActivationStore
 from qmoe.calib.batches import check_tokens, described, inputs_only, prepare, split_batches
 from qmoe.calib.importance import fits, layer_importance
-from qmoe.calib.outputs import Durable, Known, Sound, resume_point
+from qmoe.calib.outputs import Durable, Sound, resume_point
 from qmoe.calib.sensitivity import dense_sensitivity
-from qmoe.compression import unseen
+from qmoe.compression import apart, unseen
 from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.carried import account, write_carried
 from qmoe.compression.dense import HEAD, DenseCoder
@@ -44,14 +44,14 @@ from qmoe.compression.report import CompressReport, advice
 from qmoe.compression.settings import Settings
 from qmoe.compression.target import settle_model_bits
 from qmoe.compression.unseen import BATCH_TOKENS
-from qmoe.errors import InterruptedRunError, UnsupportedModelError
+from qmoe.errors import InterruptedRunError
 from qmoe.models.classes import embeddings, plain_config, read_tokenizer
 from qmoe.models.code import loading_code
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
 from qmoe.store.writer import ContainerWriter, carried_files, downloads_of
-from qmoe.system.files import canonical_json, writing
+from qmoe.system.files import canonical_json
 from qmoe.system.machine import pick_device
 from qmoe.system.processes import World
 from qmoe.version import __version__
@@ -179,7 +179,6 @@ class Compression:
         self.finished: dict[str, Any] = {}  # notes of finished blocks, by name
         self.dense_scores: dict[str, float] = {}
         self.done = 0  # blocks of the model to go on after
-        self.ended = False
 
     def _say_what_is_not_asked(self, settings: Settings) -> None:
         """Says what was decided where the user left it open."""
@@ -211,7 +210,6 @@ class Compression:
             self._run_blocks()
             self._finish(carried)
             self.job.world.meet("end of the run")
-            self.ended = True
 
     def _begin(self, stack: ExitStack) -> None:
         """Takes the output directory, and room for activations beside it."""
@@ -220,41 +218,18 @@ class Compression:
             self.writer = ContainerWriter(self.out, job=self.identity, resume=not fresh)
             stack.enter_context(self.writer)
         self.work = self.job.world.share(self._clean, "begin of the run")
-        self.job.world.look(self.work)
+        self.job.world.look(apart.work_of(self.out))
         if self.job.world.apart:
-            self._settle_apart(stack)
+            if self.dense is not None:
+                apart.refuse_dense()
+            if not self.first:
+                own = apart.own_folder(self.out, self.job.world.rank)
+                self.work = stack.enter_context(own)
         store = stack.enter_context(ActivationStore(self.plan.store, self.work))
         self.job = replace(self.job, store=store)
         run_id = hashlib.sha256(canonical_json(self.identity)).hexdigest()
         names = ["quantized", "original"] if self.job.method.drift > 0 else ["quantized"]
         self.kept = [Durable(self.work / "state" / n, f"{run_id} {n}") for n in names]
-
-    def _settle_apart(self, stack: ExitStack) -> None:
-        """Gives a process that does not see the first one's folder a folder of its own.
-
-        Raises:
-            UnsupportedModelError: --dense-bits, whose statistics take every process's files.
-        """
-        if self.dense is not None:
-            raise UnsupportedModelError(
-                "--dense-bits on several machines needs a file system that they share; leave it "
-                "out, or run on one machine"
-            )
-        if self.first:
-            return
-        world, name = self.job.world, f"{self.out.name}.partial"
-        self.work = Path(os.path.abspath(self.out)).with_name(name) / f"state-{world.rank}"
-        with writing(self.work):
-            for folder in ("exchange", "state"):
-                (self.work / folder).mkdir(parents=True, exist_ok=True)
-        stack.callback(self._leave_apart)
-
-    def _leave_apart(self) -> None:
-        """Removes what a process of another machine kept, once the run has come to its end."""
-        if self.ended:
-            shutil.rmtree(self.work, ignore_errors=True)
-            with suppress(OSError):  # others of this machine, or the first, are still there
-                self.work.parent.rmdir()
 
     def _clean(self) -> Path:
         """The folder of the run's own files, without what a run that died left, but its state."""
@@ -267,16 +242,12 @@ class Compression:
 
     def _resume(self) -> None:
         """Finds out which blocks are finished."""
-        sound = self._sound() if self.job.world.apart else self.kept
-        found = self.job.world.share(lambda: self._progress(sound), "what is finished")
+        kept: Sequence[Sound] = self.kept
+        if self.job.world.apart:
+            names = [b.name for b in self.blocks]
+            kept = apart.known(self.job.world, self.kept, names, len(self.job.batches))
+        found = self.job.world.share(lambda: self._progress(kept), "what is finished")
         self.finished, self.done = found
-
-    def _sound(self) -> list[Known]:
-        """Which blocks' activations are whole on the disks of all processes that are apart."""
-        world, batches = self.job.world, self.job.world.mine(len(self.job.batches))
-        mine = [{b.name for b in self.blocks if k.sound(b.name, batches)} for k in self.kept]
-        found = world.collect(mine, "activations of finished blocks")
-        return [Known(set.intersection(*stream)) for stream in zip(*found, strict=True)]
 
     def _progress(self, kept: Sequence[Sound]) -> tuple[dict[str, Any], int]:
         assert self.writer is not None

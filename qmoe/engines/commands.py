@@ -9,9 +9,10 @@ from qmoe.errors import QmoeError
 from qmoe.options import device, given, option
 
 _PASSED = {"ignore_unknown_options": True, "allow_interspersed_args": False}
-_dtype = option(
-    "--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"])
-)
+_DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
+
+
+_dtype = option("--dtype", default="auto", type=_DTYPES)
 _trust = click.option(
     "--trust-remote-code", is_flag=True, help="Run model code that the checkpoint brings along."
 )
@@ -21,7 +22,7 @@ _trust = click.option(
 @click.argument("out")
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 @option("--host", default="localhost")
-@option("--port", default="8000", type=click.IntRange(0, 65535))
+@option("--port", default="8000", type=click.IntRange(0, 65535), help="0: any free one.")
 @option(
     "--engine",
     default="transformers",
@@ -32,24 +33,16 @@ _trust = click.option(
 @device
 @_dtype
 @_trust
-def serve(out: str, extra: tuple[str, ...], **options: Any) -> None:
+def serve(out: str, extra: tuple[str, ...], engine: str | None, **options: Any) -> None:
     """An OpenAI-compatible server for OUT, a compressed directory or a hub id; ctrl-C ends it."""
-    from qmoe.engines.serve import serve as run
-    from qmoe.engines.serve import serve_with_vllm
+    from qmoe.engines import serve as servers
 
     chosen = given(options)
-    if chosen.pop("engine", "") == "vllm":
-        if "device" in chosen:
-            raise QmoeError("vLLM chooses the device itself; leave --device")
-        if "dtype" in chosen:
-            extra = ("--dtype", chosen["dtype"], *extra)
-        if "trust_remote_code" in chosen:
-            extra = ("--trust-remote-code", *extra)
-        place = {name: chosen[name] for name in ("host", "port") if name in chosen}
-        serve_with_vllm(out, extra=extra, **place)
+    if engine == "vllm":
+        servers.serve_with_vllm(out, extra, **chosen)
     if extra:
         raise QmoeError(f"unknown arguments {' '.join(extra)}; `qmoe serve --help` lists all")
-    run(out, batching=not chosen.pop("no_batching", False), **chosen)
+    servers.serve(out, **chosen)
 
 
 @click.command()
@@ -64,22 +57,17 @@ def serve(out: str, extra: tuple[str, ...], **options: Any) -> None:
 @device
 @_dtype
 @_trust
-def chat(out: str, temperature: float | None, **options: Any) -> None:
+def chat(out: str, max_new_tokens: int | None, temperature: float | None, **options: Any) -> None:
     """A conversation with OUT in the terminal."""
-    from qmoe.engines.chat import SETTINGS, Chat, lines, model_and_tokenizer, talk
+    from qmoe.engines.chat import Chat, lines, model_and_tokenizer, settings, talk
 
-    chosen = given(options)
-    settings = SETTINGS | {k: chosen.pop(k) for k in SETTINGS if k in chosen}
-    if temperature is not None:
-        settings |= {"do_sample": temperature > 0}
-        settings |= {"temperature": temperature} if temperature else {}
-    model, tokenizer = model_and_tokenizer(out, **chosen)
+    model, tokenizer = model_and_tokenizer(out, **given(options))
 
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    talk(Chat(model, tokenizer, settings), lines(), write)
+    talk(Chat(model, tokenizer, settings(max_new_tokens, temperature)), lines(), write)
 
 
 @click.command(name="exec", context_settings=_PASSED)

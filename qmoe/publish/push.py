@@ -100,14 +100,11 @@ def push(
     changed = _with_code(where, manifest) if with_code else {}
     files = sorted({*manifest["files"], MANIFEST, *changed})
     auto = _auto(where, found.model_type)
-    origin = manifest["source"]
-    if base is None and "revision" in origin:
-        base = origin["name"]
+    base = base or _hub_id(manifest["source"])
 
     def card(name: str) -> bytes:
-        if (where / CARD).is_file():
-            return (where / CARD).read_bytes()
-        return model_card(name, auto, found, manifest, base, scored, license_id).encode("utf-8")
+        made = model_card(name, auto, found, manifest, base, scored, license_id)
+        return _own_card(where) or made.encode("utf-8")
 
     text = message or f"Experts at {found.bits_per_weight:.3f} bits per weight"
     api = HfApi()
@@ -122,6 +119,15 @@ def push(
         raise HubError(_refusal(repo, e)) from e
     size = sum(len(changed[f]) if f in changed else (where / f).stat().st_size for f in files)
     return Pushed(name, str(done.commit_url), str(done.oid), [*files, CARD], size)
+
+
+def _hub_id(origin: dict[str, Any]) -> str | None:
+    """Of the source, if it came from the hub."""
+    return str(origin["name"]) if "revision" in origin else None
+
+
+def _own_card(where: Path) -> bytes | None:
+    return (where / CARD).read_bytes() if (where / CARD).is_file() else None
 
 
 def _with_code(where: Path, manifest: dict[str, Any]) -> dict[str, bytes]:

@@ -2,7 +2,7 @@
 
     python run_model.py OUT '{"prompts": [[5, 9]], "tokens": 8, "engine": {...}}'
 
-The last line printed is JSON: the greedy tokens of every prompt, and the bytes of experts that each
+A line "RESULT " and JSON: the greedy tokens of every prompt, and the bytes of experts that each
 rank keeps.
 """
 
@@ -25,7 +25,8 @@ def main() -> None:
     prompts = [{"prompt_token_ids": p} for p in task["prompts"]]
     found = llm.generate(prompts, params, use_tqdm=False)
     tokens = [list(r.outputs[0].token_ids) for r in found]
-    print(json.dumps({"tokens": tokens, "bytes": llm.apply_model(expert_bytes)}), flush=True)
+    found = {"tokens": tokens, "bytes": llm.apply_model(expert_bytes)}
+    print("\nRESULT " + json.dumps(found), flush=True)  # vLLM's processes print as well
 
 
 if __name__ == "__main__":  # workers import this file again

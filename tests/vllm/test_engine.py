@@ -58,7 +58,8 @@ def in_vllm(out, **engine):
     """{"tokens": ..., "bytes": ...} of a run that must succeed."""
     done = started(out, **engine)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    [line] = [s for s in done.stdout.splitlines() if s.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
 
 
 def in_transformers(out):
