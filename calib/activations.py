@@ -62,13 +62,13 @@ class ActivationStore:
 
     def shared(self, world: World, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of undefined values that all processes of `world` see; they must call this in
-        step.
+        step. Processes that are apart have one each, and send what they write.
 
         Raises:
             OutputError: the disk cannot take the file. LostProcessError: a process is gone.
         """
         size = torch.Size(shape).numel() * dtype.itemsize
-        if world.size == 1 or size == 0:
+        if world.size == 1 or size == 0 or world.apart:
             return self.empty(shape, dtype)
         assert self._parent is not None, "processes share a directory"
         path = self._parent / f"shared-{self._shared}"

@@ -1,4 +1,4 @@
-"""Outputs of the last finished block of every block list: what a walk through a model goes on from.
+"""What each block returned, kept so that the next block, or the next run, starts there.
 
 `Resident` keeps them in an `ActivationStore` and forgets them with the process. `Durable` keeps
 them in files, one for each batch, so that an interrupted run goes on at the next block; a file
@@ -125,9 +125,9 @@ class Durable:
             ) from e
         return _build(header["tree"], tensors)
 
-    def sound(self, block: str, batches: int) -> bool:
+    def sound(self, block: str, batches: Sequence[int]) -> bool:
         """Whether the files of a finished block are all there and undamaged; reads them."""
-        return all(self._sound(block, n) for n in range(batches))
+        return all(self._sound(block, n) for n in batches)
 
     def _sound(self, block: str, batch: int) -> bool:
         digest = hashlib.sha256()
@@ -161,10 +161,29 @@ class Durable:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+class Sound(Protocol):
+    """What can say whether the activations of a block are there."""
+
+    def sound(self, block: str, batches: Sequence[int]) -> bool:
+        """See `Durable.sound`."""
+
+
+class Known:
+    """Activations of one stream on several machines, of which each has seen to its own."""
+
+    def __init__(self, blocks: set[str]) -> None:
+        """Args: blocks: of which every machine has its share."""
+        self._blocks = blocks
+
+    def sound(self, block: str, batches: Sequence[int]) -> bool:
+        """See `Durable.sound`."""
+        return block in self._blocks
+
+
 def resume_point(
     blocks: Sequence[tuple[str, str]],
     finished: Mapping[str, Any],
-    streams: Sequence[Durable],
+    streams: Sequence[Sound],
     batches: int,
 ) -> tuple[int, int]:
     """Where an interrupted run goes on.
@@ -187,7 +206,7 @@ def resume_point(
         # what comes next starts from the last finished block of its list, and of the lists before
         need = set(dict(blocks[:count]).values())
         for name in need - sound.keys():
-            sound[name] = all(s.sound(name, batches) for s in streams)
+            sound[name] = all(s.sound(name, range(batches)) for s in streams)
         if all(sound[name] for name in need):
             return count, done
     raise AssertionError("nothing is needed to begin at the first block")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-VALUES = ("errors", "types", "version")
+VALUES = ("errors", "types", "version", "options")
 ALLOWED = {
     **dict.fromkeys(VALUES, ()),
     "system": VALUES,
@@ -30,6 +30,7 @@ ALLOWED = {
         *("models", "calib"),
     ),
     "publish": (*VALUES, "system", "codec", "store", "models", "inference"),
+    "engines": (*VALUES, "system", "store", "models", "inference"),
     "measure": (
         *(*VALUES, "system", "codec", "source", "store", "kernels"),
         *("models", "calib", "inference", "compression"),

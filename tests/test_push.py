@@ -1,8 +1,11 @@
 """`qmoe push`: what arrives is what was verified, with a card that holds the figures."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -98,6 +101,46 @@ def test_what_was_pushed_loads(out, hub, compressed):
     with torch.no_grad():
         assert torch.equal(by_transformers(input_ids=ids).logits, model(input_ids=ids).logits)
     assert verify(model.qmoe_directory).files == len(_files(out)) - 1  # all but the manifest
+
+
+SCRIPT = """
+import sys
+from transformers import AutoModelForCausalLM
+assert "qmoe" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+import qmoe.inference.experts as e
+print(type(model).__name__, sum(isinstance(m, e.EncodedExperts) for m in model.modules()))
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def _without_import(directory, again, env):
+    """Loads a checkpoint in a process that does not import qmoe; saves it again."""
+    command = [sys.executable, "-c", SCRIPT, str(directory), str(again)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+
+
+def test_code_in_the_checkpoint_makes_the_import_needless(out, hub, tmp_path):
+    _push(out, "--with-code")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, data in hub.files.items():
+        (copy / name).write_bytes(data)
+    assert verify(copy).files == verify(out).files + 1
+    env = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = _without_import(copy, tmp_path / "again", env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "MixtralForCausalLM"
+    assert int(done.stdout.split()[1]) > 0
+    verify(tmp_path / "again")  # the code came along
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        known = qmoe.load(out)(input_ids=ids).logits
+        for where in (copy, tmp_path / "again"):
+            assert torch.equal(qmoe.load(where)(input_ids=ids).logits, known)
+    plain = _without_import(out, tmp_path / "never", env)
+    assert plain.returncode != 0  # off by default
 
 
 def test_a_second_push_replaces_the_first(out, hub, build_model, write_compressed, tmp_path):

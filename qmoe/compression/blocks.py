@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qmoe.calib.batches import learnable
 from qmoe.calib.outputs import Outputs
-from qmoe.calib.routing import Parked, park, plugged
+from qmoe.calib.routing import BATCH, Parked, park, plugged
 from qmoe.calib.walk import Walk
 from qmoe.compression.dense import DenseCoder
 from qmoe.compression.job import Job
@@ -168,6 +168,8 @@ class BlockLoop:
         writer = target.experts(layout) if target is not None else None
         put = writer.add_batch if writer is not None and alone else self._hand_over
         coverage = quantize_layer(job, layout, module, streams, put, importance)
+        if self.exchange is not None and job.world.apart:
+            self._send(layout)
         report: dict[str, Any] = {}
         if target is not None and writer is not None:
             if not alone:
@@ -225,6 +227,19 @@ class BlockLoop:
         """Leaves a batch where the first process finds it."""
         batch.save(self._place(batch.projection, batch.experts[0]))
 
+    def _send(self, layout: ExpertsLayout) -> None:
+        """Brings the batches of processes that are apart to where the first finds them."""
+        world, left = self.job.world, list(groups(layout))
+        mine: dict[tuple[str, int], bytes] = {}
+        for i in world.mine(len(left)) if not world.first else ():
+            for projection in layout.projections:
+                path = self._place(projection.name, left[i].start)
+                mine[projection.name, left[i].start] = path.read_bytes()
+                path.unlink()
+        for found in world.gather(mine, f"experts of {layout.path}"):
+            for place, data in found.items():
+                self._place(*place).write_bytes(data)
+
     def _gather(self, layout: ExpertsLayout, writer: ExpertsWriter) -> None:
         """Stores all processes' batches, in the order in which one process would have."""
         for group in groups(layout):
@@ -244,6 +259,8 @@ class BlockLoop:
         config = self.job.streamed.config
         decoder = config.is_encoder_decoder and "decoder" in block.list_name
         masks = learnable(self.job.batches, self.job.tokenizer, decoder)
+        if parked.token is not None:
+            return _kept(parked.token, masks)
         parts = []
         for rows, mask in zip(parked.rows, masks, strict=True):
             times = rows // len(mask)
@@ -253,6 +270,15 @@ class BlockLoop:
                 else torch.ones(rows, dtype=torch.bool)
             )
         return torch.cat(parts)
+
+
+def _kept(token: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """The masks of all batches, by the token of every row."""
+    keep = torch.ones(len(token), dtype=torch.bool)
+    for n, mask in enumerate(masks):
+        rows = torch.nonzero(torch.div(token, BATCH, rounding_mode="floor") == n)[:, 0]
+        keep[rows] = mask[token[rows] % BATCH]
+    return keep
 
 
 @contextmanager

@@ -131,6 +131,10 @@ def quantize_layer(
     for other_tokens, other_notes in world.collect((tokens, notes), f"experts of {layout.path}"):
         tokens |= other_tokens
         notes |= other_notes
+    if world.apart:
+        for i, group in enumerate(todo):
+            for stream in streams:
+                stream.parked.spread(world, group, i % world.size)
     experts = range(layout.experts)
     return Coverage([tokens[e] for e in experts], [notes[e] for e in experts])
 
@@ -178,6 +182,9 @@ class _Work:
         self.only_special: set[int] = set()  # experts that ordinary tokens never reached
         self.seen: dict[int, int] = {}  # tokens of the text that each expert learnt from
         self.lent: set[int] = set()  # experts that learn from tokens routed elsewhere, too
+        self.partners: Tensor | None = None  # rows of the original stream, by row of the quantized
+        if self.original is not None:
+            self.partners = self.quantized.parked.partners(self.original.parked, layout.experts)
         self.layer = self._layer_moment(job.world)
 
     def note(self, group: range, found: Sequence[str], notes: dict[int, str]) -> None:
@@ -261,9 +268,8 @@ class _Work:
             for t, g in zip(torch.split(token, ROWS), torch.split(gate, ROWS), strict=True):
                 x = self._inputs(self.quantized, e, t, g, projection, d)
                 stacked[i] += second_moment(x)
-                if crosses is not None and self.original is not None:
-                    before = self._inputs(self.original, e, t, g, projection, w)
-                    crosses[i] += second_moment(before, x)
+                if crosses is not None:
+                    crosses[i] += second_moment(self._before(e, t, g, projection, w, x), x)
         name = f"{self.layout.path} ({projection.name})"
         if not torch.isfinite(stacked).all():
             raise NonFiniteError(
@@ -299,6 +305,28 @@ class _Work:
         self.lent.add(e)
         lent = self.ordinary[torch.arange(lacking) * len(self.ordinary) // lacking]
         return torch.cat([token, lent]), torch.cat([gate, self.typical.expand(lacking)])
+
+    def _before(
+        self,
+        e: int,
+        token: Tensor,
+        gate: Tensor,
+        projection: ProjectionShape,
+        matrices: dict[str, Tensor],
+        after: Tensor,
+    ) -> Tensor:
+        """What the projection sees in the original stream for the same tokens as `after` in the
+        quantized one; where that has no such row, there is no drift to correct."""
+        assert self.original is not None
+        if self.partners is None:
+            return self._inputs(self.original, e, token, gate, projection, matrices)
+        partner = self.partners[token]
+        x = self.original.parked.hidden[partner.clamp(min=0)].to(self.device).float()
+        if projection.inner:
+            x = self._activation(e, x, matrices)
+        if self.method.weighted:
+            x = x * gate[:, None].to(self.device)
+        return torch.where((partner >= 0)[:, None].to(self.device), x, after)
 
     def _inputs(
         self,

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -26,10 +26,12 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from qmoe.calib import default_text
 from qmoe.calib.activations import ActivationStore
-from qmoe.calib.batches import inputs_only, prepare, split_batches
+from qmoe.calib.batches import check_tokens, described, inputs_only, prepare, split_batches
 from qmoe.calib.importance import fits, layer_importance
-from qmoe.calib.outputs import Durable, resume_point
+from qmoe.calib.outputs import Durable, Known, Sound, resume_point
+from qmoe.calib.sensitivity import dense_sensitivity
 from qmoe.compression import unseen
 from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.carried import account, write_carried
@@ -39,15 +41,17 @@ from qmoe.compression.plan import make_plan
 from qmoe.compression.probe import probed
 from qmoe.compression.rate import Controller, Curve, missed
 from qmoe.compression.report import CompressReport, advice
-from qmoe.compression.settings import Settings as Settings
+from qmoe.compression.settings import Settings
+from qmoe.compression.target import settle_model_bits
 from qmoe.compression.unseen import BATCH_TOKENS
-from qmoe.errors import InterruptedRunError
-from qmoe.models.classes import plain_config, read_tokenizer
+from qmoe.errors import InterruptedRunError, UnsupportedModelError
+from qmoe.models.classes import embeddings, plain_config, read_tokenizer
+from qmoe.models.code import loading_code
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
 from qmoe.store.writer import ContainerWriter, carried_files, downloads_of
-from qmoe.system.files import canonical_json
+from qmoe.system.files import canonical_json, writing
 from qmoe.system.machine import pick_device
 from qmoe.system.processes import World
 from qmoe.version import __version__
@@ -83,25 +87,34 @@ def compress(
     world = world or World()
     if not world.first:
         progress, say = False, lambda text: None
-    run = Compression(open_job(source, out, settings, world, progress), out, say)
+    run = Compression(open_job(source, out, settings, world, progress, say), out, say)
     run.to_the_end()
-    report = CompressReport.of(out, time.monotonic() - start, peak_rss_bytes())
-    if settings.target is not None and (
-        sentence := missed(settings.target, report.sizes.bits_per_weight)
+    seconds = time.monotonic() - start
+    report = world.share(lambda: CompressReport.of(out, seconds, peak_rss_bytes()), "the report")
+    found = report.sizes
+    for target, got, option in (
+        (settings.target, found.bits_per_weight, "--bits"),
+        (settings.model_bits, found.model_bits_per_weight, "--model-bits"),
     ):
-        say(sentence)
-    if sentence := advice(settings, report.sizes):
+        if target is not None and (sentence := missed(target, got, option)):
+            say(sentence)
+    if sentence := advice(settings, found):
         say(sentence)
     return report
 
 
 def open_job(
-    source: str, out: Path, settings: Settings, world: World, progress: bool = False
+    source: str,
+    out: Path,
+    settings: Settings,
+    world: World,
+    progress: bool = False,
+    say: Say = lambda text: None,
 ) -> Job:
     """Opens a source and reads the calibration text; no weight is read and nothing written.
 
     Args:
-        source, out, settings, world, progress: see `compress`.
+        source, out, settings, world, progress, say: see `compress`.
 
     Raises:
         QmoeError: settings, source or text are not usable.
@@ -111,12 +124,16 @@ def open_job(
     checkpoint = open_checkpoint(source, cache=cache)
     trusted = settings.trust_remote_code
     streamed = StreamedModel(checkpoint, trust_remote_code=trusted, device=device)
+    if settings.with_code:
+        loading_code(streamed.config, type(streamed.model))  # refused now, not after hours
     tokenizer = read_tokenizer(checkpoint.directory, trusted)
-    text = (settings.text, settings.calib_tokens, settings.context(streamed.config))
+    text = (settings.calib, settings.calib_tokens, settings.context(streamed.config))
     data = prepare(tokenizer, streamed.config, *text, settings.seed, **settings.calib_rows)
+    check_tokens(data, tokenizer, embeddings(streamed.model))
+    say(f"calibration {described(data, tokenizer, settings.calib_rows.get('bos', 'auto'))}")
     batches = [inputs_only(b) for b in split_batches(data, BATCH_TOKENS)]
     parts = (settings, streamed, tokenizer, batches, method, device, world)
-    return unseen.with_room(Job(*parts, progress=progress))
+    return unseen.with_room(settle_model_bits(Job(*parts, progress=progress)))
 
 
 class Compression:
@@ -139,11 +156,13 @@ class Compression:
         """
         settings, streamed = job.settings, job.streamed
         self.out, self.say, self.first = out, say, job.world.first
+        self.job = job
         self.blocks = list(streamed.blocks())
         self.by_gradient = settings.by_gradient and fits(streamed, settings.memory)
         self.dense = DenseCoder(job, settings.dense_bits) if settings.dense_bits < 16 else None
         self.plan = make_plan(job, out, self.dense, self.by_gradient)
         say(self.plan.text())
+        self._say_what_is_not_asked(settings)
         if settings.by_gradient and not self.by_gradient:
             say("layers count alike: the gradients of the whole model do not fit in --memory")
         checkpoint = streamed.checkpoint
@@ -156,10 +175,24 @@ class Compression:
             "device": job.device.type,
             "layer_weights": "gradient" if self.by_gradient else "equal",
         }
-        self.job = job
         self.writer: ContainerWriter | None = None  # in the first process
         self.finished: dict[str, Any] = {}  # notes of finished blocks, by name
+        self.dense_scores: dict[str, float] = {}
         self.done = 0  # blocks of the model to go on after
+        self.ended = False
+
+    def _say_what_is_not_asked(self, settings: Settings) -> None:
+        """Says what was decided where the user left it open."""
+        if settings.model_bits is not None:
+            self.say(
+                f"--model-bits {settings.model_bits:g}: experts {settings.bits:.3g} bits per "
+                f"weight, everything else {settings.dense_bits:.3g}"
+            )
+        if settings.calib is None:
+            text = self.job.batches[: len(self.job.batches) - self.job.own]
+            got = sum(batch["input_ids"].numel() for batch in text)
+            asked = settings.calib_tokens
+            self.say(default_text.describe(self.job.tokenizer, asked, got))
 
     def to_the_end(self) -> None:
         """Writes the directory.
@@ -178,6 +211,7 @@ class Compression:
             self._run_blocks()
             self._finish(carried)
             self.job.world.meet("end of the run")
+            self.ended = True
 
     def _begin(self, stack: ExitStack) -> None:
         """Takes the output directory, and room for activations beside it."""
@@ -186,31 +220,69 @@ class Compression:
             self.writer = ContainerWriter(self.out, job=self.identity, resume=not fresh)
             stack.enter_context(self.writer)
         self.work = self.job.world.share(self._clean, "begin of the run")
+        self.job.world.look(self.work)
+        if self.job.world.apart:
+            self._settle_apart(stack)
         store = stack.enter_context(ActivationStore(self.plan.store, self.work))
         self.job = replace(self.job, store=store)
         run_id = hashlib.sha256(canonical_json(self.identity)).hexdigest()
         names = ["quantized", "original"] if self.job.method.drift > 0 else ["quantized"]
         self.kept = [Durable(self.work / "state" / n, f"{run_id} {n}") for n in names]
 
+    def _settle_apart(self, stack: ExitStack) -> None:
+        """Gives a process that does not see the first one's folder a folder of its own.
+
+        Raises:
+            UnsupportedModelError: --dense-bits, whose statistics take every process's files.
+        """
+        if self.dense is not None:
+            raise UnsupportedModelError(
+                "--dense-bits on several machines needs a file system that they share; leave it "
+                "out, or run on one machine"
+            )
+        if self.first:
+            return
+        world, name = self.job.world, f"{self.out.name}.partial"
+        self.work = Path(os.path.abspath(self.out)).with_name(name) / f"state-{world.rank}"
+        with writing(self.work):
+            for folder in ("exchange", "state"):
+                (self.work / folder).mkdir(parents=True, exist_ok=True)
+        stack.callback(self._leave_apart)
+
+    def _leave_apart(self) -> None:
+        """Removes what a process of another machine kept, once the run has come to its end."""
+        if self.ended:
+            shutil.rmtree(self.work, ignore_errors=True)
+            with suppress(OSError):  # others of this machine, or the first, are still there
+                self.work.parent.rmdir()
+
     def _clean(self) -> Path:
         """The folder of the run's own files, without what a run that died left, but its state."""
         assert self.writer is not None
         for left in self.writer.work.iterdir():
-            if left.name != "state":
+            if not left.name.startswith("state"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         (self.writer.work / "exchange").mkdir()
         return self.writer.work
 
     def _resume(self) -> None:
         """Finds out which blocks are finished."""
-        found = self.job.world.share(self._progress, "what is finished")
+        sound = self._sound() if self.job.world.apart else self.kept
+        found = self.job.world.share(lambda: self._progress(sound), "what is finished")
         self.finished, self.done = found
 
-    def _progress(self) -> tuple[dict[str, Any], int]:
+    def _sound(self) -> list[Known]:
+        """Which blocks' activations are whole on the disks of all processes that are apart."""
+        world, batches = self.job.world, self.job.world.mine(len(self.job.batches))
+        mine = [{b.name for b in self.blocks if k.sound(b.name, batches)} for k in self.kept]
+        found = world.collect(mine, "activations of finished blocks")
+        return [Known(set.intersection(*stream)) for stream in zip(*found, strict=True)]
+
+    def _progress(self, kept: Sequence[Sound]) -> tuple[dict[str, Any], int]:
         assert self.writer is not None
         finished = self.writer.finished_blocks()
         names = [(b.list_name, b.name) for b in self.blocks]
-        done, had = resume_point(names, finished, self.kept, len(self.job.batches))
+        done, had = resume_point(names, finished, kept, len(self.job.batches))
         if _REST not in finished:
             return finished, 0
         if done < had:
@@ -237,6 +309,13 @@ class Compression:
             self.loop.importance = known.get("importance") or job.world.share(
                 lambda: layer_importance(job.streamed, job.batches), "importance of the layers"
             )
+        if self.dense is not None and self.by_gradient:
+            coded = self.dense.modules()
+            self.dense_scores = known.get("dense_scores") or job.world.share(
+                lambda: dense_sensitivity(job.streamed, job.batches, coded),
+                "sensitivity of what is no expert",
+            )
+            self.dense.divide(self.dense_scores)
         bits = job.settings.target
         if bits is not None:
             curves = known.get("curves") or probed(job, bits, self.loop.importance)
@@ -257,6 +336,7 @@ class Compression:
                     self.job.streamed.dense(lambda n: not n.startswith(inside) and n not in coded)
                 )
                 rest.note["importance"] = dict(self.loop.importance)
+                rest.note["dense_scores"] = self.dense_scores
                 rest.note["own_words"] = unseen.of(self.job)
                 if self.loop.rate is not None:
                     rest.note["curves"] = [c.as_list() for c in self.loop.rate.curves]
@@ -284,10 +364,12 @@ class Compression:
             target = unit.enter_context(self.writer.block(block.name)) if self.writer else None
             self.loop.block(block, target, ahead)
             self.job.world.meet("activations of a block")
-            if self.first:
+            if self.first or self.job.world.apart:
                 for kept in self.kept:
                     kept.settle()
-        if self.first:  # neither the block nor activations before it are needed any more
+        if (
+            self.first or self.job.world.apart
+        ):  # neither the block nor activations before it are needed any more
             leave(self.job.streamed, block)
             for kept in self.kept:
                 kept.keep_only(self.loop.last_blocks())
@@ -304,6 +386,10 @@ class Compression:
         config = _plain(streamed.config)
         # a model with code of its own is nothing without it
         code = ("*.py",) if config.get("auto_map") else ()
+        files = carried_files(streamed.checkpoint.directory, code)
+        if settings.with_code:
+            more, config["auto_map"] = loading_code(streamed.config, type(streamed.model))
+            files |= more
         self.writer.finish(
             [_REST, *carried, *(b.name for b in self.blocks), *last],
             config=config,
@@ -315,7 +401,7 @@ class Compression:
             versions=_versions(),
             source={**streamed.checkpoint.origin, **self.source},
             report=account(streamed),
-            files=carried_files(streamed.checkpoint.directory, code),
+            files=files,
         )
 
     @contextmanager

@@ -1,11 +1,28 @@
 """A bounded store of decoded things, least recently used first out. Knows nothing about what it
 holds."""
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Self
+
+from qmoe.errors import QmoeError
+
+CACHE_VARIABLE = "QMOE_CACHE_BYTES"
+
+
+def environment_bytes() -> int:
+    """The bound of decoded matrices that the environment asks for; 0 if it says nothing.
+
+    Raises:
+        QmoeError: the variable is no number.
+    """
+    text = os.environ.get(CACHE_VARIABLE, "0")
+    if not text.isdecimal():
+        raise QmoeError(f"{CACHE_VARIABLE} is {text!r}; it must be a number of bytes")
+    return int(text)
 
 
 class ByteCache:

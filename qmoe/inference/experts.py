@@ -84,7 +84,7 @@ class EncodedExperts(nn.Module):
         self.kind = KINDS[layout.kind]
         self.num_experts = layout.experts
         self._projection = {p.name: i for i, p in enumerate(layout.projections)}
-        encoded = self.kind.encoded(host)
+        self.encoded_names = encoded = self.kind.encoded(host)  # parameters that are no more
         for name in encoded:
             owner, _, leaf = name.rpartition(".")
             del host.get_submodule(owner)._parameters[leaf]
@@ -300,6 +300,7 @@ def _distinct(experts: list[int], count: int) -> bool:
 def _forget(module: nn.Module, _: Any) -> None:
     """New weights were loaded into the module: what was decoded from the old ones is void."""
     if isinstance(module, EncodedExperts):
+        module.__dict__.pop("_kernel_pack", None)
         module.identity = object()
         module.caches.decoded.clear()
         module.caches.parsed.clear()

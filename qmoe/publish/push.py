@@ -5,6 +5,7 @@ bytes the hub has already are not sent again, so an upload that was cut off goes
 itself is not changed: the card exists only in the repository.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -18,11 +19,15 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from qmoe.errors import HubError, QmoeError, reason
+from qmoe.inference.structure import build
 from qmoe.models.auto import auto_class
+from qmoe.models.code import FILE, loading_code
 from qmoe.publish.card import model_card
 from qmoe.publish.verify import verify
 from qmoe.store.inspect import inspect
-from qmoe.store.manifest import MANIFEST, read_manifest
+from qmoe.store.manifest import MANIFEST, read_manifest, sealed
+from qmoe.store.reader import Container
+from qmoe.system.files import canonical_json
 from qmoe.system.hub import FAILURES
 
 CARD = "README.md"
@@ -63,6 +68,7 @@ def push(
     base: str | None = None,
     license_id: str | None = None,
     score: str | os.PathLike[str] | None = None,
+    with_code: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Pushed:
     """Uploads a checkpoint; makes the repository or branch if there is none.
@@ -79,6 +85,8 @@ def push(
             the hub.
         license_id: the hub's name of the license, for the card.
         score: file with the output of ``qmoe eval --json``.
+        with_code: add the file that lets ``trust_remote_code=True`` load the checkpoint without an
+            ``import qmoe``, see `qmoe.models.code`.
         progress: called with bytes as they are found sound, see `qmoe.publish.verify.verify`.
 
     Raises:
@@ -89,7 +97,8 @@ def push(
     scored = read_score(Path(score)) if score is not None else None
     verify(where, progress)
     manifest, found = read_manifest(where), inspect(where)
-    files = sorted([*manifest["files"], MANIFEST])
+    changed = _with_code(where, manifest) if with_code else {}
+    files = sorted({*manifest["files"], MANIFEST, *changed})
     auto = _auto(where, found.model_type)
     origin = manifest["source"]
     if base is None and "revision" in origin:
@@ -105,17 +114,31 @@ def push(
     try:
         name = _repository(api, repo, private, revision)
         stale = _stale(api, name, revision, files)
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(CARD, card(name))
-        ]
-        operations += [CommitOperationAdd(f, where / f) for f in files]
+        operations: list[Any] = [CommitOperationAdd(CARD, card(name))]
+        operations += [CommitOperationAdd(f, changed.get(f, where / f)) for f in files]
         operations += [CommitOperationDelete(f) for f in stale]
         done = api.create_commit(name, operations, commit_message=text, revision=revision)
     except (*FAILURES, RuntimeError) as e:  # a RuntimeError says which file, its cause says why
         raise HubError(_refusal(repo, e)) from e
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    size += (where / MANIFEST).stat().st_size
+    size = sum(len(changed[f]) if f in changed else (where / f).stat().st_size for f in files)
     return Pushed(name, str(done.commit_url), str(done.oid), [*files, CARD], size)
+
+
+def _with_code(where: Path, manifest: dict[str, Any]) -> dict[str, bytes]:
+    """The files that ``--with-code`` adds or changes, the manifest among them; none if the
+    checkpoint has them already."""
+    if FILE in manifest["files"]:
+        return {}
+    container = Container.open(where, check=False)
+    model = build(container)
+    changed, auto = loading_code(model.config, type(model))
+    changed["config.json"] = canonical_json({**container.config, "auto_map": auto})
+    entries = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in changed.items()
+    }
+    changed[MANIFEST] = sealed({**manifest, "files": {**manifest["files"], **entries}})
+    return changed
 
 
 def _repository(api: HfApi, repo: str, private: bool, revision: str | None) -> str:

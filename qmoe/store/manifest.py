@@ -40,14 +40,18 @@ def _sealed(document: dict[str, Any], checksum: str) -> bytes:
     return canonical_json({**document, "checksum": checksum})
 
 
+def sealed(document: dict[str, Any]) -> bytes:
+    """A document with its own checksum, as `read_sealed` wants it."""
+    return _sealed(document, hashlib.sha256(_sealed(document, _ZEROS)).hexdigest())
+
+
 def write_sealed(path: Path, document: dict[str, Any]) -> None:
     """Writes a document with its own checksum, durably.
 
     Raises:
         OutputError: the disk refuses.
     """
-    checksum = hashlib.sha256(_sealed(document, _ZEROS)).hexdigest()
-    write_file(path, _sealed(document, checksum))
+    write_file(path, sealed(document))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ Knows nothing about models, transformers or devices.
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from qmoe.errors import CorruptError
 from qmoe.store.claims import check_module
 from qmoe.store.manifest import check_files, check_version, read_manifest
 from qmoe.store.stored_dense import OFFSETS, STREAM, DenseGeometry, StoredMatrix, parse_dense
-from qmoe.store.stored_experts import StoredExperts
+from qmoe.store.stored_experts import StoredExperts, check_offsets, used_runs
 from qmoe.store.writer import CARRIED_BLOCK, INDEX
 from qmoe.system.tensors import Entry, read_header, read_tensor
 from qmoe.types import ExpertsLayout, ProjectionShape
@@ -197,6 +197,29 @@ class Container:
         """
         layout = self.modules[path]
         return StoredExperts(layout, self.read(f"{path}.stream"), self.read(f"{path}.offsets"))
+
+    def some_experts(self, path: str, own: Sequence[int]) -> StoredExperts:
+        """Some of a module's experts, renumbered from 0 in the order given; only the bytes that
+        they use are read.
+
+        Args:
+            path: of the experts module.
+            own: indices of at least one expert.
+
+        Raises:
+            CorruptError: its offsets are not valid.
+        """
+        layout, offsets = self.modules[path], self.read(f"{path}.offsets")
+        file, start, entry = self.tensors[f"{path}.stream"]
+        check_offsets(layout, offsets, entry.shape[0])
+        runs, moved = used_runs(offsets[list(own)])
+        stream = torch.empty(sum(b - a for a, b in runs), dtype=torch.uint8)
+        at = 0
+        for a, b in runs:
+            run = Entry(torch.uint8, (b - a,), entry.begin + a, entry.begin + b)
+            stream[at : at + b - a] = read_tensor(self.directory / file, start, run)
+            at += b - a
+        return StoredExperts(replace(layout, experts=len(own)), stream, moved)
 
     def dense_matrix(self, name: str) -> StoredMatrix:
         """The encoded form of one dense matrix.

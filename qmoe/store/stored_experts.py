@@ -27,6 +27,46 @@ def bad_range(offsets: Tensor, n: int) -> tuple[tuple[int, int], str] | None:
     return (i, j), f"bytes {int(begin[i, j, part])} to {int(end[i, j, part])} of a stream of {n}"
 
 
+def check_offsets(layout: ExpertsLayout, offsets: Tensor, n: int) -> None:
+    """Whether `offsets` fits the layout and a stream of n bytes.
+
+    Raises:
+        CorruptError: with the module and the offending values.
+    """
+    want = (layout.experts, len(layout.projections), 4)
+    if offsets.dtype != torch.int64 or tuple(offsets.shape) != want:
+        found = f"{offsets.dtype} {tuple(offsets.shape)}"
+        raise CorruptError(f"{layout.path}.offsets is {found}, expected {want}")
+    bad = bad_range(offsets, n)
+    if bad is not None:
+        (e, j), span = bad
+        raise CorruptError(f"{layout.path} expert {e} {layout.projections[j].name}: {span}")
+
+
+def used_runs(offsets: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
+    """The bytes that some matrices use, as few runs, and where the matrices lie if only these runs
+    are kept, one behind the other.
+
+    Args:
+        offsets: int64 [..., 4], valid.
+
+    Returns:
+        Ascending disjoint (begin, end), and offsets of the same shape into the runs joined.
+    """
+    pairs = offsets.reshape(-1, 2)
+    runs: list[list[int]] = []
+    for begin, end in sorted({(int(a), int(b)) for a, b in pairs}):
+        if runs and begin <= runs[-1][1]:
+            runs[-1][1] = max(runs[-1][1], end)
+        else:
+            runs.append([begin, end])
+    begins = torch.tensor([a for a, _ in runs], dtype=torch.int64)
+    sizes = torch.tensor([b - a for a, b in runs], dtype=torch.int64)
+    moved = begins - (sizes.cumsum(0) - sizes)  # how far each run moves towards the front
+    at = torch.searchsorted(begins, pairs[:, 0].contiguous(), right=True) - 1
+    return [(a, b) for a, b in runs], (pairs - moved[at][:, None]).reshape(offsets.shape)
+
+
 @dataclass(frozen=True)
 class StoredExperts:
     """Streams of the matrices of one experts module.
@@ -47,17 +87,10 @@ class StoredExperts:
         Raises:
             CorruptError: with the module and the offending values.
         """
-        path, n = self.layout.path, self.stream.numel()
-        want = (self.layout.experts, len(self.layout.projections), 4)
         if self.stream.dtype != torch.uint8 or self.stream.ndim != 1:
-            raise CorruptError(f"{path}.stream is {self.stream.dtype} {tuple(self.stream.shape)}")
-        if self.offsets.dtype != torch.int64 or tuple(self.offsets.shape) != want:
-            found = f"{self.offsets.dtype} {tuple(self.offsets.shape)}"
-            raise CorruptError(f"{path}.offsets is {found}, expected {want}")
-        bad = bad_range(self.offsets, n)
-        if bad is not None:
-            (e, j), span = bad
-            raise CorruptError(f"{path} expert {e} {self.layout.projections[j].name}: {span}")
+            found = f"{self.stream.dtype} {tuple(self.stream.shape)}"
+            raise CorruptError(f"{self.layout.path}.stream is {found}")
+        check_offsets(self.layout, self.offsets, self.stream.numel())
 
     def tables_at(self, expert: int, projection: int) -> tuple[int, int]:
         """Byte range of the tables that a matrix uses; equal ranges are the same tables."""

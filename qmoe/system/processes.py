@@ -4,19 +4,25 @@ Started by ``torchrun``; data goes through files that all processes map, and onl
 through torch.distributed (gloo, also beside GPUs). A single process pays nothing: its `World` has
 no process group and every meeting returns at once.
 
-All processes must see one file system with coherent shared mappings: one machine, or a parallel
-file system that gives this promise (NFS does not). Knows nothing about models.
+Processes on several machines may see one file system with coherent shared mappings, or not (each
+its own disk; NFS): `look` finds out, and `apart` says that what they share must be sent. Knows
+nothing about models.
 """
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from mmap import mmap
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from qmoe.errors import LostProcessError, reason
+from qmoe.system.files import writing
 
 PATIENCE = timedelta(hours=12)  # a dead process is noticed at once; this is for one that hangs
 _T = TypeVar("_T")
@@ -28,7 +34,10 @@ class World:
     Attributes:
         rank: number of this process; 0 writes the result.
         size: number of processes.
+        apart: they do not see one another's files and mappings; see `look`.
     """
+
+    apart = False
 
     def __init__(self, rank: int = 0, size: int = 1, here: int = 1) -> None:
         """Args: rank, size: see the class. here: processes on this machine."""
@@ -87,6 +96,52 @@ class World:
         with self._contact(what):
             dist.all_gather_object(out, value)
         return out
+
+    def look(self, folder: Path) -> None:
+        """Finds out whether the processes are `apart`: each writes its mark into a mapping of one
+        file, and looks for the marks of all.
+
+        Args:
+            folder: as this process sees it; made by the first.
+        """
+        if self.size == self.here:  # one machine
+            return
+        path = folder / "seen"
+        if self.first:
+            with writing(path):
+                path.write_bytes(bytes(self.size))
+        self.meet("what is shared")
+        marks: mmap | None = None
+        with suppress(OSError, ValueError), path.open("r+b") as f:
+            marks = mmap(f.fileno(), self.size)
+            marks[self.rank] = 1
+        self.meet("marks")
+        sees = marks is not None and marks[:] == bytes([1]) * self.size
+        self.apart = not all(self.collect(sees, "who sees what"))
+        if marks is not None:
+            marks.close()
+        if self.first:
+            path.unlink()
+
+    def spread(self, tensor: Tensor, owner: int) -> None:
+        """Copies the values of one process to all, in place.
+
+        Args:
+            tensor: contiguous, on the CPU, of one shape everywhere.
+            owner: rank whose values count.
+        """
+        if self.size > 1 and tensor.numel():
+            with self._contact("values of another process"):
+                dist.broadcast(tensor.view(-1).view(torch.uint8), src=owner)
+
+    def gather(self, value: _T, what: str) -> list[_T]:
+        """Every process's value, by rank, for the first; the others get an empty list."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] | None = [None] * self.size if self.first else None
+        with self._contact(what):
+            dist.gather_object(value, out)
+        return out or []
 
     def mine(self, count: int) -> range:
         """Which of `count` equal pieces of work this process does: every size-th."""
