@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmoe.calib.default_text import windows as default_windows
 from qmoe.calib.text import beginning, span_corruption, windows
 from qmoe.errors import CalibrationError
 
@@ -22,7 +23,7 @@ SPAN_WINDOW = 180  # tokens of text behind one span-corruption sample where the 
 def prepare(
     tokenizer: Any,
     config: Any,
-    source: str,
+    source: str | None,
     tokens: int,
     ctx: int,
     seed: int,
@@ -34,7 +35,8 @@ def prepare(
         tokenizer: of the model.
         config: the model's config; decides between windows (decoder-only) and span corruption
             (encoder-decoder).
-        source: text file or data set, see `qmoe.calib.text`.
+        source: text file or data set, see `qmoe.calib.text`; None is the text of the package,
+            which takes none of the options for rows.
         tokens: at most this many tokens of text.
         ctx: tokens of a window.
         seed: of the masked spans.
@@ -43,13 +45,23 @@ def prepare(
     Raises:
         CalibrationError: the text is shorter than one window.
     """
-    if not config.is_encoder_decoder:
-        ids = windows(tokenizer, source, tokens, ctx, seed, **rows)
+    if source is None and set(rows) - {"bos"}:
+        raise CalibrationError(
+            "--calib-column, --calib-pack and --calib-chat say how rows of --calib are read; "
+            "give --calib with them"
+        )
+    masked = config.is_encoder_decoder  # its windows are cut by masks, and then begin
+    bos = rows.get("bos", "auto")
+    window, options = min(ctx, SPAN_WINDOW) if masked else ctx, {**rows, "bos": bos}
+    if masked:
+        options["bos"] = "off"
+    if source is None:
+        ids = default_windows(tokenizer, tokens, window, **options)
+    else:
+        ids = windows(tokenizer, source, tokens, window, seed, **options)
+    if not masked:
         return {"input_ids": ids, "labels": ids}
-    start = beginning(tokenizer, rows.get("bos", "auto"))
-    window = min(ctx, SPAN_WINDOW)
-    ids = windows(tokenizer, source, tokens, window, seed, **{**rows, "bos": "off"})
-    return span_corruption(ids, tokenizer, seed, start=start)
+    return span_corruption(ids, tokenizer, seed, start=beginning(tokenizer, bos))
 
 
 def check_tokens(batch: dict[str, Tensor], tokenizer: Any, rows: int) -> None:

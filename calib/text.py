@@ -87,13 +87,7 @@ def windows(
         ids = _packed(tokenizer, texts, count * ctx)
         if chat and bos == "auto" and ids[: len(start)] != start:
             start = []  # the template decides how a chat begins
-    n = min(_fitting(ids, ctx, start), count)
-    if n == 0:
-        raise CalibrationError(
-            f"{str(source)!r} holds {len(ids)} tokens, less than one window of {ctx}; give more "
-            "text or a smaller --ctx"
-        )
-    return torch.tensor(list(itertools.islice(_cut(ids, ctx, start), n)), dtype=torch.int64)
+    return cut(ids, count, ctx, str(source), start)
 
 
 def beginning(tokenizer: Any, bos: str = "auto") -> list[int]:
@@ -113,7 +107,7 @@ def beginning(tokenizer: Any, bos: str = "auto") -> list[int]:
             )
         return [int(tokenizer.bos_token_id)]
     text = "a"
-    whole, bare = _tokens(tokenizer, text), _ids(tokenizer, text)
+    whole, bare = _tokens(tokenizer, text), token_ids(tokenizer, text)
     for k in range(len(whole) - len(bare) + 1):
         if whole[k : k + len(bare)] == bare:
             return whole[:k]
@@ -254,7 +248,7 @@ def _plain(tokenizer: Any, path: Path, need: int) -> list[int]:
             with path.open(encoding="utf-8") as f:
                 text = f.read(characters)
                 at_end = not f.read(1)
-            ids = _ids(tokenizer, text)
+            ids = token_ids(tokenizer, text)
             if at_end or len(ids) >= need:
                 return ids[:need]
             characters *= 2
@@ -262,7 +256,12 @@ def _plain(tokenizer: Any, path: Path, need: int) -> list[int]:
         raise CalibrationError(f"{path} cannot be read as UTF-8 text ({e})") from e
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text, no special tokens added.
+
+    Raises:
+        CalibrationError: the tokenizer cannot encode it.
+    """
     return _tokens(tokenizer, text, add_special_tokens=False)
 
 
@@ -277,21 +276,60 @@ def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
 
 def _encode(tokenizer: Any, row: Any, chat: bool) -> list[int]:
     if not chat:
-        return _ids(tokenizer, row)
+        return token_ids(tokenizer, row)
     if not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
             "the tokenizer has no chat template; calibrate on plain text instead"
         )
-    messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
+    return encode_messages(
+        tokenizer, [{"role": "user", "content": row}] if isinstance(row, str) else row
+    )
+
+
+def encode_messages(tokenizer: Any, messages: Any) -> list[int]:
+    """Ids of a conversation in the tokenizer's chat template.
+
+    Args:
+        tokenizer: has a template.
+        messages: what the template takes, objects of "role" and "content".
+
+    Raises:
+        CalibrationError: the template does not take them, or jinja2 is missing.
+    """
     jinja = optional("jinja2", "jinja2", "a chat template")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except (jinja.TemplateError, KeyError, TypeError, ValueError) as e:
         raise CalibrationError(
             f"the chat template does not take the messages {str(messages)[:200]} ({e}); give rows "
             "of role and content as the model knows them"
         ) from e
-    return _ids(tokenizer, text)
+    return token_ids(tokenizer, text)
+
+
+def cut(ids: list[int], count: int, ctx: int, source: str, start: Sequence[int] = ()) -> Tensor:
+    """The first `count` windows of a token sequence, fewer if it is shorter.
+
+    Args:
+        ids: the sequence.
+        count: windows that are wanted.
+        ctx: tokens of a window.
+        source: what to call it.
+        start: tokens with which every window begins.
+
+    Returns:
+        int64 [n, ctx], 1 <= n <= count.
+
+    Raises:
+        CalibrationError: less than one window.
+    """
+    found = list(itertools.islice(_cut(ids, ctx, list(start)), count))
+    if not found:
+        raise CalibrationError(
+            f"{source!r} holds {len(ids)} tokens, less than one window of {ctx}; give more "
+            "text or a smaller --ctx"
+        )
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def _separate(

@@ -115,10 +115,10 @@ def _keep_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(index)
 
 
-def _project_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _project_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (index,) = ctx.saved_tensors
-    parts = ctx.tensors, ctx.numbers
-    return _project_back(grad.contiguous(), index, ctx.fan, *parts), None, None, None, None
+    back = _project_back(grad.contiguous(), index, ctx.fan, ctx.tensors, ctx.numbers)
+    return back, None, None, [None] * len(ctx.tensors), None
 
 
 _project.register_autograd(_project_gradient, setup_context=_keep_project)
@@ -169,7 +169,7 @@ def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(hidden, index, weights)
 
 
-def _experts_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _experts_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Recomputes what lies between the projections; nothing but the inputs was kept."""
     hidden, index, weights = ctx.saved_tensors
     up, down = ctx.parts[:2], ctx.parts[2:]
@@ -193,7 +193,8 @@ def _experts_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_gate = back * linear * sigmoid * (1 + gate * (1 - sigmoid))
         both = torch.cat([of_gate, back * gate * sigmoid], 1).to(hidden.dtype)
         grad_hidden = _project_back(both, flat, top_k, *up)
-    return grad_hidden, None, grad_weights, None, None, None, None
+    weightless = [None] * len(up[0]), None, [None] * len(down[0]), None
+    return grad_hidden, None, grad_weights, *weightless
 
 
 _experts_silu.register_autograd(_experts_gradient, setup_context=_keep_experts)

@@ -20,6 +20,9 @@ import click
 
 from qmoe.engines.commands import add_to
 from qmoe.errors import QmoeError
+from qmoe.options import device as _device
+from qmoe.options import given as _given
+from qmoe.options import option as _option
 
 
 class _Bytes(click.ParamType[int]):
@@ -72,20 +75,6 @@ _json = click.option(
 _trust = click.option(
     "--trust-remote-code", is_flag=True, help="Run model code that the source brings along."
 )
-
-
-def _option(*names: str, default: str, help: str = "", **more: Any) -> Callable[..., Any]:
-    """An option that is passed on only if it is given; its help quotes the default."""
-    text = f"{help} [default: {default}]".strip()
-    return click.option(*names, default=None, help=text, **more)
-
-
-_device = _option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the user wrote."""
-    return {name: value for name, value in options.items() if value not in (None, False)}
 
 
 _with_code = click.option(
@@ -158,15 +147,22 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @_option(
     "--dense-bits",
     default="16",
-    type=click.Choice(["16", "8", "4", "3"]),
-    help="Stored bits per weight of attention, shared experts, embeddings and head; 16: untouched.",
+    type=float,
+    help="Stored bits per weight of attention, shared experts, embeddings and head together, 3 to "
+    "8, divided among them by one slope; 16: untouched.",
+)
+@click.option(
+    "--model-bits",
+    type=float,
+    default=None,
+    help="Stored bits per weight of the whole file (rd), instead of --bits and --dense-bits.",
 )
 @click.option(
     "--calib",
     "calib",
     type=str,
-    required=True,
-    help=f"Calibration text: {_TEXTS}.",
+    help=f"Calibration text: {_TEXTS} [default: a mix of prose, code, mathematics and dialogue "
+    "that comes with qmoe].",
 )
 @_option("--calib-tokens", default="131072", type=click.IntRange(1))
 @_rows("calib-")
@@ -180,7 +176,7 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @_option(
     "--ctx", default="the model's, at most 2048", type=click.IntRange(2), help="Window length."
 )
-@_option("--seed", default="0", type=int)
+@_option("--seed", default="0", type=click.IntRange(0, 2**63 - 1))
 @_option(
     "--memory",
     default="8GiB",
@@ -206,8 +202,6 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     from qmoe.system.processes import World
 
     given = _given(options)
-    if "dense_bits" in given:
-        given["dense_bits"] = int(given["dense_bits"])
     given["calib_rows"] = _taken_rows(given, "calib_")
     with World.of_environment() as world:
         report = run(
@@ -259,7 +253,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     default="rtn,qmoe,gptq2,gptq3,gptq4",
     help="Others to measure beside rd; '' for none.",
 )
-@click.option("--calib", required=True, help="Calibration text, see compress.")
+@click.option("--calib", default=None, help="Calibration text, see compress.")
 @click.option("--text", required=True, help="Evaluation text, see eval.")
 @_option("--calib-tokens", default="131072", type=click.IntRange(1))
 @_option(
@@ -269,7 +263,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     help="Window length of calibration and evaluation.",
 )
 @_option("--tokens", default="all", type=click.IntRange(2), help="Evaluate at most so many tokens.")
-@_option("--seed", default="0", type=int)
+@_option("--seed", default="0", type=click.IntRange(0, 2**63 - 1))
 @_device
 @click.option("--keep", is_flag=True, help="Keep the compressed checkpoints in OUT.")
 @_json

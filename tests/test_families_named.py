@@ -164,6 +164,13 @@ def test_an_export_keeps_what_its_carried_tensors_mean(tmp_path, tiny):
     assert after.carried_weights == sum(prod(weights.shape(n)) for n in unused)
 
 
+def test_rows_that_a_router_orders_at_a_high_rate(tmp_path, tiny, generic):
+    """JetMoE by `rd` at about 8 bits is the source; its drift term once paired unlike tokens."""
+    model = tiny.make("jetmoe")
+    model.save_pretrained(tmp_path / "source")
+    generic.prove(tmp_path / "source", tmp_path, tiny, type(model))
+
+
 @pytest.mark.slow
 def test_every_named_family(tmp_path, tiny, generic, family, table_row):
     model = tiny.make(family)

@@ -202,7 +202,7 @@ def test_plans():
     assert launch.batch_of(p, 4, 8, 8) == 4
     assert launch.batch_of(p, 4096, 8, 128) == 0
     assert launch.segments(p, 28672, 4096, 2) == 1
-    assert launch.segments(p, 1536, 2048, 8) == 2
+    assert launch.segments(p, 1536, 2048, 8) == 4
     assert launch.segments(p, 64, 64, 1) == 1
 
 
@@ -263,7 +263,11 @@ def test_batch_one_loop_is_within_its_budget():
         assert c.loop["LDG"] == loads[name]  # the right loop was counted
         assert model["instructions_per_weight"] <= static.BUDGET
         assert model["over_bf16"] > 1
-        assert model["binds"] == ("lines" if name == "matvec 1" else "issue")
+        cycles = [model[f"{k}_cycles_per_symbol"] for k in ("issue", "alu", "lines")]
+        if name == "matvec 1":
+            assert model["binds"] == "lines"
+        else:  # nothing binds alone
+            assert max(cycles) < 1.1 * min(cycles)
 
 
 @pytest.mark.slow

@@ -4,12 +4,14 @@ refuse what is wrong.
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ptx import exact
 from ptx.launch import executed
+from safetensors import safe_open
 
 from qmoe.kernels import launch, ops, pair_groups, project, twins
 from qmoe.kernels.pack import pack_projection
@@ -17,9 +19,11 @@ from qmoe.kernels.selfcheck import plain
 from qmoe.measure.kernels import gpu as bench
 from qmoe.measure.kernels.sample import packed, parsed, sample_matrix
 from qmoe.measure.kernels.sample import rough_matrix as matrix
+from qmoe.types import QuantizedMatrix, grid_index, grid_scale
 
 INDEX = torch.tensor([0, 0, -1, 1, 99, 0, 0, 0, 0, 0])  # an empty place, a stranger, a hot expert
 TARGETS = (80, 90, 100, 120)
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-mixtral"
 
 
 def several(rows, cols, size=0.4, negative=False, count=2):
@@ -47,8 +51,8 @@ CASES = {  # name: (projection, its code limits, wide)
         False,
     ),
     "4 bit": (lambda: packed(several(70, 130, 5.0), 1), (7,), False),
-    "10 bits": (lambda: packed(several(40, 200, 1.0), 2, 10), (10,), False),
-    "12 bits": (lambda: packed(several(40, 200, 3.0), 1, 12), (12,), False),
+    "10 bits": (lambda: packed(several(40, 200, 0.6), 2, 10), (10,), False),
+    "12 bits": (lambda: packed(several(40, 200, 0.6), 1, 12), (12,), False),
     "wide, 10 bits": (lambda: packed(several(40, 60, 20.0), 2, 10), (10,), True),
     "wide, 12 bits": (lambda: packed(several(40, 60, 20.0), 3, 12), (12,), True),
     "two row scales": (lambda: packed(several(40, 600, negative=True), 2), (7,), False),
@@ -114,6 +118,22 @@ def test_every_kind_of_matrix(name):
         kinds = ((torch.bfloat16, (1, 4)), (torch.float32, (1,)))
     with executed(90) as session:
         check_projection(p, session, launch.PLANS[90], kinds)
+
+
+@pytest.mark.parametrize(("steps", "limit"), [(1.6, None), (0.12, 10)])
+def test_real_experts(steps, limit):
+    """Experts of the example model, rounded to `steps` standard deviations of each row."""
+    matrices = []
+    with safe_open(EXAMPLE / "model.safetensors", "pt") as file:
+        for e in range(2):
+            w = file.get_tensor(f"model.layers.1.block_sparse_moe.experts.{e}.w1.weight").float()
+            index = grid_index(w.std(1) * steps, step=4)
+            codes = (w / grid_scale(index)[:, None]).round().clamp(-127, 127).to(torch.int8)
+            matrices.append(QuantizedMatrix(codes, index, torch.zeros(256, dtype=torch.int16)))
+    p = packed(matrices, 2, limit)
+    assert p.limits == (7 if limit is None else limit,)
+    with executed(90) as session:
+        check_projection(p, session, launch.PLANS[90], ((torch.bfloat16, (1, 4)),))
 
 
 @pytest.mark.parametrize("capability", [t for t in TARGETS if t != 90])

@@ -83,7 +83,7 @@ MUTATIONS = {  # name: (kernel, pattern, what is put there, count (0 = all), wha
         "byte|multiple|tensor",
     ),
     "groups without barriers": ("group_small", BARRIER, "", 0, "barrier|races|written"),
-    "no wait for the launch in front": ("silu_inputs", WAIT, "", 0, "griddepcontrol.wait"),
+    "no wait for the launch in front": ("silu_inputs", WAIT, "", 0, "has waited"),
     "dependents let go too early": (
         *("silu_inputs", WAIT, "griddepcontrol.launch_dependents; griddepcontrol.wait;", 0),
         "before this one has waited",

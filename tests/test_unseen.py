@@ -56,7 +56,7 @@ def two_halves(tiny, tmp_path_factory):
 
 def _settings(text, **options):
     return Settings(
-        calib=text, calib_tokens=2048, ctx=64, **({"delta": 12.0} | options), device="cpu"
+        calib=text, calib_tokens=2048, ctx=64, **({"delta": 1.0} | options), device="cpu"
     )
 
 
@@ -97,17 +97,18 @@ def test_own_words_are_drawn_by_the_models_probabilities():
     assert not torch.equal(said, own_words(predict, tokenizer, 12, (256, 64), seed=2))
 
 
-def test_a_model_in_memory_and_a_streamed_one_say_the_same(two_halves, tmp_path):
+def test_own_words_do_not_depend_on_threads(two_halves, tmp_path):
     source, text, _ = two_halves
     said = []
-    for memory in (8 << 30, 1):  # one byte: never the whole model
-        settings = _settings(text, memory=memory)
-        job = open_job(str(source), tmp_path / "x", settings, World())
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        job = open_job(str(source), tmp_path / "x", _settings(text), World())
         job.streamed.load_rest()
         spoken = with_own_words(job, None)
         said.append(of(spoken))
         assert len(spoken.batches) == len(job.batches)
         assert spoken.own == job.own > 0
+        torch.set_num_threads(1)
     assert said[0] == said[1]
     assert len(said[0]) == 2048 // 64
     half = two_halves[2]
@@ -129,10 +130,10 @@ def test_unseen_experts_survive_calibration_on_half_of_the_vocabulary(two_halves
         kl[unseen, least] = _divergence(source, out, half, 50)
         bits[unseen, least] = expert_bits(Container.open(out), "model.layers.0.mlp.experts")
     assert kl[1.0, 0.05] < 0.2 * kl[0.0, 0.0]
-    assert kl[0.0, 0.2] < 0.7 * kl[0.0, 0.0]
+    assert kl[0.0, 0.2] < 0.2 * kl[0.0, 0.0]
     lifted = bits[0.0, 0.2] - bits[0.0, 0.0]
-    assert lifted[2:].min() > 0.1
-    assert lifted[:2].abs().max() < 0.05
+    assert lifted[2:].min() > 1
+    assert lifted[:2].abs().max() < 0.2
     for sentence in sentences:
         assert "of 8 experts got less than 0.1 of an equal share" in sentence
     assert "will suffer" in sentences[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 from qmoe.errors import QmoeError, UnsupportedModelError
 
+SETTINGS: dict[str, Any] = {"max_new_tokens": 512}  # of `generate`
 HELP = "an empty line is sent as it is; /clear forgets the conversation, /exit or ctrl-D ends it"
 
 
@@ -98,7 +99,7 @@ class Chat:
 
 
 def model_and_tokenizer(
-    directory: str, device: str, dtype: str, trust_remote_code: bool
+    directory: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
     """A compressed model on a device, and its tokenizer.
 

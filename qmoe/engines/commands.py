@@ -6,16 +6,11 @@ from typing import Any
 import click
 
 from qmoe.errors import QmoeError
+from qmoe.options import device, given, option
 
 _PASSED = {"ignore_unknown_options": True, "allow_interspersed_args": False}
-_dtype = click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-)
-_device = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+_dtype = option(
+    "--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"])
 )
 _trust = click.option(
     "--trust-remote-code", is_flag=True, help="Run model code that the checkpoint brings along."
@@ -25,60 +20,60 @@ _trust = click.option(
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("out")
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
-@click.option("--host", default="localhost", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option(
+@option("--host", default="localhost")
+@option("--port", default="8000", type=click.IntRange(0, 65535))
+@option(
     "--engine",
-    type=click.Choice(["transformers", "vllm"]),
     default="transformers",
-    show_default=True,
+    type=click.Choice(["transformers", "vllm"]),
     help="vllm: where it is installed; EXTRA goes to it.",
 )
 @click.option("--no-batching", is_flag=True, help="One request at a time (transformers).")
-@_device
+@device
 @_dtype
 @_trust
-def serve(out: str, extra: tuple[str, ...], engine: str, **options: Any) -> None:
+def serve(out: str, extra: tuple[str, ...], **options: Any) -> None:
     """An OpenAI-compatible server for OUT, a compressed directory or a hub id; ctrl-C ends it."""
     from qmoe.engines.serve import serve as run
     from qmoe.engines.serve import serve_with_vllm
 
-    place = options.pop("host"), options.pop("port")
-    if engine == "vllm":
-        if options["dtype"] != "auto":
-            extra = ("--dtype", options["dtype"], *extra)
-        if options["trust_remote_code"]:
-            extra = ("--trust-remote-code", *extra)
-        if options["device"] != "auto":
+    chosen = given(options)
+    if chosen.pop("engine", "") == "vllm":
+        if "device" in chosen:
             raise QmoeError("vLLM chooses the device itself; leave --device")
-        serve_with_vllm(out, *place, extra)
+        if "dtype" in chosen:
+            extra = ("--dtype", chosen["dtype"], *extra)
+        if "trust_remote_code" in chosen:
+            extra = ("--trust-remote-code", *extra)
+        place = {name: chosen[name] for name in ("host", "port") if name in chosen}
+        serve_with_vllm(out, extra=extra, **place)
     if extra:
         raise QmoeError(f"unknown arguments {' '.join(extra)}; `qmoe serve --help` lists all")
-    options["batching"] = not options.pop("no_batching")
-    run(out, *place, **options)
+    run(out, batching=not chosen.pop("no_batching", False), **chosen)
 
 
 @click.command()
 @click.argument("out")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
-@click.option(
+@option("--max-new-tokens", default="512", type=click.IntRange(1))
+@option(
     "--temperature",
+    default="as the model's generation_config says",
     type=click.FloatRange(0),
-    default=None,
-    help="0: always the likeliest token; default: as the model's generation_config says.",
+    help="0: always the likeliest token.",
 )
-@_device
+@device
 @_dtype
 @_trust
-def chat(out: str, max_new_tokens: int, temperature: float | None, **options: Any) -> None:
+def chat(out: str, temperature: float | None, **options: Any) -> None:
     """A conversation with OUT in the terminal."""
-    from qmoe.engines.chat import Chat, lines, model_and_tokenizer, talk
+    from qmoe.engines.chat import SETTINGS, Chat, lines, model_and_tokenizer, talk
 
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    chosen = given(options)
+    settings = SETTINGS | {k: chosen.pop(k) for k in SETTINGS if k in chosen}
     if temperature is not None:
         settings |= {"do_sample": temperature > 0}
         settings |= {"temperature": temperature} if temperature else {}
-    model, tokenizer = model_and_tokenizer(out, **options)
+    model, tokenizer = model_and_tokenizer(out, **chosen)
 
     def write(text: str) -> None:
         sys.stdout.write(text)

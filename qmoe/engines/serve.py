@@ -198,7 +198,9 @@ def _batches(server: Any) -> bool:
     return True
 
 
-def serve_with_vllm(model: str, host: str, port: int, extra: Sequence[str]) -> None:
+def serve_with_vllm(
+    model: str, host: str = "localhost", port: int = 8000, extra: Sequence[str] = ()
+) -> None:
     """Becomes vLLM's server; does not return.
 
     Args:

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from qmoe.errors import CorruptError
 from qmoe.store.reader import Container
+from qmoe.store.stored_experts import bad_range
 
 FEW_TOKENS = 64  # below this an expert is called starved in the report
 FLOOR = 0.1  # stored bits per weight below which an expert is all but erased
@@ -57,9 +59,14 @@ class Coverage:
 def expert_bits(container: Container, path: str) -> Tensor:
     """Stored bits per weight of every expert of a module, float64 [experts]; what the experts
     share, tables and offsets, is divided among them equally.
+
+    Raises:
+        CorruptError: offsets that are not valid.
     """
     layout = container.modules[path]
     offsets = container.read(f"{path}.offsets")
+    if bad := bad_range(offsets, container.tensors[f"{path}.stream"][2].shape[0]):
+        raise CorruptError(f"{path}: {bad[1]}")
     own = (offsets[:, :, 3] - offsets[:, :, 2]).sum(1).double()
     stream = container.tensors[f"{path}.stream"][2]
     shared = stream.end - stream.begin - own.sum() + offsets.numel() * offsets.element_size()
