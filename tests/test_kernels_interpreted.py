@@ -52,7 +52,7 @@ CASES = {
     "ragged": ([matrix(33, 17), matrix(33, 17, seed=1)], 1, None),
     "zeros": ([matrix(5, 40, 0.0)], 1, None),
     "dense": ([matrix(3, 50, 3.0)], 2, None),
-    "wide": ([matrix(4, 40, 20.0)], 1, 10),
+    "wide": ([matrix(40, 60, 20.0)], 1, 10),
     "10 bits": ([matrix(6, 40)], 2, 10),
     "12 bits": ([matrix(6, 40, 0.6)], 1, 12),
     "4097 rows": ([matrix(4097, 1)], 1, None),
