@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.calib.text import span_corruption, windows
+from qmoe.calib.default_text import windows as default_windows
+from qmoe.calib.text import beginning, span_corruption, windows
+from qmoe.errors import CalibrationError
 
 _TOKENS_AT_ONCE = 4096  # bounds the logits: 4096 x vocabulary x 4 bytes for each model
 
+_SHOWN = 80  # characters of a line
 SPAN_WINDOW = 180  # tokens of text behind one span-corruption sample where the context allows it
 
 
 def prepare(
     tokenizer: Any,
     config: Any,
-    source: str,
+    source: str | None,
     tokens: int,
     ctx: int,
     seed: int,
-    *,
-    pack: bool = False,
-    chat: bool = False,
-    column: str = "text",
+    **rows: Any,
 ) -> dict[str, Tensor]:
     """One batch of all samples: the model's inputs and `labels` (-100 where nothing is scored).
 
@@ -35,21 +35,69 @@ def prepare(
         tokenizer: of the model.
         config: the model's config; decides between windows (decoder-only) and span corruption
             (encoder-decoder).
-        source: text file or data set, see `qmoe.calib.text`.
+        source: text file or data set, see `qmoe.calib.text`; None is the text of the package,
+            which takes none of the options for rows.
         tokens: at most this many tokens of text.
         ctx: tokens of a window.
         seed: of the masked spans.
-        pack, chat, column: what rows of jsonl, parquet and data sets become, see `qmoe.calib.text`.
+        rows: `pack`, `chat`, `column` and `bos` of `qmoe.calib.text.windows`.
 
     Raises:
         CalibrationError: the text is shorter than one window.
     """
-    if not config.is_encoder_decoder:
-        ids = windows(tokenizer, source, tokens, ctx, seed, pack=pack, chat=chat, column=column)
+    if source is None and set(rows) - {"bos"}:
+        raise CalibrationError(
+            "--calib-column, --calib-pack and --calib-chat say how rows of --calib are read; "
+            "give --calib with them"
+        )
+    masked = config.is_encoder_decoder  # its windows are cut by masks, and then begin
+    bos = rows.get("bos", "auto")
+    window, options = min(ctx, SPAN_WINDOW) if masked else ctx, {**rows, "bos": bos}
+    if masked:
+        options["bos"] = "off"
+    if source is None:
+        ids = default_windows(tokenizer, tokens, window, **options)
+    else:
+        ids = windows(tokenizer, source, tokens, window, seed, **options)
+    if not masked:
         return {"input_ids": ids, "labels": ids}
-    window = min(ctx, SPAN_WINDOW)
-    ids = windows(tokenizer, source, tokens, window, seed, pack=pack, chat=chat, column=column)
-    return span_corruption(ids, tokenizer, seed)
+    return span_corruption(ids, tokenizer, seed, start=beginning(tokenizer, bos))
+
+
+def check_tokens(batch: dict[str, Tensor], tokenizer: Any, rows: int) -> None:
+    """Every token has an embedding.
+
+    Args:
+        batch: see `prepare`.
+        tokenizer: that made it.
+        rows: of the model's input embeddings.
+
+    Raises:
+        CalibrationError: with the first token that has none.
+    """
+    for ids in batch.values():
+        if int(ids.max()) >= rows:
+            beyond = int(ids[ids >= rows][0])
+            raise CalibrationError(
+                f"token {tokenizer.convert_ids_to_tokens(beyond)!r} of the text has number "
+                f"{beyond}, but the model's embeddings have {rows} rows; use the tokenizer that "
+                "the model was trained with, or resize the embeddings"
+            )
+
+
+def described(batch: dict[str, Tensor], tokenizer: Any, bos: str = "auto") -> str:
+    """What samples look like, for people: how they begin, and the first line of the first."""
+    ids = batch["input_ids"]
+    start = beginning(tokenizer, bos)
+    begins = bool(start) and ids[0, : len(start)].tolist() == start
+    if begins:
+        said = " beginning with " + repr("".join(tokenizer.convert_ids_to_tokens(start)))
+    else:
+        said = " beginning with no special token"
+    text = tokenizer.decode(ids[0].tolist()[len(start) if begins else 0 :])
+    line = next((s for s in text.splitlines() if s.strip()), "")
+    shown = line if len(line) <= _SHOWN else line[:_SHOWN] + "…"
+    return f"text: {len(ids)} windows of {ids.shape[1]} tokens, each{said}; the first: {shown!r}"
 
 
 def inputs_only(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,14 +6,17 @@ respect to that output); see docs/log-quant.md for what it is worth. The gradien
 model at once, so it is taken only where the model fits in the memory that the run was given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from qmoe.models.auto import building
 from qmoe.models.downloads import begin_walk, leave
+from qmoe.models.families.find import repair
 from qmoe.models.streamed import StreamedModel
 
 TOKENS = 16384  # calibration tokens behind the gradients
@@ -44,15 +47,47 @@ def layer_importance(
     Returns:
         {module path: importance}.
     """
+    modules = {layout.path: module for layout, module in streamed.experts}
+    with whole_model(streamed):
+        squares = squared_gradients(streamed, batches, modules)
+    means = torch.tensor([squares[path] for path in modules], dtype=torch.float64)
+    means = means / means.clamp_min(1e-30).log().mean().exp()
+    return dict(zip(modules, _rounded(means.clamp(1e-3, 1e3)).tolist(), strict=True))
+
+
+@contextmanager
+def whole_model(streamed: StreamedModel) -> Iterator[None]:
+    """While the context is open, all blocks are loaded and no parameter wants a gradient."""
     blocks = list(streamed.blocks())
     begin_walk(streamed, blocks)
     for block in blocks:
         streamed.load_block(block)
         leave(streamed, block)
-    parameters = list(streamed.model.parameters())
-    for p in parameters:
+    repaired = repair(streamed.model)
+    for p in streamed.model.parameters():
         p.requires_grad_(False)
-    squares = {layout.path: 0.0 for layout, _ in streamed.experts}
+    yield
+    for path in repaired:
+        del streamed.model.get_submodule(path).forward
+    for block in blocks:
+        streamed.free(block)
+
+
+def squared_gradients(
+    streamed: StreamedModel, batches: Sequence[dict[str, Tensor]], modules: Mapping[str, nn.Module]
+) -> dict[str, float]:
+    """Mean over predicted tokens of the squared gradient of the loss at modules' outputs, the
+    labels drawn from the model itself.
+
+    Args:
+        streamed: with all of it loaded, see `whole_model`.
+        batches: calibration inputs; about TOKENS tokens of them are used.
+        modules: by any name; a module's output is one tensor.
+
+    Returns:
+        Sums over the outputs' width, by name; 0 where a module was never called.
+    """
+    squares = dict.fromkeys(modules, 0.0)
     generator = torch.Generator().manual_seed(0)
     count = max(1, TOKENS // max(1, batches[0]["input_ids"].numel()))
     tokens = 0
@@ -61,12 +96,9 @@ def layer_importance(
         # a few rows at a time: the graph of a whole batch would be the larger part of the memory
         for rows in range(len(batch["input_ids"])):
             one = {k: v[rows : rows + 1].to(streamed.device) for k, v in batch.items()}
-            tokens += _add(streamed, one, generator, squares)
-    for block in blocks:
-        streamed.free(block)
-    means = torch.tensor([squares[path] / tokens for path in squares], dtype=torch.float64)
-    means = means / means.clamp_min(1e-30).log().mean().exp()
-    return dict(zip(squares, _rounded(means.clamp(1e-3, 1e3)).tolist(), strict=True))
+            with building(str(streamed.checkpoint.directory), what="run"):
+                tokens += _add(streamed, one, generator, modules, squares)
+    return {name: total / tokens for name, total in squares.items()}
 
 
 def _rounded(importance: Tensor) -> Tensor:
@@ -79,16 +111,17 @@ def _add(
     streamed: StreamedModel,
     batch: dict[str, Tensor],
     generator: torch.Generator,
+    modules: Mapping[str, nn.Module],
     squares: dict[str, float],
 ) -> int:
     """Adds one sample's squared gradients; returns its number of predictions."""
-    probes: dict[str, Tensor] = {}
+    probes: dict[str, list[Tensor]] = {name: [] for name in modules}
     handles = []
-    for layout, module in streamed.experts:
+    for name, module in modules.items():
 
-        def hook(_: Any, __: Any, out: Tensor, path: str = layout.path) -> Tensor:
-            probes[path] = torch.zeros_like(out, requires_grad=True)
-            return out + probes[path]
+        def hook(_: Any, __: Any, out: Tensor, name: str = name) -> Tensor:
+            probes[name].append(torch.zeros_like(out, requires_grad=True))
+            return out + probes[name][-1]
 
         handles.append(module.register_forward_hook(hook))
     try:
@@ -98,7 +131,8 @@ def _add(
             handle.remove()
     drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
     F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
-    for path, probe in probes.items():
-        if probe.grad is not None:
-            squares[path] += float(probe.grad.double().square().sum())
+    for name, called in probes.items():
+        for probe in called:
+            if probe.grad is not None:
+                squares[name] += float(probe.grad.double().square().sum())
     return len(drawn)

@@ -1,4 +1,4 @@
-"""Outputs of the last finished block of every block list: what a walk through a model goes on from.
+"""What each block returned, kept so that the next block, or the next run, starts there.
 
 `Resident` keeps them in an `ActivationStore` and forgets them with the process. `Durable` keeps
 them in files, one for each batch, so that an interrupted run goes on at the next block; a file

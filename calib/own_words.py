@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 LENGTH = 4  # tokens of a piece, its random first one included
-_LOGITS = 2**26  # of all positions of a batch together: 256 MiB in float32
+_LOGITS = 2**25  # of all positions of a batch together: 128 MiB in float32
 _ROWS = 1024  # of a batch at most; fixed, since it decides the rounding of sums
 
 # logits of every batch, [rows, tokens, vocabulary] or its last position alone
@@ -44,11 +44,11 @@ def own_words(
     generator = torch.Generator().manual_seed(seed)
     allowed = _ordinary(tokenizer, vocabulary)
     count, ctx = windows
-    pieces = -(-count * ctx // LENGTH)
+    rows = max(1, min(_ROWS, _LOGITS // (LENGTH * vocabulary)))
+    pieces = -(-count * ctx // (LENGTH * rows)) * rows  # batches of few rows are summed otherwise
     rounds = -(-pieces // len(allowed))  # every token is drawn once before any is drawn again
     first = torch.cat([torch.randperm(len(allowed), generator=generator) for _ in range(rounds)])
     said = allowed[first[:pieces], None]
-    rows = max(1, min(_ROWS, _LOGITS // (LENGTH * vocabulary)))
     for _ in range(LENGTH - 1):
         batches = [{"input_ids": part} for part in said.split(rows)]
         following = [_drawn(logits[:, -1], allowed, generator) for logits in predict(batches)]

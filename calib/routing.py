@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from qmoe.calib.activations import ActivationStore
 from qmoe.calib.walk import Walk, stop_forward
 from qmoe.errors import NonFiniteError
-from qmoe.models.families.find import layout_of, route
+from qmoe.models.families.find import kind_of, layout_of, route
 from qmoe.models.families.kind import Routed
 from qmoe.models.streamed import BlockRef
 from qmoe.system.processes import World
 
+BATCH = 1 << 32  # tokens that a batch may have, in the numbers of tokens
 _CHUNK = 4096  # rows of one partial Hessian product; fixed, since it decides the rounding
 
 
@@ -39,6 +40,8 @@ class Parked:
         weight: [N, k] float32 routing weights.
         rows: tokens of each batch, in order (they add up to N).
         output: [N, k, H] outputs times routing weight, filled group by group.
+        token: [N] int64, of which token each row is, `BATCH` times its batch added; None where rows
+            are the tokens in order.
     """
 
     hidden: Tensor
@@ -46,6 +49,7 @@ class Parked:
     weight: Tensor
     rows: list[int]
     output: Tensor
+    token: Tensor | None = None
     _order: Tensor = field(init=False)
     _start: Tensor = field(init=False)
 
@@ -64,6 +68,42 @@ class Parked:
         k = self.index.shape[1]
         return torch.div(at, k, rounding_mode="floor"), at % k
 
+    def partners(self, other: "Parked", experts: int) -> Tensor | None:
+        """Which rows of another stream are the same tokens at the same experts.
+
+        A router that orders rows by its decisions hands out other rows once it decides otherwise,
+        so the same number means nothing there. A token that the other stream sent elsewhere has a
+        partner only if its rows are all the same there (before experts that take the token itself).
+
+        Args:
+            other: the same batches in another stream.
+            experts: their number.
+
+        Returns:
+            int64 [N], rows of `other`, -1 for none; None where both streams' rows are the tokens in
+            order.
+        """
+        if self.token is None or other.token is None:
+            return None
+        width = experts + 1
+        ours, theirs = (p.index[:, 0].long().clamp(max=experts) for p in (self, other))
+        pairs = torch.where(theirs < experts, other.token * width + theirs, -1)  # -1: not used
+        found = _find(self.token * width + ours, pairs)
+        if other.alike():
+            found = torch.where(found < 0, _find(self.token, other.token), found)
+        return found
+
+    def alike(self) -> bool:
+        """Whether all rows of a token are the same, and some token has several."""
+        if self.token is None:
+            return False
+        order = torch.argsort(self.token, stable=True)
+        again = torch.nonzero(self.token[order][1:] == self.token[order][:-1])[:, 0]
+        first, second = order[again].split(_CHUNK), order[again + 1].split(_CHUNK)
+        return len(again) > 0 and all(
+            torch.equal(self.hidden[a], self.hidden[b]) for a, b in zip(first, second, strict=True)
+        )
+
     def spread(self, world: World, experts: range, owner: int) -> None:
         """Sends the outputs of some experts, which one process has filled in, to all that are apart
         from it."""
@@ -75,8 +115,9 @@ class Parked:
 
     def release(self, store: ActivationStore) -> None:
         """Gives the tensors back to the store's budget."""
-        for t in (self.hidden, self.index, self.weight, self.output):
-            store.release(t)
+        for t in (self.hidden, self.index, self.weight, self.output, self.token):
+            if t is not None:
+                store.release(t)
 
 
 def park(
@@ -106,24 +147,30 @@ def park(
     """
     world = world or World()
     seen = _seen(walk, block, path, module, store)
-    found = {n: (len(h), h.shape[1], i.shape[1], h.dtype) for n, (h, i, _) in seen.items()}
+    found = {
+        n: (len(h), h.shape[1], i.shape[1], h.dtype, t is not None)
+        for n, (h, i, _, t) in seen.items()
+    }
     owner: dict[int, int] = {}
     for rank, other in enumerate(world.collect(found, f"routing of {path}")):
         found |= other
         owner |= dict.fromkeys(other, rank)
     if not found:  # a part of the model that text never reaches: its experts see no tokens
         cols = layout_of(path, module).projections[0].cols
-        found = {n: (0, cols, 1, walk.streamed.dtype) for n in range(len(walk.batches))}
+        found = {n: (0, cols, 1, walk.streamed.dtype, False) for n in range(len(walk.batches))}
     rows = [found[n][0] for n in sorted(found)]
-    _, cols, slots, dtype = next(iter(found.values()))
+    _, cols, slots, dtype, ordered = next(iter(found.values()))
     hidden = store.shared(world, (sum(rows), cols), dtype)
     index = store.shared(world, (sum(rows), slots), torch.int32)
     weight = store.shared(world, (sum(rows), slots), torch.float32)
     output = store.shared(world, (sum(rows), slots, width), dtype)
+    token = store.shared(world, (sum(rows),), torch.int64) if ordered else None
     starts = [0, *accumulate(rows)]
     for n in sorted(seen):
         part = slice(starts[n], starts[n + 1])
-        h, index[part], weight[part] = seen.pop(n)
+        h, index[part], weight[part], own = seen.pop(n)
+        if token is not None and own is not None:
+            token[part] = own
         hidden[part] = h
         output[part] = 0
         store.release(h)
@@ -134,15 +181,33 @@ def park(
                 world.spread(shared[part], owner[n])
         output.zero_()
     world.meet(f"routing of {path}")
-    return Parked(hidden, index, weight, rows, output)
+    return Parked(hidden, index, weight, rows, output, token)
+
+
+@contextmanager
+def _ordering(walk: Walk, path: str, module: nn.Module, order: list[Tensor]) -> Iterator[None]:
+    """While the context is open, `order` ends with the tokens that the router of `module` ordered
+    last, if it does."""
+    kind = kind_of(module)
+    if kind is None or kind.router is None:
+        yield
+        return
+    where, tokens = kind.router
+    router = walk.streamed.model.get_submodule(where(path))
+    handle = router.register_forward_hook(lambda _, __, out: order.append(tokens(out).long()))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _seen(
     walk: Walk, block: BlockRef, path: str, module: nn.Module, store: ActivationStore
-) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """Hidden states, expert indices and routing weights of every batch of this process that comes
-    to the experts."""
-    seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+) -> dict[int, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Hidden states, expert indices, routing weights and (see `Parked.token`) tokens of every batch
+    of this process that comes to the experts."""
+    seen: dict[int, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
+    order: list[Tensor] = []
 
     def forward(*args: Any, **kwargs: Any) -> None:
         call = route(module, *args, **kwargs)
@@ -155,12 +220,16 @@ def _seen(
             torch.ones(call.index.shape) if call.weights is None else call.weights.float().cpu()
         )
         index = call.index.to(torch.int32).cpu()
-        seen[walk.batch] = (store.keep(call.hidden), index, weights)
+        token = order[-1] if order else call.token
+        if token is not None:
+            token = token.cpu() + BATCH * walk.batch
+        seen[walk.batch] = (store.keep(call.hidden), index, weights, token)
         stop_forward()
 
     module.forward = forward
     try:
-        walk.run(block, keep=False)
+        with _ordering(walk, path, module, order):
+            walk.run(block, keep=False)
     finally:
         del module.forward
     return seen
@@ -184,6 +253,15 @@ def plugged(walk: Walk, module: nn.Module, parked: Parked) -> Iterator[None]:
         yield
     finally:
         del module.forward
+
+
+def _find(keys: Tensor, among: Tensor) -> Tensor:
+    """The place of every key among others, -1 where it is not."""
+    if not len(among):
+        return torch.full_like(keys, -1)
+    order = torch.argsort(among, stable=True)
+    at = torch.searchsorted(among[order], keys).clamp(max=len(among) - 1)
+    return torch.where(among[order][at] == keys, order[at], -1)
 
 
 def second_moment(x: Tensor, y: Tensor | None = None, device: torch.device | None = None) -> Tensor:

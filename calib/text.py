@@ -1,26 +1,26 @@
 """Calibration and evaluation text: files and datasets -> windows of token ids. Knows no models.
 
 A window never straddles two documents, unless documents are packed with the end-of-text token
-between them. Sources are read only as far as the windows need.
+between them. It begins as the model's inputs do: with the tokens that the tokenizer puts before a
+text. Sources are read only as far as the windows need.
 """
 
-import importlib
 import itertools
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qmoe.calib.documents import TABLES, documents, is_table, optional
 from qmoe.errors import CalibrationError, reason
 
 CHARACTERS_PER_TOKEN = (
     8  # first guess of how much text to read; more is read if it does not suffice
 )
-TABLES = (".jsonl", ".parquet")
 SUFFIXES = (".txt", ".text", ".md", *TABLES)
+BEGINNINGS = ("auto", "on", "off")
 
 
 def windows(
@@ -32,71 +32,144 @@ def windows(
     *,
     pack: bool = False,
     chat: bool = False,
-    column: str = "text",
+    column: str | None = None,
+    bos: str = "auto",
 ) -> Tensor:
     """The first ``tokens // ctx`` windows of a text.
 
-    A plain text file is one document, cut from its beginning. In jsonl, parquet and datasets every
-    row is a document: its windows lie back to back, at an offset drawn from what does not fill a
-    window; rows shorter than a window are passed over. With `pack`, documents are joined with the
-    end-of-text token and cut like one. No special tokens are added.
+    A plain text file is one document, cut from its beginning. In json, jsonl, csv, parquet and
+    datasets every row is a document: its windows lie back to back, at an offset drawn from what
+    does not fill a window; rows shorter than a window are passed over. With `pack`, documents are
+    joined with the end-of-text token and cut like one.
 
     Args:
         tokenizer: a transformers tokenizer.
-        source: ``.txt``, ``.jsonl`` or ``.parquet`` file, or the name of a dataset on the hub, as
-            "owner/name", "owner/name:split" or "owner/name:configuration:split" (needs `datasets`).
+        source: a text file, a file of rows (see `qmoe.calib.documents`), or the name of a dataset
+            on the hub, as "owner/name", "owner/name:split" or "owner/name:configuration:split"
+            (needs `datasets`).
         tokens: how many tokens are wanted; fewer are returned if the source ends.
-        ctx: tokens per window.
+        ctx: tokens per window, those at its beginning included.
         seed: of the offsets.
         pack: join documents.
-        chat: apply the tokenizer's chat template to each row's "messages" (or to its text, as one
+        chat: apply the tokenizer's chat template to each row's messages (or to its text, as one
             user message); implies `pack`.
-        column: name of the text column.
+        column: of the text or the messages; by default "text", for `chat` first "messages".
+        bos: "auto" begins every window as the tokenizer begins a text (in a chat: if the template
+            begins so, too); "on" with its begin-of-text token, "off" with nothing.
 
     Returns:
         int64 [n, ctx], 1 <= n <= tokens // ctx.
 
     Raises:
-        CalibrationError: no such source, an unreadable row, an optional library that is missing, or
-            less text than one window.
+        CalibrationError: no such source, an unreadable row, an optional library that is missing, an
+            option that does not apply, or less text than one window.
     """
     if ctx < 2 or tokens < ctx:
         raise CalibrationError(
             f"{tokens} tokens in windows of {ctx}: ask for at least one window of two tokens"
         )
+    start = beginning(tokenizer, bos)
+    if len(start) >= ctx:
+        raise CalibrationError(
+            f"windows of {ctx} tokens have no room for text behind the {len(start)} tokens that "
+            "begin them; use a larger --ctx"
+        )
     count = tokens // ctx
     path = Path(source)
-    if not path.is_file() and (
-        path.exists()
-        or path.suffix in SUFFIXES
-        or path.is_absolute()
-        or str(source).startswith(".")
-    ):
-        raise CalibrationError(f"calibration text {str(source)!r} is not a file; check the path")
-    if path.is_file() and path.suffix not in TABLES:
-        if chat:
-            raise CalibrationError(
-                f"{path} is plain text; a chat template needs rows with messages (jsonl, parquet "
-                "or a dataset)"
-            )
+    if _is_plain(path, str(source)):
+        _check_plain(path, {"chat": chat, "pack": pack, "column": column is not None})
         ids = _plain(tokenizer, path, count * ctx)
     else:
-        rows = _rows(path, str(source), "messages" if chat else column, column)
-        documents = (_encode(tokenizer, row, chat) for row in rows)
+        rows = documents(path, str(source), column, chat)
+        texts = (_encode(tokenizer, row, chat) for row in rows)
         if not (pack or chat):
-            return _separate(documents, str(source), count, ctx, seed)
-        ids = _packed(tokenizer, documents, count * ctx)
-    n = min(len(ids) // ctx, count)
-    if n == 0:
+            return _separate(texts, str(source), count, ctx, seed, start)
+        ids = _packed(tokenizer, texts, count * ctx)
+        if chat and bos == "auto" and ids[: len(start)] != start:
+            start = []  # the template decides how a chat begins
+    return cut(ids, count, ctx, str(source), start)
+
+
+def beginning(tokenizer: Any, bos: str = "auto") -> list[int]:
+    """The tokens with which every window begins, see `windows`.
+
+    Raises:
+        CalibrationError: "on", and the tokenizer has no such token.
+    """
+    if bos not in BEGINNINGS:
+        raise CalibrationError(f"bos is {bos!r}; choose one of {', '.join(BEGINNINGS)}")
+    if bos == "off":
+        return []
+    if bos == "on":
+        if tokenizer.bos_token_id is None:
+            raise CalibrationError(
+                "the tokenizer has no begin-of-text token that windows could begin with"
+            )
+        return [int(tokenizer.bos_token_id)]
+    text = "a"
+    whole, bare = _tokens(tokenizer, text), token_ids(tokenizer, text)
+    for k in range(len(whole) - len(bare) + 1):
+        if whole[k : k + len(bare)] == bare:
+            return whole[:k]
+    special = set(tokenizer.all_special_ids)
+    return list(itertools.takewhile(special.__contains__, whole))
+
+
+def _is_plain(path: Path, source: str) -> bool:
+    """Whether a source is a file of plain text; one that is no file is the name of a dataset.
+
+    Raises:
+        CalibrationError: it looks like a file and is none.
+    """
+    try:
+        there, file = path.exists(), path.is_file()
+    except (OSError, ValueError) as e:
         raise CalibrationError(
-            f"{str(source)!r} holds {len(ids)} tokens, less than one window of {ctx}; give more "
-            "text or a smaller --ctx"
-        )
-    return torch.tensor(ids[: n * ctx], dtype=torch.int64).view(n, ctx)
+            f"calibration text {source[:60]!r} is no path of a file ({e}); give a file of text"
+        ) from e
+    known = path.suffix.lower() in SUFFIXES
+    if not file and (there or known or path.is_absolute() or source.startswith(".")):
+        raise CalibrationError(f"calibration text {source!r} is not a file; check the path")
+    return file and not is_table(path)
+
+
+def _check_plain(path: Path, options: dict[str, bool]) -> None:
+    why = {
+        "chat": "a chat template needs rows with messages",
+        "pack": "it is one document, and packing joins several",
+        "column": "it has no columns",
+    }
+    for name, given in options.items():
+        if given:
+            raise CalibrationError(
+                f"{path} is plain text: {why[name]} (json, jsonl, csv, parquet or a dataset)"
+            )
+
+
+def _cut(ids: list[int], ctx: int, start: list[int]) -> Iterator[list[int]]:
+    """Windows back to back, each with `start` before its text unless the text begins so."""
+    at = 0
+    while True:
+        there = ids[at : at + len(start)] == start
+        take = ctx if there else ctx - len(start)
+        if len(ids) - at < take:
+            return
+        text = ids[at : at + take]
+        yield text if there else [*start, *text]
+        at += take
+
+
+def _fitting(ids: list[int], ctx: int, start: list[int]) -> int:
+    return sum(1 for _ in _cut(ids, ctx, start))
 
 
 def span_corruption(
-    ids: Tensor, tokenizer: Any, seed: int = 0, rate: float = 0.15, mean: float = 3.0
+    ids: Tensor,
+    tokenizer: Any,
+    seed: int = 0,
+    rate: float = 0.15,
+    mean: float = 3.0,
+    start: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """T5's span corruption, the task that Switch Transformers were trained on.
 
@@ -112,10 +185,11 @@ def span_corruption(
         seed: of the spans; equal seeds give equal spans.
         rate: share of masked tokens.
         mean: mean length of a span.
+        start: tokens that every encoder input begins with.
 
     Returns:
-        input_ids [n, window - masked + spans + 1], labels and decoder_input_ids [n, masked + spans
-        + 2], int64.
+        input_ids [n, start + window - masked + spans + 1], labels and decoder_input_ids
+        [n, masked + spans + 2], int64.
 
     Raises:
         CalibrationError: a window too short for one span, or a tokenizer without enough sentinels.
@@ -139,21 +213,22 @@ def span_corruption(
     sentinels = torch.tensor([known[s] for s in names])
     end = torch.tensor([tokenizer.eos_token_id])
     generator = torch.Generator().manual_seed(seed)
+    first = torch.tensor(list(start), dtype=torch.int64)
     inputs, labels = [], []
     for row in ids:
         kept, hidden = (_cuts(total, spans, generator) for total in (length - masked, masked))
         parts = row.split([x for pair in zip(kept, hidden, strict=True) for x in pair])
         s = sentinels[:, None]
-        inputs.append(torch.cat([*itertools.chain(*zip(parts[::2], s, strict=False)), end]))
+        inputs.append(torch.cat([first, *itertools.chain(*zip(parts[::2], s, strict=False)), end]))
         labels.append(
             torch.cat([*itertools.chain(*zip(s, parts[1::2], strict=False)), s[spans], end])
         )
     target = torch.stack(labels)
-    start = torch.full((n, 1), int(tokenizer.pad_token_id))
+    shifted = torch.full((n, 1), int(tokenizer.pad_token_id))
     return {
         "input_ids": torch.stack(inputs),
         "labels": target,
-        "decoder_input_ids": torch.cat([start, target[:, :-1]], 1),
+        "decoder_input_ids": torch.cat([shifted, target[:, :-1]], 1),
     }
 
 
@@ -173,7 +248,7 @@ def _plain(tokenizer: Any, path: Path, need: int) -> list[int]:
             with path.open(encoding="utf-8") as f:
                 text = f.read(characters)
                 at_end = not f.read(1)
-            ids = _ids(tokenizer, text)
+            ids = token_ids(tokenizer, text)
             if at_end or len(ids) >= need:
                 return ids[:need]
             characters *= 2
@@ -181,143 +256,114 @@ def _plain(tokenizer: Any, path: Path, need: int) -> list[int]:
         raise CalibrationError(f"{path} cannot be read as UTF-8 text ({e})") from e
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text, no special tokens added.
+
+    Raises:
+        CalibrationError: the tokenizer cannot encode it.
+    """
+    return _tokens(tokenizer, text, add_special_tokens=False)
+
+
+def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    try:
+        return list(tokenizer(text, verbose=False, **options).input_ids)
+    except Exception as e:  # tokenizers raises nothing more special
+        raise CalibrationError(
+            f"the tokenizer cannot encode the text ({reason(e)}); is tokenizer.json intact?"
+        ) from e
 
 
 def _encode(tokenizer: Any, row: Any, chat: bool) -> list[int]:
     if not chat:
-        return _ids(tokenizer, row)
+        return token_ids(tokenizer, row)
     if not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
             "the tokenizer has no chat template; calibrate on plain text instead"
         )
-    messages = [{"role": "user", "content": row}] if isinstance(row, str) else row
-    jinja = _optional("jinja2", "jinja2", "a chat template")
+    return encode_messages(
+        tokenizer, [{"role": "user", "content": row}] if isinstance(row, str) else row
+    )
+
+
+def encode_messages(tokenizer: Any, messages: Any) -> list[int]:
+    """Ids of a conversation in the tokenizer's chat template.
+
+    Args:
+        tokenizer: has a template.
+        messages: what the template takes, objects of "role" and "content".
+
+    Raises:
+        CalibrationError: the template does not take them, or jinja2 is missing.
+    """
+    jinja = optional("jinja2", "jinja2", "a chat template")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except (jinja.TemplateError, KeyError, TypeError, ValueError) as e:
         raise CalibrationError(
             f"the chat template does not take the messages {str(messages)[:200]} ({e}); give rows "
             "of role and content as the model knows them"
         ) from e
-    return _ids(tokenizer, text)
+    return token_ids(tokenizer, text)
+
+
+def cut(ids: list[int], count: int, ctx: int, source: str, start: Sequence[int] = ()) -> Tensor:
+    """The first `count` windows of a token sequence, fewer if it is shorter.
+
+    Args:
+        ids: the sequence.
+        count: windows that are wanted.
+        ctx: tokens of a window.
+        source: what to call it.
+        start: tokens with which every window begins.
+
+    Returns:
+        int64 [n, ctx], 1 <= n <= count.
+
+    Raises:
+        CalibrationError: less than one window.
+    """
+    found = list(itertools.islice(_cut(ids, ctx, list(start)), count))
+    if not found:
+        raise CalibrationError(
+            f"{source!r} holds {len(ids)} tokens, less than one window of {ctx}; give more "
+            "text or a smaller --ctx"
+        )
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def _separate(
-    documents: Iterator[list[int]], source: str, count: int, ctx: int, seed: int
+    texts: Iterator[list[int]], source: str, count: int, ctx: int, seed: int, start: list[int]
 ) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    found: list[Tensor] = []
-    seen = longest = n = 0
-    for ids in documents:
+    found: list[list[int]] = []
+    room = ctx - len(start)
+    seen = longest = 0
+    for ids in texts:
         seen, longest = seen + 1, max(longest, len(ids))
-        if len(ids) < ctx:
+        if len(ids) < room:
             continue
-        start = int(torch.randint(len(ids) % ctx + 1, (), generator=generator))
-        cut = torch.tensor(ids[start : start + len(ids) // ctx * ctx], dtype=torch.int64).view(
-            -1, ctx
-        )[: count - n]
-        found.append(cut)
-        n += len(cut)
-        if n == count:
+        offset = int(torch.randint(len(ids) % room + 1, (), generator=generator))
+        found += itertools.islice(_cut(ids[offset:], ctx, start), count - len(found))
+        if len(found) == count:
             break
     if not found:
         raise CalibrationError(
             f"none of the {seen} documents of {source!r} fills a window of {ctx} tokens (the "
             f"longest has {longest}); pack them or use a smaller --ctx"
         )
-    return torch.cat(found)
+    return torch.tensor(found, dtype=torch.int64)
 
 
-def _packed(tokenizer: Any, documents: Iterator[list[int]], need: int) -> list[int]:
+def _packed(tokenizer: Any, texts: Iterator[list[int]], need: int) -> list[int]:
     end = tokenizer.eos_token_id
     if end is None:
         raise CalibrationError(
             "the tokenizer has no end-of-text token, so that documents cannot be packed"
         )
     ids: list[int] = []
-    for document in documents:
-        ids += [*document, end]
+    for text in texts:
+        ids += [*text, end]
         if len(ids) >= need:
             break
     return ids
-
-
-def _rows(path: Path, source: str, column: str, text: str) -> Iterator[Any]:
-    """Values of `column` (or else of `text`) row by row."""
-    if path.suffix == ".jsonl":
-        rows: Iterator[tuple[str, dict[str, Any]]] = _jsonl(path)
-    elif path.suffix == ".parquet":
-        rows = _parquet(path, (column, text))
-    else:
-        rows = _dataset(source)
-    for where, row in rows:
-        value = row.get(column)
-        value = row.get(text) if value is None else value
-        if not isinstance(value, str) and (column == text or not isinstance(value, list)):
-            raise CalibrationError(
-                f"{where} has no text in {column!r} (its columns: {', '.join(map(str, row))})"
-            )
-        yield value
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise CalibrationError(f"{path} line {number} is no JSON object")
-                yield f"{path} line {number}", row
-    except json.JSONDecodeError as e:
-        raise CalibrationError(f"{path} line {number} is no JSON ({e})") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise CalibrationError(f"{path} cannot be read as UTF-8 text ({e})") from e
-
-
-def _parquet(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    parquet = _optional("pyarrow.parquet", "pyarrow", f"reading {path}")
-    try:
-        file = parquet.ParquetFile(path)
-        present = [c for c in dict.fromkeys(columns) if c in file.schema_arrow.names]
-        if not present:
-            raise CalibrationError(
-                f"{path} has no column {columns[0]!r} (its columns: "
-                f"{', '.join(file.schema_arrow.names)})"
-            )
-        number = 0
-        for batch in file.iter_batches(batch_size=64, columns=present):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", row
-    except (OSError, ValueError) as e:  # pyarrow's errors derive from these
-        raise CalibrationError(f"{path} cannot be read as parquet ({e})") from e
-
-
-def _dataset(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    datasets = _optional("datasets", "datasets", f"the dataset {source!r} (there is no such file)")
-    name, *rest = source.split(":")
-    if len(rest) > 2:
-        raise CalibrationError(
-            f"dataset {source!r}: expected name, name:split or name:configuration:split"
-        )
-    configuration, split = (rest[0] if len(rest) == 2 else None), (rest[-1] if rest else "train")
-    try:
-        rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
-    except (OSError, ValueError) as e:
-        raise CalibrationError(f"dataset {source!r} cannot be loaded ({reason(e)})") from e
-    try:
-        for number, row in enumerate(rows, 1):
-            yield f"{source} row {number}", row
-    except (OSError, ValueError) as e:
-        raise CalibrationError(f"dataset {source!r} cannot be read on ({reason(e)})") from e
-
-
-def _optional(module: str, package: str, purpose: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise CalibrationError(f"{purpose} needs {package}: `pip install {package}`") from e

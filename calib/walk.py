@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qmoe.calib.outputs import Outputs, tree
+from qmoe.models.auto import building
 from qmoe.models.streamed import BlockRef, StreamedModel
 
 Batch = dict[str, Tensor]
@@ -89,7 +90,8 @@ class Walk:
         self.batch = batch
         self._read.clear()
         inputs = {name: self._place(tensor) for name, tensor in self.batches[batch].items()}
-        return self.streamed.model(**inputs, use_cache=False)
+        with building(str(self.streamed.checkpoint.directory), what="run"):
+            return self.streamed.model(**inputs, use_cache=False)
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.streamed.device)

@@ -14,10 +14,10 @@ row.
 import triton
 import triton.language as tl
 
-from qmoe.kernels.device import latch, refill, symbol, tables_of, window_of
+from qmoe.kernels.device import begin, latch, refill, symbol, window_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def zero_active(out, counts, first, experts, size, BLOCK: tl.constexpr):
     """Zeros of the scratch of the experts that have tokens; grid (blocks of `size` = elements per
     expert, slots).
@@ -32,11 +32,11 @@ def zero_active(out, counts, first, experts, size, BLOCK: tl.constexpr):
         tl.store(out + slot.to(tl.int64) * size + i, zeros, mask=i < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def decode_active(
-    words, records, lanes, starts, classes, context_maps, expert_maps, expert_limits, lut,
+    words, records, lanes, starts, classes, context_maps, expert_info, lut,
     row_scale, row_scale_neg, out, counts, first, experts, rows, stored, depth, tiles, entry_bytes,
-    word_bytes, map_stride,
+    word_bytes,
     L: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One warp: 32 segments of one piece of expert first + slot, if it has tokens; grid (NP,
@@ -52,30 +52,22 @@ def decode_active(
         return
     if tl.load(counts + e) == 0:
         return
-    if tl.load(expert_limits + e) != L:
+    if tl.load(expert_info + e * 4) != L:
         return
-    at = e.to(tl.int64) * tl.num_programs(0) + program
-    next_word = tl.load(records + at * 4) + lane
-    end = tl.load(records + at * 4 + 1)
-    steps = tl.load(records + at * 4 + 2)
-    limit = tl.load(records + at * 4 + 3)
-    info = tl.load(lanes + at * 32 + lane)
-    row = info & 0xFFFFFF
+    at = e * tl.num_programs(0) + program
     piece = program // tiles // S
     pieces = tl.num_programs(0) // tiles // S
-    context_map = context_maps + tl.load(expert_maps + e) * map_stride + (info >> 24)
-    lut = tables_of(lut, context_maps, expert_maps, e, map_stride)
+    piece_tile = (e * pieces + piece) * tiles + program % tiles
+    info, next_word, end, low, high, ahead, pos, left, steps, limit = begin(
+        lane, tl.zeros([32], tl.int32), at, at, piece_tile,
+        words, records, lanes, starts, word_bytes, S, ASM,
+    )  # fmt: skip
+    row = info & 0xFFFFFF
+    context_map = context_maps + tl.load(expert_info + e * 4 + 1) + (info >> 24)
+    lut += tl.multiple_of(tl.load(expert_info + e * 4 + 2), 128)
     classes += (e.to(tl.int64) * pieces + piece) * stored
     out += ((tl.program_id(1).to(tl.int64) * rows + row) * pieces + piece) * depth - 1
-    low = tl.load(words + next_word)
-    high = tl.load(words + next_word + 32)
-    next_word += 64
     used = tl.zeros([32], tl.int32)
-    pos = tl.zeros([32], tl.int32)
-    if S > 1:
-        start = tl.load(starts + at * 32 + lane)
-        pos = start & 0xFFFF
-        left = start >> 16
     ratio = tl.full([32], 1.0 / 64, tl.float32)
     if NEG:
         at_row = e.to(tl.int64) * rows + row
@@ -87,11 +79,10 @@ def decode_active(
     total = tl.zeros([32], tl.float32)
     for _ in range(steps):
         table = latch(lut, classes, context_map, pos, entry_bytes, word_bytes, L, ASM, False)
-        window = window_of(low, high, used)
         for _u in tl.static_range(32 // L):
+            window = window_of(low, high, used)
             advance, value, length = symbol(lut, table, window, entry_bytes, L, WIDE, ASM, False)
-            window = window >> length
-            used += length.to(tl.int32)
+            used += length
             pos += advance
             total = tl.where(advance == 0, total + value, value)
             write = (value != 0) & (pos > 0) & (pos <= last) & (row < rows)
@@ -101,4 +92,6 @@ def decode_active(
         if S > 1:
             left -= 1
             pos = tl.where(left > 0, pos, limit)
-        next_word, low, high, used = refill(words, next_word, end, low, high, used, word_bytes, ASM)
+        next_word, low, high, ahead, used = refill(
+            words, next_word, end, low, high, ahead, used, word_bytes, ASM
+        )

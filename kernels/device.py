@@ -20,7 +20,8 @@ multiplied by VALUE_SCALE = 64; the sums are divided by 64 at the end.
 
 Safety, whatever the words hold:
 - the word index only grows, by one word per group at most (G * L <= 32), and is masked at the end
-  of its program's words;
+  of its program's words; a lane holds the next three words, so that one is in flight while a group
+  is decoded;
 - a table index is L bits, the table base comes from tables that were built and checked on the host;
 - `pos` is clamped to `limit` after each group, so inside a group it stays below limit + 63 * G: x
   has that many zeros behind it;
@@ -60,10 +61,14 @@ def gather(base, index, stride, TYPE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def shared_word(memory, index):
-    """Element `index` of an int16 array in shared memory as uint32; the hardware address is taken
-    modulo the array's size, a power of two.
+    """Element `index` of an int16 or int32 array in shared memory as uint32; the hardware address
+    is taken modulo the array's size, a power of two.
     """
-    return memory.gather(index, axis=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    word = memory.gather(index, axis=0)
+    if word.dtype == tl.int32:
+        return word.to(tl.uint32, bitcast=True)
+    else:
+        return word.to(tl.uint16, bitcast=True).to(tl.uint32)
 
 
 @triton.jit
@@ -74,7 +79,7 @@ def symbol(
     """Looks up the code in the low bits of `window` (uint32).
 
     `table` is the address of the table, or its first entry in the shared-memory array `tables`.
-    Returns (advance int32, value float32 * 64, code length uint32).
+    Returns (advance int32, value float32 * 64, code length int32).
     """
     index = (window & ((1 << L) - 1)).to(tl.int32)
     if SHARED:
@@ -91,37 +96,82 @@ def symbol(
         length = e >> 12
         # 2^23 + 0xF03F + 64 * 32
         value = (e | 0x4B00F03F).to(tl.float32, bitcast=True) - 8452159.0
-    return (e & 63).to(tl.int32), value, length
+    return (e & 63).to(tl.int32), value, length.to(tl.int32)
 
 
 @triton.jit
 def window_of(low, high, used):
-    """The 32 bits of the stream from bit `used` (0..31) of two words (int32) on, uint32."""
+    """The 32 bits of the stream from bit `used` (0..63) of two words (int32) on, uint32; bits
+    beyond the two words are zeros.
+    """
     high, low = high.to(tl.uint32, bitcast=True), low.to(tl.uint32, bitcast=True)
     both = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
     return (both >> used.to(tl.uint64)).to(tl.uint32)
 
 
 @triton.jit
-def refill(words, next_word, end, low, high, used, word_bytes, ASM: tl.constexpr):
-    """Steps to the next word when 32 bits are used (`used` is at most 63). Returns (next_word, low,
-    high, used).
+def begin(
+    lane, zero, at, first_tile, piece_tile,
+    words, records, lanes, starts, word_bytes,
+    S: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """What a lane needs before its first group; only loads, so that they can be in flight together.
+
+    Args:
+        lane, zero: 0..32 * W - 1, and zeros; made by the caller, as Gluon gives tensors a layout.
+        at: this lane's program; first_tile: the first program of the CTA; piece_tile: this
+            lane's row of `lanes`.
+
+    Returns:
+        info (row | class << 24), where the words are, next word's index, its end, three words,
+        first position, groups left (if S > 1), groups, limit.
     """
+    first = tl.load(records + at * 4)
+    end = tl.load(records + at * 4 + 1)
+    steps = tl.load(records + first_tile * 4 + 2)  # no program of the CTA has more
+    limit = tl.load(records + first_tile * 4 + 3)  # the matrix's, equal in all its records
+    info = tl.load(lanes + piece_tile * 32 + lane % 32)
+    next_word = first + lane % 32
+    if ASM:  # the program's lines, one a lane; prefetched is 0
+        line = address(words, tl.minimum(first + lane % 32 * 32, end - 1), word_bytes, ASM)
+        prefetched = tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        prefetched = zero
+    low = tl.load(words + next_word)
+    high = tl.load(words + next_word + 32)
+    third = next_word + 64
+    ahead = tl.load(words + third, mask=third < end, other=0)
+    pos = zero
+    left = zero
+    if S > 1:
+        start = tl.load(starts + at * 32 + lane % 32).to(tl.int32)
+        if starts.dtype.element_ty == tl.int16:
+            start &= 0xFFFF
+        pos = start & 0x7FF
+        left = tl.load(records + at * 4 + 2) - (start >> 11)
+    return info, third + 32 + prefetched, end, low, high, ahead, pos, left, steps, limit
+
+
+@triton.jit
+def refill(words, next_word, end, low, high, ahead, used, word_bytes, ASM: tl.constexpr):
+    """Steps to the next word when 32 bits are used (`used` is at most 63). What is loaded here is
+    the third word: a group later it is looked at for the first time.
+
+    Returns (next_word, low, high, ahead, used).
+    """
+    step = used & 32
     need = used > 31
     low = tl.where(need, high, low)
+    high = tl.where(need, ahead, high)
     if ASM:
         at = address(words, next_word, word_bytes, ASM).to(tl.pointer_type(tl.int32))
     else:
         at = words + next_word
-    high = tl.load(at, mask=need & (next_word < end), other=high)
-    return next_word + (used & 32), low, high, used & 31
-
-
-@triton.jit
-def tables_of(lut, context_maps, expert_maps, e, map_stride):
-    """Pointer to the first lookup entry of expert e's group."""
-    start = tl.load(context_maps + (tl.load(expert_maps + e) + 1) * map_stride - 1)
-    return lut + tl.multiple_of(start, 256)
+    ahead = tl.load(at, mask=need & (next_word < end), other=ahead)
+    return next_word + step, low, high, ahead, used & 31
 
 
 @triton.jit
@@ -139,3 +189,12 @@ def latch(
         return first & (15 << L)  # says to the compiler what the host has checked
     else:
         return address(lut, first, entry_bytes, ASM)
+
+
+@triton.jit
+def expert_of(group_expert, group, experts):
+    """Expert of a group as int32, -1 if it is none of 0..experts - 1 (`group_expert` may be int64
+    from anywhere).
+    """
+    e = tl.load(group_expert + group)
+    return tl.where((e >= 0) & (e < experts), e, -1).to(tl.int32)

@@ -16,17 +16,16 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def grouped_dot(
     xs, codes, row_scale, offsets, order, y, first, experts, rows, depth,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
-    EXACT: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """y[order[m], r] = xs[m] . codes[slot, r] * row_scale[e, r] for the pairs m of expert e = first
     + slot.
 
-    Grid (tiles of ROWS, slots, SPLIT); `offsets` int32 [experts + 1] are the bounds of each
-    expert's pairs. depth must be a multiple of DEPTH.
+    Grid (tiles of ROWS, slots, shares of an expert's tiles of tokens); `offsets` int32 [experts +
+    1] are the bounds of each expert's pairs. depth must be a multiple of DEPTH.
     EXACT: float32 operands are multiplied as such, not in tf32.
     """
     slot = tl.program_id(1)
@@ -43,7 +42,7 @@ def grouped_dot(
     scale = tl.load(row_scale + e.to(tl.int64) * rows + first_row + r, mask=real, other=0.0)
     codes += (slot.to(tl.int64) * rows + first_row) * depth
     y += first_row
-    for tile in range(tl.program_id(2), tl.cdiv(count, TOKENS), SPLIT):
+    for tile in range(tl.program_id(2), tl.cdiv(count, TOKENS), tl.num_programs(2)):
         here = m < count - tile * TOKENS
         start = (begin + tile * TOKENS).to(tl.int64)
         x = xs + start * depth

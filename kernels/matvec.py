@@ -9,62 +9,39 @@ Replaces
         for b in pairs(g):
             y[g, :, b] = W[expert(g)] @ x[token(b)]   # W = codes * col_scale * row_scale
 
-by `gather_inputs` (puts x, times the column scales, into the order of the coded columns), `matvec`
-(every lane follows one stream segment and stores its partial sum) and `sum_partials` or
-`silu_inputs` or `sum_tokens` (add the partial sums in a fixed order).
+by `qmoe.kernels.inputs` (puts x, times the column scales, into the order of the coded columns),
+`matvec` (every lane follows one stream segment and stores its partial sum) and
+`qmoe.kernels.sums` (adds the partial sums in a fixed order).
 No atomics: equal inputs give equal bits, and the result of a pair does not depend on the other
 pairs.
 
 Shapes, with E experts, P pieces, S segments, NP = P * S * ceil(rows / 32) programs per expert:
-- group_expert int32 [groups], outside 0..E-1 for an empty group; group_pairs int32 [groups, B], -1
-  for an empty place;
-- slots int32 [pairs]: g * B + b of the pair, -1 if its expert is outside 0..E-1;
+- group_expert int32 or int64 [groups], outside 0..E-1 for an empty group; with one pair a group it
+  is the index of experts itself;
 - xs [groups, P, width, B] float32 or bf16: position p of a piece at index p + 1, zeros elsewhere;
 - partial float32 [groups, P * S, B, rows].
 Launchers and twins are in `qmoe.kernels.project`.
+
+A kernel launched with PDL may begin before the one in front of it has ended: what that one writes
+is read behind `gdc_wait` only, nothing is written in front of it, no program leaves without it, and
+`gdc_launch_dependents` stands behind it, so that whatever is older is complete when a kernel
+begins.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qmoe.kernels.device import (
+    begin,
+    expert_of,
     gather,
     latch,
     refill,
     shared_word,
     symbol,
-    tables_of,
     window_of,
 )
-
-
-@triton.jit
-def gather_inputs(
-    x, group_expert, group_pairs, columns, scales, xs, experts, cols, fan, stored, out_width,
-    B: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """xs[g, p, i, b] = x[pair(g, b) // fan, columns[e, p, i + OFFSET]] * scales[...]; grid (blocks
-    of out_width, P, groups).
-    """
-    g = tl.program_id(2).to(tl.int64)
-    piece = tl.program_id(1)
-    pieces = tl.num_programs(1)
-    e = tl.load(group_expert + g)
-    valid = (e >= 0) & (e < experts)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at = (tl.where(valid, e, 0).to(tl.int64) * pieces + piece) * stored + i + OFFSET
-    inside = (i + OFFSET < tl.where(valid, stored, 0)) & (i < out_width)
-    column = tl.load(columns + at, mask=inside, other=-1).to(tl.int32)
-    scale = tl.load(scales + at, mask=inside, other=0.0)
-    to = ((g * pieces + piece) * out_width + i) * B
-    for b in tl.static_range(B):
-        pair = tl.load(group_pairs + g * B + b)
-        use = (column >= 0) & (column < tl.where(pair >= 0, cols, 0))
-        token = (tl.maximum(pair, 0) // fan).to(tl.int64)
-        v = tl.load(x + token * cols + column, mask=use, other=0.0).to(tl.float32) * scale
-        if xs.dtype.element_ty == tl.bfloat16:
-            v = rounded(v, 1)
-        tl.store(xs + to + b, v.to(xs.dtype.element_ty), mask=i < out_width)
 
 
 @triton.jit
@@ -77,88 +54,78 @@ def half(word, index: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def active_expert(group_expert, expert_limits, experts, L: tl.constexpr):
+def active_expert(group_expert, expert_info, experts, L: tl.constexpr):
     """The expert of this program's group, -1 if there is none or its codes are not of L bits."""
-    e = tl.load(group_expert + tl.program_id(1))
-    valid = (e >= 0) & (e < experts)
-    limit = tl.load(expert_limits + tl.where(valid, e, 0))
-    return tl.where(valid & (limit == L), e, -1)
+    e = expert_of(group_expert, tl.program_id(0), experts)
+    limit = tl.load(expert_info + tl.maximum(e, 0) * 4)
+    return tl.where(limit == L, e, -1)
 
 
 @triton.jit
-def place(tiles, W: tl.constexpr, S: tl.constexpr):
-    """What this program works on: (slot = piece * S + segment, number of slots, first tile).
-
-    A program takes W neighbouring tiles of 32 segments, one for each of its warps.
+def start(
+    lane, zero, e, words, records, lanes, starts, tiles, word_bytes,
+    S: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """`begin` for this program: W neighbouring tiles of 32 segments, one for each of its warps. A
+    warp behind the last tile repeats it. The tiles with the longest streams come first in the grid.
     """
-    per_slot = (tiles + W - 1) // W
-    program = tl.program_id(0)
-    return program // per_slot, tl.num_programs(0) // per_slot, program % per_slot * W
+    slot, tile0 = tl.program_id(1), tl.program_id(2) * W
+    # every program has words, of which there are less than 2^31: its number times 32 fits in int32
+    base = (e * tl.num_programs(1) + slot) * tiles
+    pieces = (e * (tl.num_programs(1) // S) + slot // S) * tiles
+    tile = tl.minimum(tile0 + lane // 32, tiles - 1)
+    return begin(
+        lane, zero, base + tile, base + tile0, pieces + tile,
+        words, records, lanes, starts, word_bytes, S, ASM,
+    )  # fmt: skip
 
 
 @triton.jit
-def inputs_of(xs, slot, slots, width, B: tl.constexpr, S: tl.constexpr):
+def inputs_of(xs, width, B: tl.constexpr, S: tl.constexpr):
     """The inputs of this program's group and piece: pointer to [width, B]."""
-    g = tl.program_id(1).to(tl.int64)
-    return xs + tl.multiple_of((g * (slots // S) + slot // S) * width * B, 8)
+    row = tl.program_id(0).to(tl.int64) * (tl.num_programs(1) // S) + tl.program_id(1) // S
+    return xs + tl.multiple_of(row * width * B, 16)
 
 
 @triton.jit
 def follow(
-    lane, zero, nothing, e, lut, tables, inputs,
-    words, records, lanes, starts, classes, context_maps, expert_maps,
-    row_scale, row_scale_neg, xs, partial,
-    rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes, map_stride,
+    lane, zero, nothing, e, lane_state, lut, tables, inputs,
+    words, classes, context_maps, expert_info, row_scale, row_scale_neg, xs, partial,
+    rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes,
     B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
     WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr,
     SHARED: tl.constexpr, SHARED_X: tl.constexpr,
 ):  # fmt: skip
-    """The work of one program of `matvec`: expert e, already checked.
+    """The loop of one program of `matvec`: expert e, already checked; `lane_state` from `start`.
 
-    `lane`, `zero` and `nothing` are 0..32 * W - 1, integer and float zeros [32 * W]: made by the
-    caller, since Gluon gives tensors a layout. `tables` holds the lookup tables if SHARED, `inputs`
-    the inputs of the piece if SHARED_X (one bf16 each), in shared memory.
+    `nothing` are float zeros [32 * W]. `tables` holds the lookup tables if SHARED, `inputs` the
+    inputs of the piece if SHARED_X (a word of X_BITS each), in shared memory; `lut` points at the
+    expert's tables otherwise, and `xs` at all inputs.
     """
-    slot, slots, tile0 = place(tiles, W, S)
-    piece = slot // S
-    g = tl.program_id(1).to(tl.int64)
-    base = (e.to(tl.int64) * slots + slot) * tiles
-    tile = tile0 + lane // 32
-    here = tile < tiles  # a warp behind the last tile repeats it and stores nothing
-    at = base + tl.minimum(tile, tiles - 1)
-    first = tl.load(records + at * 4)
-    end = tl.load(records + at * 4 + 1)
-    limit = tl.load(records + (base + tile0) * 4 + 3)  # the matrix's, equal in all its records
-    steps = tl.load(records + (base + tile0) * 4 + 2)
-    for k in tl.static_range(1, W):
-        other = base + tl.minimum(tile0 + k, tiles - 1)
-        steps = tl.maximum(steps, tl.load(records + other * 4 + 2))
-    info = tl.load(lanes + at * 32 + lane % 32)
+    info, next_word, end, low, high, ahead, pos, left, steps, limit = lane_state
+    slot = tl.program_id(1)
+    slots = tl.num_programs(1)
     row = info & 0xFFFFFF
-    context_map = context_maps + tl.load(expert_maps + e) * map_stride + (info >> 24)
-    if not SHARED:
-        lut = tables_of(lut, context_maps, expert_maps, e, map_stride)
-    classes += (e.to(tl.int64) * (slots // S) + piece) * stored
+    # zero that only the host knows of: pointers of each lane's own stay in registers, where uniform
+    # ones are put together again in every turn
+    own = (info >> 31).to(tl.int64)
+    words += own
+    context_map = context_maps + tl.load(expert_info + e * 4 + 1) + (info >> 24)
+    classes += (e.to(tl.int64) * (slots // S) + slot // S) * stored + own
     PER: tl.constexpr = 64 // X_BITS if B * X_BITS > 64 else B  # inputs per load
     LOADS: tl.constexpr = B // PER
     WORD: tl.constexpr = (
         tl.uint64 if PER * X_BITS == 64 else (tl.uint32 if PER * X_BITS == 32 else tl.uint16)
     )
-    xs = inputs_of(xs, slot, slots, width, B, S)
-    inside = here & (row < rows)
+    if not SHARED_X:
+        xs = inputs_of(xs, width, B, S)
+    # a warp behind the last tile stores nothing
+    inside = (tl.program_id(2) * W + lane // 32 < tiles) & (row < rows)
+    at_row = e.to(tl.int64) * rows + row
     if NEG:
-        positive = tl.load(row_scale + e.to(tl.int64) * rows + row, mask=inside, other=0.0)
-        negative = tl.load(row_scale_neg + e.to(tl.int64) * rows + row, mask=inside, other=0.0)
-    next_word = first + lane % 32
-    low = tl.load(words + next_word)
-    high = tl.load(words + next_word + 32)
-    next_word += 64
+        positive = tl.load(row_scale + at_row, mask=inside, other=0.0)
+        negative = tl.load(row_scale_neg + at_row, mask=inside, other=0.0)
     used = zero
-    pos = zero
-    if S > 1:
-        start = tl.load(starts + at * 32 + lane % 32)
-        pos = start & 0xFFFF
-        left = start >> 16
     acc0 = nothing
     acc1 = nothing
     acc2 = nothing
@@ -169,13 +136,12 @@ def follow(
     acc7 = nothing
     for _ in range(steps):
         table = latch(lut, classes, context_map, pos, entry_bytes, word_bytes, L, ASM, SHARED)
-        window = window_of(low, high, used)
         for _u in tl.static_range(32 // L):
+            window = window_of(low, high, used)
             advance, value, length = symbol(
                 tables, table, window, entry_bytes, L, WIDE, ASM, SHARED
             )
-            window = window >> length
-            used += length.to(tl.int32)
+            used += length
             pos += advance
             if NEG:
                 value = value * tl.where(value < 0, negative, positive)
@@ -209,11 +175,13 @@ def follow(
         if S > 1:
             left -= 1
             pos = tl.where(left > 0, pos, limit)
-        next_word, low, high, used = refill(words, next_word, end, low, high, used, word_bytes, ASM)
-    to = partial + ((g * slots + slot) * B) * rows + row
+        next_word, low, high, ahead, used = refill(
+            words, next_word, end, low, high, ahead, used, word_bytes, ASM
+        )
+    to = partial + ((tl.program_id(0).to(tl.int64) * slots + slot) * B) * rows + row
     scale = nothing + 1.0 / 64
     if not NEG:
-        scale *= tl.load(row_scale + e.to(tl.int64) * rows + row, mask=inside, other=0.0)
+        scale *= tl.load(row_scale + at_row, mask=inside, other=0.0)
     tl.store(to, acc0 * scale, mask=inside)
     if B > 1:
         tl.store(to + rows, acc1 * scale, mask=inside)
@@ -229,128 +197,35 @@ def follow(
 
 @triton.jit
 def matvec(
-    words, records, lanes, starts, classes, context_maps, expert_maps, expert_limits, lut,
+    words, records, lanes, starts, classes, context_maps, expert_info, lut,
     row_scale, row_scale_neg,
     xs, group_expert, partial,
-    experts, rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes, map_stride,
+    experts, rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes,
     B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
-    WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr,
+    WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """W warps: 32 * W segments of one piece of one expert against B inputs; grid (P * S *
-    ceil(tiles / W), groups).
+    """W warps: 32 * W segments of one piece of one expert against B inputs; grid (groups, P * S,
+    ceil(tiles / W)).
 
     `entry_bytes`, `x_bytes` and `word_bytes` = 4 are the sizes of a lookup entry, of one x load and
     of an int32, passed at run time (see `device.address`).
     """
-    e = active_expert(group_expert, expert_limits, experts, L)
+    e = active_expert(group_expert, expert_info, experts, L)
     if e < 0:
+        if PDL:
+            gdc_wait()
         return
-    lanes_here: tl.constexpr = 32 * W
+    LANES: tl.constexpr = 32 * W
+    lane = tl.arange(0, LANES)
+    zero = tl.zeros([LANES], tl.int32)
+    state = start(lane, zero, e, words, records, lanes, starts, tiles, word_bytes, S, W, ASM)
+    tables = lut + tl.multiple_of(tl.load(expert_info + e * 4 + 2), 128)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     follow(
-        tl.arange(0, lanes_here), tl.zeros([lanes_here], tl.int32),
-        tl.zeros([lanes_here], tl.float32), e, lut, lut, xs,
-        words, records, lanes, starts, classes, context_maps, expert_maps,
-        row_scale, row_scale_neg, xs, partial,
-        rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes, map_stride,
+        lane, zero, tl.zeros([LANES], tl.float32), e, state, tables, tables, xs,
+        words, classes, context_maps, expert_info, row_scale, row_scale_neg, xs, partial,
+        rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes,
         B, X_BITS, L, S, W, WIDE, NEG, ASM, False, False,
     )  # fmt: skip
-
-
-@triton.jit
-def slot_sum(partial, slot, element, rows, SLOTS: tl.constexpr, B: tl.constexpr, mask):
-    """Sum over the P * S partial sums of a pair at row `element`; slot < 0 gives zeros."""
-    at = tl.maximum(slot, 0).to(tl.int64)
-    end = tl.where(slot >= 0, rows, 0)
-    base = partial + ((at // B) * SLOTS * B + at % B) * rows + element
-    total = tl.zeros(element.shape, tl.float32)
-    for s in tl.static_range(SLOTS):
-        total += tl.load(base + s * B * rows, mask=mask & (element < end), other=0.0)
-    return total
-
-
-@triton.jit
-def sum_partials(
-    partial, slots, y, rows, SLOTS: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr
-):
-    """y[pair, r] = sum of the pair's partial sums; grid (blocks of rows, pairs)."""
-    pair = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = slot_sum(partial, tl.load(slots + pair), r, rows, SLOTS, B, r < rows)
-    if y.dtype.element_ty == tl.bfloat16:
-        total = rounded(total, 1)
-    tl.store(y + pair * rows + r, total.to(y.dtype.element_ty), mask=r < rows)
-
-
-@triton.jit
-def silu_inputs(
-    partial, group_expert, group_pairs, columns, scales, xs, experts, inner, stored, width,
-    SLOTS: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """The gate between the projections, straight into the down projection's inputs; grid (blocks of
-    width, P of down, groups).
-
-    xs[g, p, i, b] = silu(gate) * up * scale at column = columns[e, p, i]: gate = row `column` of
-    the first projection's sums, up = row inner + column. HALF rounds gate, up and the product to
-    bf16 (1) or fp16 (2) first, as the uncompressed model does; 0 keeps float32.
-    """
-    g = tl.program_id(2).to(tl.int64)
-    pieces = tl.num_programs(1)
-    e = tl.load(group_expert + g)
-    valid = (e >= 0) & (e < experts)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at = (tl.where(valid, e, 0).to(tl.int64) * pieces + tl.program_id(1)) * stored + i
-    inside = i < tl.where(valid, stored, 0)
-    column = tl.load(columns + at, mask=inside, other=-1).to(tl.int32)
-    scale = tl.load(scales + at, mask=inside, other=0.0)
-    to = ((g * pieces + tl.program_id(1)) * width + i) * B
-    for b in tl.static_range(B):
-        pair = tl.load(group_pairs + g * B + b)
-        use = (column >= 0) & (column < tl.where(pair >= 0, inner, 0))
-        slot = (g * B + b).to(tl.int32)
-        gate = slot_sum(partial, slot, tl.maximum(column, 0), 2 * inner, SLOTS, B, use)
-        up = slot_sum(partial, slot, tl.maximum(column, 0) + inner, 2 * inner, SLOTS, B, use)
-        gate, up = rounded(gate, HALF), rounded(up, HALF)
-        v = rounded(rounded(gate / (1.0 + tl.exp(-gate)), HALF) * up, HALF) * scale
-        tl.store(xs + to + b, v.to(xs.dtype.element_ty), mask=i < width)
-
-
-@triton.jit
-def rounded(v, HALF: tl.constexpr):
-    """float32 rounded to nearest even as bf16 (1) or fp16 (2), or left alone (0); by bits, since
-    the interpreter truncates to bf16.
-    """
-    if HALF == 1:
-        bits = v.to(tl.uint32, bitcast=True)
-        even = bits + 0x7FFF + ((bits >> 16) & 1)
-        return tl.where(v == v, (even & 0xFFFF0000).to(tl.float32, bitcast=True), v)
-    elif HALF == 2:
-        return v.to(tl.float16).to(tl.float32)
-    else:
-        return v
-
-
-@triton.jit
-def sum_tokens(
-    partial,
-    slots,
-    weights,
-    out,
-    rows,
-    K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    B: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out[n, r] = sum over k of weights[n, k] * y[n * K + k, r], in the order of k; grid (blocks of
-    rows, tokens).
-    """
-    n = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for k in range(K):
-        slot = tl.load(slots + n * K + k)
-        y = slot_sum(partial, slot, r, rows, SLOTS, B, r < rows)
-        total += y * tl.load(weights + n * K + k).to(tl.float32)
-    if out.dtype.element_ty == tl.bfloat16:
-        total = rounded(total, 1)
-    tl.store(out + n * rows + r, total.to(out.dtype.element_ty), mask=r < rows)

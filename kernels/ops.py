@@ -15,26 +15,28 @@ TRITON_INTERPRET=1.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from qmoe.kernels import matvec
+from qmoe.kernels import inputs, sums
 from qmoe.kernels.launch import batch_of, plan_of
 from qmoe.kernels.pack import PackedProjection
 from qmoe.kernels.project import (
-    FOUR_WARPS,
-    INTERPRETED,
-    gathered,
+    BLOCK,
+    first_sums,
+    guard,
     inputs_type,
+    launched,
     make_groups,
     partial_sums,
     project,
-    project_torch,
+    runs_kernels,
+    weights,
 )
+from qmoe.kernels.twins import project_torch, weights_torch
 
-_BLOCK = 256
 _HALF = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 0}
 
 
@@ -68,9 +70,10 @@ def _project(
     x: Tensor, index: Tensor, fan: int, tensors: Sequence[Tensor], numbers: Sequence[int]
 ) -> Tensor:
     p = PackedProjection.from_parts(tensors, numbers)
-    if x.device.type == "cpu" and not INTERPRETED:
+    if not runs_kernels(x.device):
         return project_torch(p, x, index, fan)
-    return project(p, x, index, fan)
+    with guard(x.device):
+        return project(p, x, index, fan)
 
 
 @_project.register_fake
@@ -78,6 +81,47 @@ def _(
     x: Tensor, index: Tensor, fan: int, tensors: Sequence[Tensor], numbers: Sequence[int]
 ) -> Tensor:
     return x.new_empty(index.numel(), numbers[1])
+
+
+@torch.library.custom_op("qmoe::project_back", mutates_args=())
+def _project_back(
+    y: Tensor, index: Tensor, fan: int, tensors: Sequence[Tensor], numbers: Sequence[int]
+) -> Tensor:
+    """``x[n] = sum over pairs t of row n of W[index[t]].T @ y[t]``: the gradient of `_project`.
+
+    Every expert that has a pair is decoded once; which ones is read back by the host, so this is
+    not for a graph.
+    """
+    p = PackedProjection.from_parts(tensors, numbers)
+    x = torch.zeros(y.shape[0] // fan, p.cols, dtype=torch.float32, device=y.device)
+    with guard(y.device):
+        for e in index.unique().tolist():
+            if 0 <= e < p.experts:
+                t = torch.where(index == e)[0]
+                dense = weights(p, e) if runs_kernels(y.device) else weights_torch(p, e)
+                x.index_add_(0, t // fan, y[t].float() @ dense)
+    return x.to(y.dtype)
+
+
+@_project_back.register_fake
+def _(
+    y: Tensor, index: Tensor, fan: int, tensors: Sequence[Tensor], numbers: Sequence[int]
+) -> Tensor:
+    return y.new_empty(y.shape[0] // fan, numbers[2])
+
+
+def _keep_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, index, ctx.fan, ctx.tensors, ctx.numbers = inputs
+    ctx.save_for_backward(index)
+
+
+def _project_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (index,) = ctx.saved_tensors
+    back = _project_back(grad.contiguous(), index, ctx.fan, ctx.tensors, ctx.numbers)
+    return back, None, None, [None] * len(ctx.tensors), None
+
+
+_project.register_autograd(_project_gradient, setup_context=_keep_project)
 
 
 @torch.library.custom_op("qmoe::experts_silu", mutates_args=())
@@ -88,14 +132,28 @@ def _experts_silu(
     pack = ExpertsPack(
         PackedProjection.from_parts(up, up_numbers), PackedProjection.from_parts(down, down_numbers)
     )
-    if hidden.device.type == "cpu" and not INTERPRETED:
-        return _twin(pack, hidden, index, weights, silu_gate)
-    batch = batch_of(plan_of(hidden.device), *index.shape, pack.up.experts) if len(hidden) else 0
-    return (
-        _fused(pack, hidden, index, weights, batch)
-        if batch
-        else _composed(pack, hidden, index, weights, silu_gate)
-    )
+    return _swiglu(pack, hidden, index, weights)
+
+
+def _swiglu(pack: ExpertsPack, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """What the operator `experts_silu` does."""
+    if not runs_kernels(hidden.device):
+        return twin(pack, hidden, index, weights, silu_gate)
+    with guard(hidden.device):
+        plan = plan_of(hidden.device)
+        batch = batch_of(plan, *index.shape, pack.up.experts) if len(hidden) else 0
+        if batch:
+            return _fused(pack, hidden, index, weights, batch)
+        return _composed(pack, hidden, index, weights, silu_gate)
+
+
+def _needs_operator(*inputs: Tensor) -> bool:
+    """Whether somebody looks on: a compiler, or a gradient. Otherwise the operator's 26 tensors
+    need not pass the dispatcher, which costs as much as the launches.
+    """
+    if torch.compiler.is_compiling() or any(type(t) is not Tensor for t in inputs):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
 
 @_experts_silu.register_fake
@@ -104,6 +162,42 @@ def _(
     down: Sequence[Tensor], down_numbers: Sequence[int],
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(hidden)
+
+
+def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, index, weights, *ctx.parts = inputs
+    ctx.save_for_backward(hidden, index, weights)
+
+
+def _experts_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Recomputes what lies between the projections; nothing but the inputs was kept."""
+    hidden, index, weights = ctx.saved_tensors
+    up, down = ctx.parts[:2], ctx.parts[2:]
+    top_k, flat, experts = index.shape[1], index.reshape(-1), up[1][0]
+    h = _project(hidden, flat, top_k, *up)
+    gate, linear = h.float().chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    middle = gate * sigmoid * linear
+    used = (flat >= 0) & (flat < experts)
+    of_pair = grad.repeat_interleave(top_k, 0)
+    grad_weights = None
+    if ctx.needs_input_grad[2]:
+        y = _project(middle.to(hidden.dtype), flat, 1, *down)
+        dot = (y.float() * of_pair.float()).sum(1)
+        grad_weights = torch.where(used, dot, 0.0).view_as(weights).to(weights.dtype)
+    grad_hidden = None
+    if ctx.needs_input_grad[0]:
+        share = torch.where(used, weights.reshape(-1).float(), 0.0)
+        grad_y = (of_pair.float() * share[:, None]).to(hidden.dtype)
+        back = _project_back(grad_y, flat, 1, *down).float()
+        of_gate = back * linear * sigmoid * (1 + gate * (1 - sigmoid))
+        both = torch.cat([of_gate, back * gate * sigmoid], 1).to(hidden.dtype)
+        grad_hidden = _project_back(both, flat, top_k, *up)
+    weightless = [None] * len(up[0]), None, [None] * len(down[0]), None
+    return grad_hidden, None, grad_weights, *weightless
+
+
+_experts_silu.register_autograd(_experts_gradient, setup_context=_keep_experts)
 
 
 def project_pairs(p: PackedProjection, x: Tensor, index: Tensor) -> Tensor:
@@ -117,7 +211,7 @@ def project_pairs(p: PackedProjection, x: Tensor, index: Tensor) -> Tensor:
     Returns:
         [pairs, rows] in x's dtype.
     """
-    out: Tensor = _project(x.contiguous(), index, 1, p.tensors(), p.numbers())
+    out: Tensor = _project(x.contiguous(), index.contiguous(), 1, p.tensors(), p.numbers())
     return out
 
 
@@ -128,33 +222,28 @@ def silu_gate(h: Tensor) -> Tensor:
 
 
 def _fused(pack: ExpertsPack, hidden: Tensor, index: Tensor, weights: Tensor, batch: int) -> Tensor:
-    """Small batches, SwiGLU: six launches from hidden to out."""
+    """Small batches, SwiGLU: four launches from hidden to out for one token, else six."""
     up, down, plan = pack.up, pack.down, plan_of(hidden.device)
     tokens, top_k = index.shape
-    expert, members, slots = make_groups(index.reshape(-1), up.experts, batch)
-    partial = partial_sums(up, gathered(up, hidden, expert, members, top_k), expert, plan)
+    groups = make_groups(index.reshape(-1), up.experts, batch)
+    count = groups.expert.numel()
+    partial = first_sums(up, hidden, groups, top_k, plan, dependent=not groups.direct)
     xs = torch.empty(
-        len(expert), down.pieces, down.width, batch, dtype=inputs_type(hidden), device=hidden.device
+        count, down.pieces, down.width, batch, dtype=inputs_type(hidden), device=hidden.device
     )
-    matvec.silu_inputs[(triton.cdiv(down.width, _BLOCK), down.pieces, len(expert))](
-        partial, expert, members, down.columns, down.scales, xs, up.experts, down.cols,
-        down.columns.shape[2], down.width,
-        SLOTS=partial.shape[1], B=batch, BLOCK=_BLOCK, HALF=_HALF[hidden.dtype], **FOUR_WARPS,
+    inputs.silu_inputs[(count, down.pieces, -(-down.width // BLOCK))](
+        partial, groups.expert, groups.slots if groups.members is None else groups.members,
+        down.columns, down.scales, xs, up.experts, down.cols, down.stored, down.width,
+        SLOTS=partial.shape[1], B=batch, BLOCK=BLOCK, HALF=_HALF[hidden.dtype], PDL=plan.pdl,
+        **launched(plan, True),
     )  # fmt: skip
-    partial = partial_sums(down, xs, expert, plan)
+    partial = partial_sums(down, xs, groups, plan, dependent=True)
     out = torch.empty_like(hidden)
-    matvec.sum_tokens[(triton.cdiv(down.rows, _BLOCK), tokens)](
-        partial,
-        slots,
-        weights,
-        out,
-        down.rows,
-        K=top_k,
-        SLOTS=partial.shape[1],
-        B=batch,
-        BLOCK=_BLOCK,
-        **FOUR_WARPS,
-    )
+    sums.sum_tokens[(tokens, -(-down.rows // BLOCK))](
+        partial, groups.slots, weights, out, down.experts, down.rows,
+        K=top_k, SLOTS=partial.shape[1], B=batch, BLOCK=BLOCK, DIRECT=groups.direct, PDL=plan.pdl,
+        **launched(plan, True),
+    )  # fmt: skip
     return out
 
 
@@ -179,7 +268,7 @@ def _composed(
     return out
 
 
-def _twin(
+def twin(
     pack: ExpertsPack,
     hidden: Tensor,
     index: Tensor,
@@ -229,11 +318,14 @@ def experts_forward(
             raise ValueError(
                 f"gate and up of {pack.up.rows} rows do not match down's {pack.down.cols} columns"
             )
+        index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
+        if not _needs_operator(hidden, weights):
+            return _swiglu(pack, hidden, index, weights)
         up, down = pack.up, pack.down
         out: Tensor = _experts_silu(
             hidden,
-            top_k_index.contiguous(),
-            top_k_weights.contiguous(),
+            index,
+            weights,
             up.tensors(),
             up.numbers(),
             down.tensors(),

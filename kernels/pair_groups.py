@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_PAIRS = 1024
+BLOCKS = (64, 256, MAX_PAIRS)  # a kernel is compiled for each, not for each number of pairs
 
 
 def group_count(pairs: int, experts: int, batch: int) -> int:
@@ -57,6 +58,13 @@ def group_pairs_torch(index: Tensor, experts: int, batch: int) -> tuple[Tensor, 
 
 
 @triton.jit
+def expert_at(index, i, pairs, experts):
+    """Experts of pairs i as int32, -1 where there is none."""
+    e = tl.load(index + i, mask=i < pairs, other=-1)
+    return tl.where((e >= 0) & (e < experts), e, -1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["pairs", "groups"])
 def group_small(
     index,
     group_expert,
@@ -68,20 +76,20 @@ def group_small(
     B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`group_pairs_torch` by one program that compares all pairs with all; BLOCK >= pairs, a power
-    of two.
+    """`group_pairs_torch` by one program that compares all pairs with all; BLOCK >= pairs, of
+    BLOCKS.
     """
     i = tl.arange(0, BLOCK)
     for g in range(0, groups, BLOCK):
         tl.store(group_expert + g + i, tl.full([BLOCK], -1, tl.int32), mask=g + i < groups)
     for g in range(0, groups * B, BLOCK):
         tl.store(group_pairs + g + i, tl.full([BLOCK], -1, tl.int32), mask=g + i < groups * B)
-    e = tl.load(index + i, mask=i < pairs, other=-1).to(tl.int32)
-    valid = (e >= 0) & (e < experts)
+    e = expert_at(index, i, pairs, experts)
+    valid = e >= 0
     rank = tl.zeros([BLOCK], tl.int32)
     j = tl.arange(0, 16)
     for first in range(0, pairs, 16):
-        other = tl.load(index + first + j, mask=first + j < pairs, other=-1).to(tl.int32)
+        other = expert_at(index, first + j, pairs, experts)
         same = (e[:, None] == other[None, :]) & ((first + j)[None, :] < i[:, None])
         rank += tl.sum(same.to(tl.int32), axis=1)
     tl.store(slots + i, rank, mask=i < pairs)
@@ -89,7 +97,7 @@ def group_small(
     before = tl.zeros([BLOCK], tl.int32)  # groups of experts in front of this one
     for first in range(0, pairs, 16):
         inside = first + j < pairs
-        other = tl.load(index + first + j, mask=inside, other=-1).to(tl.int32)
+        other = expert_at(index, first + j, pairs, experts)
         leads = inside & (other >= 0) & (tl.load(slots + first + j, mask=inside, other=1) % B == 0)
         before += tl.sum(((other[None, :] < e[:, None]) & leads[None, :]).to(tl.int32), axis=1)
     tl.debug_barrier()

@@ -1,101 +1,37 @@
-"""y = W[expert] x for every (token, expert) pair of a layer: launchers of the kernels, and the
-torch twins that define them.
+"""y = W[expert] x for every (token, expert) pair of a layer: launchers of the kernels. The torch
+twins that define them are in `qmoe.kernels.twins`.
 """
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from qmoe.kernels import decode, grouped, matvec, pair_groups, shared
-from qmoe.kernels.launch import LaunchPlan, batch_of, plan_of
-from qmoe.kernels.pack import NO_ROW, PackedProjection
+from qmoe.kernels import decode, grouped, inputs, matvec, pair_groups, shared, sums
+from qmoe.kernels.launch import LaunchPlan, batch_of, is_forced, plan_of
+from qmoe.kernels.pack import PackedProjection
+from qmoe.kernels.twins import dense_of
 
 INTERPRETED = not isinstance(
     matvec.matvec, triton.JITFunction
 )  # TRITON_INTERPRET=1: kernels run on CPU tensors
-_BLOCK = 256
+BLOCK = 256
 # the instruction counts rest on fused multiply-add; Triton's default is about to change
 ONE_WARP = {"num_warps": 1, "enable_fp_fusion": True}
-FOUR_WARPS = {"num_warps": 4, "enable_fp_fusion": True}
+FOUR_WARPS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-def decode_torch(p: PackedProjection, expert: int) -> Tensor:
-    """Codes of one expert by position: float32 [rows, pieces, span + 1], the weight of the column
-    at position i at index i.
-
-    The definition of the device decoders: one step of this loop is one symbol of every lane.
-    """
-    lanes = p.lanes[expert].flatten().long()
-    row, base = lanes & NO_ROW, lanes >> 24
-    program = torch.arange(lanes.numel(), device=lanes.device) // 32
-    first, end, steps, limit = p.records[expert].long()[program].unbind(1)
-    piece = program // p.tiles // p.segments
-    at = first + torch.arange(lanes.numel(), device=lanes.device) % 32
-    words, lut = p.words.long() & 0xFFFFFFFF, p.lut.long() & (0xFFFFFFFF if p.wide else 0xFFFF)
-    context_map, bits = p.context_maps[p.expert_maps[expert]].long(), int(p.expert_limits[expert])
-    pos, left = torch.zeros_like(row), steps
-    if p.segments > 1:
-        starts = p.starts[expert].flatten().long()
-        pos, left = starts & 0xFFFF, starts >> 16
-    stored = p.classes.shape[2]
-    codes = torch.zeros(p.rows + 1, p.pieces, p.width + 1, device=lanes.device)
-    used = torch.zeros_like(row)
-    place, value_bits, bias = row.clamp(max=p.rows), 8 if p.wide else 6, 128 if p.wide else 32
-    for step in range(int(steps.max())):
-        classes = p.classes[expert, piece, pos.clamp(max=stored - 1)].long()
-        table = context_map[-1] + context_map[base + classes]
-        low = torch.where(at < end, words[at.clamp(max=words.numel() - 33)], 0)
-        high = torch.where(at + 32 < end, words[(at + 32).clamp(max=words.numel() - 1)], 0)
-        window = low >> used | (high << (32 - used)) & 0xFFFFFFFF
-        for _ in range(32 // bits):
-            entry = lut[table + (window & ((1 << bits) - 1))]
-            length = entry >> (6 + value_bits)
-            window, used = window >> length, used + length
-            pos = pos + (entry & 63)
-            value = (entry >> 6 & ((1 << value_bits) - 1)) - bias
-            real = (step < steps) & (pos < limit)
-            codes.index_put_(
-                (place, piece, torch.where(real, pos, p.width)), value.float(), accumulate=True
-            )
-        pos = torch.minimum(pos, limit)
-        left = left - 1
-        if p.segments > 1:
-            pos = torch.where(left > 0, pos, limit)
-        at, used = at + (used & 32), used & 31
-    codes[:, :, 0] = 0
-    return codes[:-1, :, :stored]
+def runs_kernels(device: torch.device) -> bool:
+    """Whether products on a device are done by kernels; otherwise by their twins."""
+    return device.type != "cpu" or INTERPRETED or is_forced()
 
 
-def weights_torch(p: PackedProjection, expert: int) -> Tensor:
-    """Dense weights of one expert, float32 [rows, cols]: codes * column scale * row scale, as
-    `QuantizedMatrix.dequantize`.
-    """
-    return _dense(p, expert, decode_torch(p, expert))
-
-
-def _dense(p: PackedProjection, expert: int, codes: Tensor) -> Tensor:
-    scale = p.row_scale[expert][:, None]
-    if p.row_scale_neg is not None:
-        scale = torch.where(
-            codes < 0, p.row_scale_neg[expert][:, None, None], scale[:, :, None]
-        ).flatten(1)
-    values = (codes * p.scales[expert]).flatten(1) * scale
-    column = p.columns[expert].long().flatten()
-    out = torch.zeros(p.rows, p.cols + 1, device=codes.device)
-    out[:, torch.where(column < 0, p.cols, column)] = values
-    return out[:, :-1].contiguous()
-
-
-def project_torch(p: PackedProjection, x: Tensor, index: Tensor, fan: int) -> Tensor:
-    """Twin of `project`: ``y[t] = W[index[t]] @ x[t // fan]`` in float32, zeros where index is
-    outside 0..E-1.
-    """
-    y = torch.zeros(index.numel(), p.rows, device=x.device)
-    for e in sorted(set(index.tolist())):
-        if 0 <= e < p.experts:
-            t = torch.where(index == e)[0]
-            y[t] = x[t // fan].float() @ weights_torch(p, e).T
-    return y.to(x.dtype)
+def guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device and stream: makes `device` the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def inputs_type(x: Tensor) -> torch.dtype:
@@ -114,60 +50,137 @@ def decoder_args(p: PackedProjection) -> tuple[Tensor, ...]:
         p.starts,
         p.classes,
         p.context_maps,
-        p.expert_maps,
-        p.expert_limits,
+        p.expert_info,
         p.lut,
     )
 
 
-def make_groups(index: Tensor, experts: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`group_pairs_torch`, by a kernel if there are few pairs."""
+@dataclass(frozen=True)
+class Groups:
+    """Who shares a decoded expert, see `pair_groups.group_pairs_torch`.
+
+    With one pair a group nothing is grouped: `expert` and `slots` are the index of experts itself
+    and there are no members.
+    """
+
+    expert: Tensor
+    members: Tensor | None
+    slots: Tensor
+    batch: int
+
+    @property
+    def direct(self) -> bool:
+        """Whether a group is its pair."""
+        return self.members is None
+
+
+def make_groups(index: Tensor, experts: int, batch: int) -> Groups:
+    """Groups of up to `batch` pairs of one expert: nothing for one, a kernel for few pairs."""
+    if batch == 1:
+        return Groups(index, None, index, 1)
     pairs = index.numel()
     if pairs > pair_groups.MAX_PAIRS:
-        return pair_groups.group_pairs_torch(index, experts, batch)
+        return Groups(*pair_groups.group_pairs_torch(index, experts, batch), batch)
     count = pair_groups.group_count(pairs, experts, batch)
     expert = torch.empty(count, dtype=torch.int32, device=index.device)
     members = torch.empty(count, batch, dtype=torch.int32, device=index.device)
     slots = torch.empty(pairs, dtype=torch.int32, device=index.device)
-    block = max(16, triton.next_power_of_2(pairs))
+    block = next(b for b in pair_groups.BLOCKS if b >= pairs)
     pair_groups.group_small[(1,)](
         index, expert, members, slots, pairs, count, experts, B=batch, BLOCK=block, **FOUR_WARPS
     )
-    return expert, members, slots
+    return Groups(expert, members, slots, batch)
 
 
-def gathered(p: PackedProjection, x: Tensor, expert: Tensor, members: Tensor, fan: int) -> Tensor:
-    """Scaled inputs of every group: [groups, P, width, B], see `matvec.gather_inputs`."""
-    count, batch = members.shape
+def gathered(
+    p: PackedProjection,
+    x: Tensor,
+    groups: Groups,
+    fan: int,
+    plan: LaunchPlan,
+    dependent: bool = False,
+) -> Tensor:
+    """Scaled inputs of every group: [groups, P, width, B], see `inputs.gather_inputs`."""
+    count, batch = groups.expert.numel(), groups.batch
     xs = torch.empty(count, p.pieces, p.width, batch, dtype=inputs_type(x), device=x.device)
-    matvec.gather_inputs[(triton.cdiv(p.width, _BLOCK), p.pieces, count)](
-        x, expert, members, p.columns, p.scales, xs, p.experts, p.cols, fan, p.columns.shape[2],
-        p.width,
-        B=batch, OFFSET=0, BLOCK=_BLOCK, **FOUR_WARPS,
+    inputs.gather_inputs[(count, p.pieces, -(-p.width // BLOCK))](
+        x, groups.expert, groups.slots if groups.members is None else groups.members,
+        p.columns, p.scales, xs, p.experts, p.cols, fan, p.stored, p.width,
+        B=batch, OFFSET=0, BLOCK=BLOCK, MEMBERS=not groups.direct, PDL=plan.pdl,
+        **launched(plan, dependent),
     )  # fmt: skip
     return xs
 
 
-def partial_sums(p: PackedProjection, xs: Tensor, expert: Tensor, plan: LaunchPlan) -> Tensor:
-    """float32 [groups, P * S, B, rows]: every segment's share of W[expert] xs."""
-    count, _, _, batch = xs.shape
-    bits = 8 * xs.element_size()
-    partial = torch.empty(
-        count, p.pieces * p.segments, batch, p.rows, dtype=torch.float32, device=xs.device
+def launched(plan: LaunchPlan, dependent: bool) -> dict[str, Any]:
+    """Launch options of four warps; `dependent`: it may begin before the launch in front of it has
+    ended, which is one of ours.
+    """
+    return FOUR_WARPS | {"launch_pdl": True} if plan.pdl and dependent else FOUR_WARPS
+
+
+def builds_inputs(p: PackedProjection, plan: LaunchPlan, batch: int) -> bool:
+    """Whether `first_sums` needs no launch for its inputs."""
+    return (
+        plan.shared
+        and all(shared.fits(limit, p.wide) for limit in p.limits)
+        and shared.room(p.width, batch) > 0
     )
+
+
+def first_sums(
+    p: PackedProjection,
+    x: Tensor,
+    groups: Groups,
+    fan: int,
+    plan: LaunchPlan,
+    dependent: bool = False,
+) -> Tensor:
+    """Partial sums of W[expert] x from the rows of a layer's input, as `partial_sums`."""
+    if builds_inputs(p, plan, groups.batch):
+        return _launch_matvec(p, x, groups, plan, dependent, fan)
+    xs = gathered(p, x, groups, fan, plan, dependent)
+    return partial_sums(p, xs, groups, plan, dependent=True)
+
+
+def partial_sums(
+    p: PackedProjection, xs: Tensor, groups: Groups, plan: LaunchPlan, dependent: bool = False
+) -> Tensor:
+    """float32 [groups, P * S, B, rows]: every segment's share of W[expert] xs, for scaled inputs.
+
+    `dependent`: the launch in front of this one is one of ours.
+    """
+    return _launch_matvec(p, xs, groups, plan, dependent, 0)
+
+
+def _launch_matvec(
+    p: PackedProjection, xs: Tensor, groups: Groups, plan: LaunchPlan, dependent: bool, fan: int
+) -> Tensor:
+    """fan > 0: xs is the layer's input, and the kernel builds its inputs."""
+    count, batch, bits = groups.expert.numel(), groups.batch, 8 * inputs_type(xs).itemsize
+    slots = p.pieces * p.segments
+    partial = torch.empty(count, slots, batch, p.rows, dtype=torch.float32, device=xs.device)
     negative = p.row_scale if p.row_scale_neg is None else p.row_scale_neg
-    for limit in p.limits:
-        kernel, extra = matvec.matvec, {}
+    grid = count, slots, -(-p.tiles // plan.warps)
+    for k, limit in enumerate(p.limits):
+        kernel: Any = matvec.matvec
+        extra: tuple[Tensor | int, ...] = ()
+        more: tuple[int, ...] = ()
+        options: dict[str, Any] = {"num_warps": plan.warps, "enable_fp_fusion": True}
         if plan.shared and shared.fits(limit, p.wide):
-            kernel, extra = shared.matvec_shared, {"ROOM": shared.room(p.width, batch, bits)}
-        slots = p.pieces * p.segments
-        kernel[(slots * triton.cdiv(p.tiles, plan.warps), count)](
-            *decoder_args(p), p.row_scale, negative, xs, expert, partial,
-            p.experts, p.rows, p.columns.shape[2], p.width, p.tiles, 4 if p.wide else 2,
-            min(8, batch * bits // 8), 4, p.context_maps.shape[1],
+            kernel, extra, more = shared.matvec_shared, (p.columns, p.scales), (p.cols,)
+            options |= {
+                "ROOM": shared.room(p.width, batch), "FILL": shared.fill(p.width, plan.warps),
+                "FAN": fan,
+            }  # fmt: skip
+        if plan.pdl and dependent and k == 0:  # a second launch waits for the first to its end
+            options["launch_pdl"] = True
+        kernel[grid](
+            *decoder_args(p), p.row_scale, negative, xs, groups.expert, partial, *extra,
+            p.experts, p.rows, p.stored, p.width, p.tiles, 4 if p.wide else 2,
+            min(8, batch * bits // 8), 4, *more,
             B=batch, X_BITS=bits, L=limit, S=p.segments, W=plan.warps, WIDE=p.wide,
-            NEG=p.row_scale_neg is not None, ASM=plan.asm, **extra,
-            num_warps=plan.warps, enable_fp_fusion=True,
+            NEG=p.row_scale_neg is not None, ASM=plan.asm, PDL=plan.pdl, **options,
         )  # fmt: skip
     return partial
 
@@ -185,7 +198,7 @@ def project(
     Args:
         p: the projection, on x's device.
         x: bf16, fp16 or float32 [ceil(pairs / fan), cols], contiguous.
-        index: integer [pairs]; outside 0..E-1 gives zeros.
+        index: integer [pairs], contiguous; outside 0..E-1 gives zeros.
         fan: pairs per row of x (top-k for the first projection, 1 for the second).
         plan, batch: override the choice of `plan_of` and `batch_of` (0 = grouped product).
 
@@ -200,12 +213,13 @@ def project(
         batch = batch_of(plan, -(-pairs // fan), fan, p.experts)
     if batch == 0:
         return project_grouped(p, x, index, fan, plan)
-    expert, members, slots = make_groups(index, p.experts, batch)
-    partial = partial_sums(p, gathered(p, x, expert, members, fan), expert, plan)
+    groups = make_groups(index, p.experts, batch)
+    partial = first_sums(p, x, groups, fan, plan, dependent=not groups.direct)
     y = torch.empty(pairs, p.rows, dtype=x.dtype, device=x.device)
-    matvec.sum_partials[(triton.cdiv(p.rows, _BLOCK), pairs)](
-        partial, slots, y, p.rows, SLOTS=partial.shape[1], B=batch, BLOCK=_BLOCK, **FOUR_WARPS
-    )
+    sums.sum_partials[(pairs, -(-p.rows // BLOCK))](
+        partial, groups.slots, y, p.experts, p.rows,
+        SLOTS=partial.shape[1], B=batch, BLOCK=BLOCK, DIRECT=groups.direct, **FOUR_WARPS,
+    )  # fmt: skip
     return y
 
 
@@ -217,15 +231,14 @@ def decode_experts(
     """
     slots, _, _, depth = out.shape
     size = out[0].numel()
-    decode.zero_active[(triton.cdiv(size, 2048), slots)](
+    decode.zero_active[(-(-size // 2048), slots)](
         out, counts, first, p.experts, size, BLOCK=2048, **FOUR_WARPS
     )
     negative = p.row_scale if p.row_scale_neg is None else p.row_scale_neg
     for limit in p.limits:
         decode.decode_active[(p.programs, slots)](
             *decoder_args(p), p.row_scale, negative, out, counts, first, p.experts, p.rows,
-            p.columns.shape[2], depth, p.tiles,
-            4 if p.wide else 2, 4, p.context_maps.shape[1],
+            p.stored, depth, p.tiles, 4 if p.wide else 2, 4,
             L=limit, S=p.segments, WIDE=p.wide, NEG=ratio and p.row_scale_neg is not None,
             ASM=plan.asm, **ONE_WARP,
         )  # fmt: skip
@@ -241,37 +254,43 @@ def project_grouped(
     counts = torch.zeros(p.experts + 1, dtype=torch.int32, device=x.device)
     counts.index_add_(0, expert, torch.ones_like(expert, dtype=torch.int32))
     offsets = torch.nn.functional.pad(counts[:-1].cumsum(0), (1, 0)).int()
-    depth = -(-(p.columns.shape[2] - 2) // plan.depth_tile) * plan.depth_tile
+    depth = -(-(p.stored - 1) // plan.depth_tile) * plan.depth_tile
     kind = inputs_type(x)
     xs = torch.empty(pairs, p.pieces, depth, dtype=kind, device=x.device)
     sorted_expert, order = expert[order].int(), order.int()
-    matvec.gather_inputs[(triton.cdiv(depth, _BLOCK), p.pieces, pairs)](
-        x, sorted_expert, order, p.columns, p.scales, xs, p.experts, p.cols, fan,
-        p.columns.shape[2], depth,
-        B=1, OFFSET=1, BLOCK=_BLOCK, **FOUR_WARPS,
+    inputs.gather_inputs[(pairs, p.pieces, -(-depth // BLOCK))](
+        x, sorted_expert, order, p.columns, p.scales, xs, p.experts, p.cols, fan, p.stored, depth,
+        B=1, OFFSET=1, BLOCK=BLOCK, MEMBERS=True, PDL=False, **FOUR_WARPS,
     )  # fmt: skip
     size = p.rows * p.pieces * depth
     slots = max(1, min(p.experts, plan.scratch_bytes // (size * kind.itemsize)))
     codes = torch.empty(slots, p.rows, p.pieces, depth, dtype=kind, device=x.device)
     y = torch.zeros(pairs, p.rows, dtype=x.dtype, device=x.device)
     split = max(1, min(4, pairs // (p.experts * plan.token_tile)))
+    stages = plan.dot_stages if kind.itemsize == 2 else plan.float_stages
     for first in range(0, p.experts, slots):
         decode_experts(p, codes, counts, first, plan, ratio=True)
-        grouped.grouped_dot[(triton.cdiv(p.rows, plan.row_tile), slots, split)](
+        grouped.grouped_dot[(-(-p.rows // plan.row_tile), slots, split)](
             xs, codes, p.row_scale, offsets, order, y, first, p.experts, p.rows, p.pieces * depth,
-            TOKENS=plan.token_tile, ROWS=plan.row_tile, DEPTH=plan.depth_tile, SPLIT=split,
+            TOKENS=plan.token_tile, ROWS=plan.row_tile, DEPTH=plan.depth_tile,
             EXACT=INTERPRETED or kind == torch.float32, num_warps=plan.dot_warps,
-            num_stages=plan.dot_stages, enable_fp_fusion=True,
+            num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
 
-def weights(p: PackedProjection, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def weights(
+    p: PackedProjection,
+    expert: int,
+    dtype: torch.dtype = torch.float32,
+    plan: LaunchPlan | None = None,
+) -> Tensor:
     """Dense weights of one expert by the kernel, [rows, cols]: float32 equals `weights_torch` bit
     for bit.
     """
-    depth = p.columns.shape[2] - 1
+    depth = p.stored - 1
     codes = torch.empty(1, p.rows, p.pieces, depth, dtype=torch.float32, device=p.words.device)
     counts = torch.ones(p.experts, dtype=torch.int32, device=p.words.device)
-    decode_experts(p, codes, counts, expert, plan_of(p.words.device), ratio=False)
-    return _dense(p, expert, torch.nn.functional.pad(codes[0], (1, 0))).to(dtype)
+    plan = plan or plan_of(p.words.device)
+    decode_experts(p, codes, counts, expert, plan, ratio=False)
+    return dense_of(p, expert, torch.nn.functional.pad(codes[0], (1, 0))).to(dtype)

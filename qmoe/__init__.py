@@ -22,6 +22,7 @@ from qmoe.errors import (
 )
 from qmoe.lazy import attribute as _attribute
 from qmoe.lazy import when_transformers_is_imported as _when_transformers_is_imported
+from qmoe.system.loops_cache import settle_loops_cache as _settle_loops_cache
 from qmoe.version import __version__
 
 if _typing.TYPE_CHECKING:
@@ -92,4 +93,5 @@ def __dir__() -> list[str]:
     return __all__
 
 
+_settle_loops_cache()
 _when_transformers_is_imported()

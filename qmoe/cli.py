@@ -20,6 +20,9 @@ import click
 
 from qmoe.engines.commands import add_to
 from qmoe.errors import QmoeError
+from qmoe.options import device as _device
+from qmoe.options import given as _given
+from qmoe.options import option as _option
 
 
 class _Bytes(click.ParamType[int]):
@@ -74,25 +77,57 @@ _trust = click.option(
 )
 
 
-def _option(*names: str, default: str, help: str = "", **more: Any) -> Callable[..., Any]:
-    """An option that is passed on only if it is given; its help quotes the default."""
-    text = f"{help} [default: {default}]".strip()
-    return click.option(*names, default=None, help=text, **more)
-
-
-_device = _option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the user wrote."""
-    return {name: value for name, value in options.items() if value not in (None, False)}
-
-
 _with_code = click.option(
     "--with-code",
     is_flag=True,
     help="Add a file through which trust_remote_code=True loads it without an `import qmoe`.",
 )
+
+_TEXTS = ".txt, .json, .jsonl, .csv, .parquet or a datasets name"
+_ROWS = ("column", "pack", "chat", "bos")
+
+
+def _rows(prefix: str) -> Callable[[Any], Any]:
+    """The options that say how text is read, under names with a prefix."""
+    options = (
+        _option(
+            f"--{prefix}column",
+            default="text",
+            help="Column of the text or messages in json, csv, parquet or a dataset.",
+        ),
+        click.option(
+            f"--{prefix}pack",
+            is_flag=True,
+            help="Join documents by the end-of-text token; else no window straddles two.",
+        ),
+        click.option(
+            f"--{prefix}chat",
+            is_flag=True,
+            help="Apply the chat template to each row's messages (or its text); packs.",
+        ),
+        _option(
+            f"--{prefix}bos",
+            default="auto",
+            type=click.Choice(["auto", "on", "off"]),
+            help="The begin-of-text token before every window; auto: as the tokenizer adds it.",
+        ),
+    )
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _taken_rows(given: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Takes those options out of what was given."""
+    return {k: given.pop(f"{prefix}{k}") for k in _ROWS if f"{prefix}{k}" in given}
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
@@ -112,33 +147,28 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @_option(
     "--dense-bits",
     default="16",
-    type=click.Choice(["16", "8", "4", "3"]),
-    help="Stored bits per weight of attention, shared experts, embeddings and head; 16: untouched.",
+    type=float,
+    help="Stored bits per weight of attention, shared experts, embeddings and head together, 3 to "
+    "8, divided among them by one slope; 16: untouched.",
+)
+@click.option(
+    "--model-bits",
+    type=float,
+    default=None,
+    help="Stored bits per weight of the whole file (rd), instead of --bits and --dense-bits.",
 )
 @click.option(
     "--calib",
     "calib",
     type=str,
-    required=True,
-    help="Calibration text: .txt, .jsonl, .parquet or a datasets name.",
+    help=f"Calibration text: {_TEXTS} [default: a mix of prose, code, mathematics and dialogue "
+    "that comes with qmoe].",
 )
 @_option("--calib-tokens", default="131072", type=click.IntRange(1))
-@_option(
-    "--calib-column", default="text", help="Column of the text in jsonl, parquet or a dataset."
-)
-@click.option(
-    "--calib-pack",
-    is_flag=True,
-    help="Join documents by the end-of-text token; else no window straddles two.",
-)
-@click.option(
-    "--calib-chat",
-    is_flag=True,
-    help="Apply the chat template to each row's messages (or its text); packs.",
-)
+@_rows("calib-")
 @_option(
     "--unseen",
-    default="0.5",
+    default="1",
     type=click.FloatRange(0, 16),
     help="Tokens that the model says by itself, per token of the text, so that what the text does "
     "not reach is kept too; 0: the text alone.",
@@ -146,7 +176,7 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @_option(
     "--ctx", default="the model's, at most 2048", type=click.IntRange(2), help="Window length."
 )
-@_option("--seed", default="0", type=int)
+@_option("--seed", default="0", type=click.IntRange(0, 2**63 - 1))
 @_option(
     "--memory",
     default="8GiB",
@@ -172,10 +202,7 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     from qmoe.system.processes import World
 
     given = _given(options)
-    if "dense_bits" in given:
-        given["dense_bits"] = int(given["dense_bits"])
-    rows = ("column", "pack", "chat")
-    given["calib_rows"] = {k: given.pop(f"calib_{k}") for k in rows if f"calib_{k}" in given}
+    given["calib_rows"] = _taken_rows(given, "calib_")
     with World.of_environment() as world:
         report = run(
             source,
@@ -183,7 +210,7 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
             Settings(**given),
             sys.stderr.isatty(),
             world,
-            lambda text: click.echo(text, err=True),
+            _say,
         )
         if world.first:
             _show(report.as_dict(), as_json, report.text())
@@ -191,9 +218,8 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
 
 @main.command(name="eval")
 @click.argument("model")
-@click.option(
-    "--text", required=True, help="Evaluation text: .txt, .jsonl, .parquet or a datasets name."
-)
+@click.option("--text", required=True, help=f"Evaluation text: {_TEXTS}.")
+@_rows("")
 @click.option(
     "--reference", default=None, help="Another checkpoint to compare with, usually the source."
 )
@@ -208,7 +234,9 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     from qmoe.measure.score import evaluate as run
     from qmoe.measure.score import score_text
 
-    score = run(model, progress=sys.stderr.isatty(), **_given(options))
+    given = _given(options)
+    rows = _taken_rows(given, "")
+    score = run(model, progress=sys.stderr.isatty(), say=_say, rows=rows, **given)
     _show(score.as_dict(), as_json, score_text(score))
 
 
@@ -225,7 +253,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     default="rtn,qmoe,gptq2,gptq3,gptq4",
     help="Others to measure beside rd; '' for none.",
 )
-@click.option("--calib", required=True, help="Calibration text, see compress.")
+@click.option("--calib", default=None, help="Calibration text, see compress.")
 @click.option("--text", required=True, help="Evaluation text, see eval.")
 @_option("--calib-tokens", default="131072", type=click.IntRange(1))
 @_option(
@@ -235,7 +263,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     help="Window length of calibration and evaluation.",
 )
 @_option("--tokens", default="all", type=click.IntRange(2), help="Evaluate at most so many tokens.")
-@_option("--seed", default="0", type=int)
+@_option("--seed", default="0", type=click.IntRange(0, 2**63 - 1))
 @_device
 @click.option("--keep", is_flag=True, help="Keep the compressed checkpoints in OUT.")
 @_json
@@ -256,7 +284,7 @@ def sweep(source: str, out: Path, as_json: bool, **options: Any) -> None:
         source,
         out,
         progress=sys.stderr.isatty(),
-        say=lambda text: click.echo(text, err=True),
+        say=_say,
         **measured,
     )
     found = of.sweep(points, Settings(ctx=points.ctx, **given), **chosen)
@@ -362,9 +390,15 @@ def bench() -> None:
 )
 @_json
 def bench_kernels(static: bool, experts: Path | None, as_json: bool) -> None:
-    """Registers, spills and instructions per weight of every kernel, with a model of the H200."""
+    """How fast experts are packed for the kernels; --static: registers, spills and instructions per
+    weight of every kernel, with a model of the H200. Timings: scripts/bench_gpu."""
     if not static:
-        raise QmoeError("timings need a GPU: run scripts/bench_gpu there; here pass --static")
+        if experts is not None:
+            raise QmoeError("--experts goes with --static; without it nothing is compiled")
+        from qmoe.measure.kernels.packing import run as pack
+
+        pack(as_json)
+        return
     from qmoe.measure.kernels.static import run
     from qmoe.store.inspect import typical_experts
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 FTYPES = {"IQ1_S": 24, "IQ2_XXS": 19, "Q4_K": 14}
 _STRUCT = 1024  # bytes that are passed for a struct by value; the callee reads what it knows
+_KV_UNIFIED = 133  # offset in llama_context_params
 VERSION = "0.5.0"
 
 
@@ -107,6 +108,7 @@ class Model:
             context.put(offset, c.c_uint32, value)
         for offset in (28, 32):
             context.put(offset, c.c_int32, threads)
+        context.put(_KV_UNIFIED, c.c_bool, True)  # else every sequence has a 64th of the cells
         self.context = c.c_void_p(self.lib.llama_init_from_model(self.model, context))
         self.vocab = self.lib.llama_vocab_n_tokens(
             c.c_void_p(self._pointer("llama_model_get_vocab", self.model))

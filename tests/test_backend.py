@@ -59,7 +59,6 @@ def test_perplexity_through_the_kernels_is_the_exported_models(compressed, tmp_p
         env=env,
         capture_output=True,
         text=True,
-        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     through, plain, kl = map(float, done.stdout.split())

@@ -9,8 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qmoe.calib.batches import prepare
 from qmoe.calib.text import span_corruption, windows
 from qmoe.cli import main
 from qmoe.errors import CalibrationError
@@ -224,3 +226,161 @@ def test_span_corruption_needs_sentinels(tokenizer):
         span_corruption(torch.full((1, 400), 20), tokenizer)
     with pytest.raises(CalibrationError, match="too short"):
         span_corruption(torch.full((1, 1), 20), tokenizer)
+
+
+ROWS = [{"body": " ".join(WORDS[i : i + 12]), "n": str(i)} for i in range(0, 40, 10)]
+
+
+def _written(path, rows):
+    """Rows in the format of a file's ending."""
+    kind = path.suffix.lower()
+    if kind == ".json":
+        path.write_text(json.dumps(rows))
+    elif kind in (".jsonl", ".ndjson"):
+        jsonl(path, *rows)
+    else:
+        cut = "," if kind == ".csv" else "\t"
+        lines = [cut.join(rows[0]), *(cut.join(f'"{v}"' for v in r.values()) for r in rows)]
+        path.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["a.json", "a.JSON", "a.jsonl", "a.JSONL", "a.ndjson", "a.csv", "a.CSV", "a.tsv"]
+)
+def test_files_of_rows_are_read_by_their_kind(tmp_path, tokenizer, name):
+    path = _written(tmp_path / name, ROWS)
+    expected = windows(tokenizer, jsonl(tmp_path / "b.jsonl", *ROWS), 400, 6, column="body")
+    assert torch.equal(windows(tokenizer, path, 400, 6, column="body"), expected)
+    assert len(expected) == 2 * len(ROWS)
+    for wrong in ({"column": "nope"}, {}):
+        with pytest.raises(CalibrationError, match=r"no text in .*its columns: body, n"):
+            windows(tokenizer, path, 400, 6, **wrong)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"data": ROWS, "version": 1},
+        ROWS[0],
+        [r["body"] for r in ROWS],
+    ],
+)
+def test_other_shapes_of_json(tmp_path, tokenizer, value):
+    (tmp_path / "a.json").write_text(json.dumps(value, indent=1))
+    options = {} if isinstance(value, list) else {"column": "body"}
+    got = windows(tokenizer, tmp_path / "a.json", 400, 12, **options)
+    assert got[0].tolist() == number(tokenizer, *ROWS[0]["body"].split())
+
+
+def test_json_lines_under_the_name_json(tmp_path, tokenizer):
+    path = jsonl(tmp_path / "b.jsonl", *ROWS).rename(tmp_path / "a.json")
+    assert len(windows(tokenizer, path, 400, 12, column="body")) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.json", "{", "cannot be read as JSON"),
+        ("a.json", "", "cannot be read as JSON"),
+        ("a.json", "3", "no list of rows"),
+        ("a.json", '{"a": 1}', "no list of rows"),
+        ("a.json", "[[1]]", "row 1 is no JSON object"),
+        ("a.json", "[" * 100000, "cannot be read as JSON"),
+        ("a.jsonl", '{"text": null}', "no text in 'text'"),
+        ("a.csv", 'text,n\n"open,1', "cannot be read as CSV"),
+        ("a.csv", "text,n\na,b,c", "line 2 has more fields than the header"),
+        ("a.csv", "", "none of the 0 documents"),
+    ],
+)
+def test_files_of_rows_that_are_damaged(tmp_path, tokenizer, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CalibrationError, match=words):
+        windows(tokenizer, tmp_path / name, 40, 4)
+
+
+def test_quoted_newlines_stay_in_their_field(tmp_path, tokenizer):
+    (tmp_path / "a.csv").write_text('n,text\n1,"w1 w2\nw3, w4"\n2,"w5 ""w6"" w7 w8"\n')
+    got = windows(tokenizer, tmp_path / "a.csv", 40, 4)
+    assert got.tolist()[0] == number(tokenizer, "w1", "w2", "w3,", "w4")
+    assert len(got) == 2
+
+
+def test_options_that_do_not_apply_to_plain_text(tmp_path, tokenizer):
+    path = tmp_path / "a.TXT"
+    path.write_text(" ".join(WORDS))
+    for options in ({"pack": True}, {"chat": True}, {"column": "text"}):
+        with pytest.raises(CalibrationError, match="is plain text"):
+            windows(tokenizer, path, 40, 4, **options)
+
+
+def test_a_column_that_is_named_is_the_only_one_for_chat(tmp_path, tokenizer):
+    rows = [{"messages": [{"role": "user", "content": "w5"}], "talk": "w6 w7"}]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    tokenizer.chat_template = CHAT
+    try:
+        got = windows(tokenizer, path, 100, 5, chat=True, column="talk")
+        assert got.tolist() == [number(tokenizer, "w0", "w6", "w7", "w1", "</s>")]
+        with pytest.raises(CalibrationError, match="in 'nope'"):
+            windows(tokenizer, path, 100, 5, chat=True, column="nope")
+    finally:
+        tokenizer.chat_template = None
+
+
+@pytest.fixture
+def beginning_tokenizer(tokenizer):
+    """Begins a text with <pad> <extra_id_9> and ends it with </s>."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    ids = {name: number(tokenizer, name)[0] for name in ("<pad>", "<extra_id_9>", "</s>")}
+    core.post_processor = TemplateProcessing(
+        single="<pad> <extra_id_9> $A </s>", special_tokens=list(ids.items())
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path, beginning_tokenizer):
+    tok = beginning_tokenizer
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(WORDS[:32]))
+    start = number(tok, "<pad>", "<extra_id_9>")
+    got = windows(tok, path, 100, 10)
+    assert got.shape == (4, 10)
+    assert got[:, :2].tolist() == [start] * 4
+    assert got[:, 2:].flatten().tolist() == number(tok, *WORDS[:32])
+    assert windows(tok, path, 100, 10, bos="off").flatten().tolist() == number(tok, *WORDS[:30])
+    with pytest.raises(CalibrationError, match="no begin-of-text token"):
+        windows(tok, path, 100, 10, bos="on")
+    tok.bos_token = "w0"
+    assert windows(tok, path, 100, 10, bos="on")[:, 0].tolist() == number(tok, "w0") * 3
+    with pytest.raises(CalibrationError, match="no room for text"):
+        windows(tok, path, 100, 2)
+
+
+def test_rows_and_chats_begin_so_too(tmp_path, beginning_tokenizer):
+    tok = beginning_tokenizer
+    start = number(tok, "<pad>", "<extra_id_9>")
+    rows = [{"text": " ".join(WORDS[:9])}, {"text": " ".join(WORDS[20:24])}]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    got = windows(tok, path, 100, 6)
+    assert len(got) == 3  # two of the nine words, one of the four
+    assert got[:, :2].tolist() == [start] * 3
+    tok.chat_template = CHAT
+    assert start not in windows(tok, path, 100, 6, chat=True)[:, :2].tolist()
+    tok.chat_template = "<pad> <extra_id_9> " + CHAT  # begins as the tokenizer does
+    got = windows(tok, path, 100, 6, chat=True)
+    assert got[:, :2].tolist() == [start] * len(got)
+    assert got[0, 2:].tolist() == number(tok, "w0", *WORDS[:3])  # not twice
+
+
+def test_span_corruption_begins_its_inputs(tmp_path, beginning_tokenizer):
+    config = type("Config", (), {"is_encoder_decoder": True})
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(WORDS[:32]))
+    batch = prepare(beginning_tokenizer, config, str(path), 30, 10, 0)
+    start = number(beginning_tokenizer, "<pad>", "<extra_id_9>")
+    assert batch["input_ids"][:, :2].tolist() == [start] * 3
+    plain = prepare(beginning_tokenizer, config, str(path), 30, 10, 0, bos="off")
+    assert torch.equal(batch["input_ids"][:, 2:], plain["input_ids"])
+    assert torch.equal(batch["labels"], plain["labels"])

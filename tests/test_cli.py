@@ -8,16 +8,22 @@ import pytest
 
 from qmoe.cli import main
 from qmoe.compression.settings import DEFAULT_BITS, Settings
+from qmoe.engines import chat
+from qmoe.engines.chat import model_and_tokenizer
+from qmoe.engines.serve import serve
 from qmoe.measure.points import Points
 from qmoe.measure.score import evaluate
 from qmoe.measure.sweep import METHODS, TARGETS
 from qmoe.publish.export import export
 
-SETTINGS = vars(Settings()) | {"bits": DEFAULT_BITS, "memory": "8GiB", "calib_column": "text"}
+ROWS = {"column": "text", "bos": "auto"}
+SETTINGS = vars(Settings()) | {"bits": DEFAULT_BITS, "memory": "8GiB"}
+SETTINGS |= {"unseen": f"{Settings.unseen:g}"} | {f"calib_{k}": v for k, v in ROWS.items()}
 ALL = {
     "compress": SETTINGS | {"ctx": "the model's, at most 2048"},
     "eval": {k: p.default for k, p in inspect.signature(evaluate).parameters.items()}
-    | {"tokens": "all"},
+    | {"tokens": "all"}
+    | ROWS,
     "sweep": SETTINGS
     | {
         "bits": ",".join(f"{b:g}" for b in TARGETS),
@@ -25,6 +31,11 @@ ALL = {
         "ctx": Points.ctx,
         "tokens": "all",
     },
+    "serve": {k: p.default for k, p in inspect.signature(serve).parameters.items()}
+    | {"engine": "transformers"},
+    "chat": {k: p.default for k, p in inspect.signature(model_and_tokenizer).parameters.items()}
+    | chat.SETTINGS
+    | {"temperature": "as the model's generation_config says"},
     "export": {k: p.default for k, p in inspect.signature(export).parameters.items()},
 }
 

@@ -23,6 +23,7 @@ from qmoe.codec import (
 )
 from qmoe.codec.decoder import lanes
 from qmoe.codec.decoder import matvec as pairs
+from qmoe.codec.decoder import threads as decoder_threads
 
 
 def parsed(matrices, limit=None):
@@ -48,7 +49,7 @@ def one_by_one(matrices, x):
 @pytest.fixture
 def threads(monkeypatch):
     """Work for every number of threads, however small it is."""
-    monkeypatch.setattr(pairs, "_SMALL", 0)
+    monkeypatch.setattr(decoder_threads, "_SMALL", 0)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

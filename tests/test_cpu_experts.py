@@ -1,5 +1,7 @@
 """Encoded experts on the CPU: what is kept between calls, and torch.compile."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -111,6 +113,28 @@ def _half(module):
     streams = module.encoded()
     tables = streams.tables(0, 0)
     return 2 * tables.bytes_held + module.num_experts * streams.matrix(0, 0, tables).side_bytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of mappings")
+def test_streams_stay_in_their_files_and_are_not_copied(written):
+    """Pages of a mapped file are the system's to take back: a model may exceed the memory."""
+    model = qmoe.load(written[0])
+    for module in layers(model):
+        streams = module.encoded()
+        for e in range(module.num_experts):
+            for p in range(len(module.layout.projections)):
+                _, matrix = module.parsed(streams, e, p)
+                assert mapped_file(matrix.words.data_ptr()).startswith(str(written[0]))
+
+
+def mapped_file(address):
+    """Name of the file that is mapped at an address, or ""."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        where, _, _, _, _, *name = line.split(maxsplit=5)
+        first, end = (int(n, 16) for n in where.split("-"))
+        if first <= address < end:
+            return name[0] if name else ""
+    return ""
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

@@ -10,11 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
+from qmoe.codec.decoder import threads as decoder_threads
 from qmoe.compression.coding import encode_planes
 from qmoe.compression.dense import find_step
 from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError, OutputError
+from qmoe.inference.linear import IntegerLinear
 from qmoe.publish.export import export
 from qmoe.publish.verify import verify
 from qmoe.quantize.dense import DenseSolver
@@ -114,13 +116,17 @@ def test_from_source_to_loaded_saved_and_exported(family, work, tmp_path):
 
     model, info = _auto(qmoe.load(out).config).from_pretrained(out, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    state = model.state_dict()
+    state = qmoe.load(out, integers=False).state_dict()
     original = _auto(model.config).from_pretrained(source).state_dict()
     for name, weight in decoded.items():
         assert torch.equal(state[name], weight), name
         error = (weight - original[name]).norm() / original[name].norm()
         assert 0.01 < error < 0.35, (name, error)
-    assert all(p.is_floating_point() for n, p in model.named_parameters() if n in decoded)
+    kept = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, IntegerLinear)}
+    assert kept.keys() <= decoded.keys()
+    assert (len(kept) > 0) == (not torch.cuda.is_available())
+    for name, module in kept.items():
+        assert torch.equal(module.integers().dense(torch.float32), decoded[name])
 
     model.save_pretrained(tmp_path / "again")
     assert _weights(tmp_path / "again") == _weights(out)
@@ -189,16 +195,54 @@ def test_disk_offload_and_other_dtypes(work, tmp_path):
     torch.testing.assert_close(away(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
     away.save_pretrained(tmp_path / "saved")
     assert _weights(tmp_path / "saved") == _weights(out)
-    half = qmoe.load(out, dtype=torch.bfloat16)
+    half, whole = (qmoe.load(out, integers=False, dtype=d) for d in (torch.bfloat16, torch.float32))
     assert half.lm_head.weight.dtype == torch.bfloat16
-    assert torch.equal(half.lm_head.weight, model.lm_head.weight.bfloat16())
+    assert torch.equal(half.lm_head.weight, whole.lm_head.weight.bfloat16())
+
+
+def test_integers_are_small_repeatable_and_pass_gradients(work, threads):
+    _, out = work("mixtral")
+    head = qmoe.load(out, dtype=torch.bfloat16).lm_head
+    if torch.cuda.is_available():
+        pytest.skip("integers stay on machines without a GPU")
+    assert head.weight.dtype == torch.int8
+    dense = qmoe.load(out, integers=False).lm_head.weight.detach()
+    x = torch.randn(40, dense.shape[1], generator=torch.Generator().manual_seed(2))
+    alone = torch.cat([head(row) for row in x.split(1)])
+    torch.testing.assert_close(alone, x @ dense.T, rtol=1e-5, atol=1e-5)
+    for count in (1, 2):
+        threads(count)
+        for n in (1, 2, 4, 5, 16):  # no row depends on its neighbours
+            assert torch.equal(head(x[None, :n])[0], alone[:n])
+    torch.testing.assert_close(head(x), alone, rtol=1e-5, atol=1e-5)
+    assert head(x.bfloat16()).dtype == torch.bfloat16
+    assert head(x[:0]).shape == (0, len(dense))
+    compiled, found = torch.compile(head, backend="aot_eager", fullgraph=True), []
+    for call in (head, compiled):
+        y = x[:3].clone().requires_grad_()
+        call(y).square().sum().backward()
+        found.append(y.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    monkeypatch.setattr(decoder_threads, "_SMALL", 0)
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @torch.no_grad()
 def test_saving_a_changed_weight_or_without_the_source(work, tmp_path):
     _, out = work("mixtral")
     shutil.copytree(out, tmp_path / "src")
-    model = qmoe.load(tmp_path / "src")
+    whole = qmoe.load(tmp_path / "src")
+    if isinstance(whole.lm_head, IntegerLinear):
+        whole.lm_head.weight[3, 4] += 1
+        with pytest.raises(OutputError, match=r"lm_head\.weight were changed"):
+            whole.save_pretrained(tmp_path / "no")
+    model = qmoe.load(tmp_path / "src", integers=False)
     model.lm_head.weight[3, 4] += 1.0
     model.save_pretrained(tmp_path / "changed")
     assert "lm_head.weight" not in Container.open(tmp_path / "changed").dense

@@ -54,6 +54,14 @@ def test_every_fused_type(kind, tmp_path, tiny, table_row):
     _row(kind, tmp_path, tiny, table_row)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", generic.PUBLISHED)
+def test_published_class(kind, tmp_path, tiny, table_row):
+    row = generic.attempt_published(kind, tmp_path, tiny)
+    table_row("fused", row)
+    assert tuple(row["passed"]) == generic.STEPS
+
+
 NO_TEXT = {  # the class that published checkpoints name
     "diffusion_gemma": "DiffusionGemmaForBlockDiffusion",
     "openai_privacy_filter": "OpenAIPrivacyFilterForTokenClassification",

@@ -146,7 +146,10 @@ def test_an_export_keeps_what_its_carried_tensors_mean(tmp_path, tiny):
     _compressed(source, tmp_path, tiny)
     export(tmp_path / "q", tmp_path / "dense")
     text = str(tmp_path / "text.txt")
-    score = evaluate(str(tmp_path / "q"), text, str(tmp_path / "dense"), 32, 200, "bfloat16", "cpu")
+    score = evaluate(
+        *(str(tmp_path / "q"), text, str(tmp_path / "dense")),
+        **{"ctx": 32, "tokens": 200, "dtype": "bfloat16", "device": "cpu"},
+    )
     assert score.kl == pytest.approx(0, abs=1e-3)
     for folder in (source, tmp_path / "dense"):
         assert open_checkpoint(folder).settings["quant_method"] == "fp8"
@@ -159,6 +162,13 @@ def test_an_export_keeps_what_its_carried_tensors_mean(tmp_path, tiny):
     weights = open_checkpoint(source)
     unused = [n for n in weights.names() if ".layers.3." in n]
     assert after.carried_weights == sum(prod(weights.shape(n)) for n in unused)
+
+
+def test_rows_that_a_router_orders_at_a_high_rate(tmp_path, tiny, generic):
+    """JetMoE by `rd` at about 8 bits is the source; its drift term once paired unlike tokens."""
+    model = tiny.make("jetmoe")
+    model.save_pretrained(tmp_path / "source")
+    generic.prove(tmp_path / "source", tmp_path, tiny, type(model))
 
 
 @pytest.mark.slow

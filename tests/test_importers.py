@@ -137,6 +137,7 @@ def test_openmoe_bad_sources(tmp_path):
     run, d = IMPORTERS["openmoe"], tmp_path / "src"
     t = openmoe_source(d)
     (tmp_path / "out").mkdir()
+    (tmp_path / "out/x").write_text("")
     with pytest.raises(OutputError, match="exists"):
         run(d, tmp_path / "out")
     save_file({**t, "model.layers.0.odd": torch.ones(2)}, d / "model.safetensors")
@@ -200,7 +201,8 @@ def test_pickles_run_no_code(tmp_path):
     """Classes of the training program become inert; names of the standard library are refused."""
     path = tmp_path / "a.pt"
     array = np.arange(5, dtype=np.uint32)
-    state = {"args": Namespace(x=np.float32(0.5)), "array": array, "words": np.array(["a"])}
+    own = {"x": np.float32(0.5), "own": Namespace(y=np.bool_(True))}
+    state = {"args": Namespace(**own), "array": array, "words": np.array(["a"])}
     save_as_megatron(state, path)
     for old in (False, True):  # numpy 2 renamed the module that its pickles name
         if old:
@@ -212,6 +214,8 @@ def test_pickles_run_no_code(tmp_path):
         loaded = load_pickle(path)
         assert np.array_equal(loaded["array"], array)
         assert settings_of(loaded["args"])["x"] == 0.5
+        assert settings_of(loaded["args"].own) == {"y": True}
+        assert settings_of(loaded["args"].model_type) == settings_of(None) == {}
         assert repr(loaded["args"].model_type) == "megatron.model.enums.ModelType(1)"
 
     class Runs:
@@ -268,7 +272,7 @@ def test_imported_then_compressed(tmp_path, tiny, generic, kind, table_row):
     _, write, _, _ = CASES[kind]
     write(tmp_path / "src")
     source = IMPORTERS[kind](tmp_path / "src", tmp_path / "source").directory
-    passed = generic.prove(source, tmp_path, tiny, AutoModelForCausalLM, "qmoe", 512)
+    passed = generic.prove(source, tmp_path, tiny, AutoModelForCausalLM)
     config = json.loads((source / "config.json").read_text())
     row = generic.row(f"{NAMES[kind]}, imported", config["model_type"], passed, tmp_path)
     table_row("named", row)

@@ -8,15 +8,15 @@ import os
 
 import pytest
 import torch
-from matrices import rough_matrix as matrix
 
 from qmoe.codec import decode_codes, encode_group
 from qmoe.errors import CorruptError
-from qmoe.kernels import launch, ops, project, shared
+from qmoe.kernels import launch, ops, shared, twins
 from qmoe.kernels.pack import NO_ROW, PackedProjection, pack_projection
 from qmoe.measure.kernels import gpu as bench
 from qmoe.measure.kernels import sass, static
 from qmoe.measure.kernels.sample import packed, parsed, sample_matrix
+from qmoe.measure.kernels.sample import rough_matrix as matrix
 from qmoe.measure.kernels.trace import trace
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,7 +43,7 @@ def test_twin_decodes_every_shape(rows, cols, segments):
     matrices = [matrix(rows, cols, seed=s) for s in range(2)]
     p = pack_projection(parsed(matrices), segments)
     for e, m in enumerate(matrices):
-        assert torch.equal(project.weights_torch(p, e), m.dequantize())
+        assert torch.equal(twins.weights_torch(p, e), m.dequantize())
 
 
 @pytest.mark.parametrize("size", [0.0, 0.02, 3.0, 60.0])
@@ -52,12 +52,12 @@ def test_twin_decodes_every_alphabet(size, limit):
     m = matrix(50, 200, size)
     p = pack_projection(parsed([m], limit))
     assert p.limits == (limit,) or (p.limits == (7,) and limit == 8)
-    assert torch.equal(project.weights_torch(p, 0), m.dequantize())
+    assert torch.equal(twins.weights_torch(p, 0), m.dequantize())
 
 
 def test_twin_decodes_two_row_scales():
     m = matrix(40, 300, negative=True)
-    assert torch.equal(project.weights_torch(pack_projection(parsed([m])), 0), m.dequantize())
+    assert torch.equal(twins.weights_torch(pack_projection(parsed([m])), 0), m.dequantize())
 
 
 def test_groups_with_different_code_limits():
@@ -65,13 +65,13 @@ def test_groups_with_different_code_limits():
     p = pack_projection(parsed(matrices[:1], 8) + parsed(matrices[1:], 10), 2)
     assert p.limits == (7, 10)
     for e, m in enumerate(matrices):
-        assert torch.equal(project.weights_torch(p, e), m.dequantize())
+        assert torch.equal(twins.weights_torch(p, e), m.dequantize())
 
 
 def test_agrees_with_the_codec():
     (entry,) = parsed([sample_matrix(96, 1500)])
     assert torch.equal(
-        project.weights_torch(pack_projection([entry]), 0), decode_codes(*entry).dequantize()
+        twins.weights_torch(pack_projection([entry]), 0), decode_codes(*entry).dequantize()
     )
 
 
@@ -142,8 +142,8 @@ def test_biases_and_foreign_experts():
     y = ops.experts_forward(pack, hidden, index, weight, ops.silu_gate, up, down)
     expected = torch.zeros(48)
     for k, e in enumerate((0, 3)):
-        h = ops.silu_gate(hidden[:1] @ project.weights_torch(pack.up, e).T + up[e])
-        expected += weight[0, k] * (h @ project.weights_torch(pack.down, e).T + down[e])[0]
+        h = ops.silu_gate(hidden[:1] @ twins.weights_torch(pack.up, e).T + up[e])
+        expected += weight[0, k] * (h @ twins.weights_torch(pack.down, e).T + down[e])[0]
     assert torch.allclose(y[0], expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
     assert not y[1].any()
 
@@ -191,14 +191,6 @@ def test_layer_refuses_what_does_not_fit():
         ops.ExpertsPack(pack.up, pack.up)
 
 
-def test_copies_of_an_expert_decode_alike():
-    p = bench.random_projection(192, 70, 1, 0.8, 2)
-    q = bench.repeated(p, 3, 2)
-    w = project.weights_torch(p, 0)
-    for e in range(3):
-        assert torch.equal(project.weights_torch(q, e), torch.cat([w, w]))
-
-
 def test_plans():
     assert launch.plan_for(75) == launch.PORTABLE
     assert launch.plan_for(86) == launch.PLANS[80]
@@ -210,7 +202,7 @@ def test_plans():
     assert launch.batch_of(p, 4, 8, 8) == 4
     assert launch.batch_of(p, 4096, 8, 128) == 0
     assert launch.segments(p, 28672, 4096, 2) == 1
-    assert launch.segments(p, 1536, 2048, 8) == 2
+    assert launch.segments(p, 1536, 2048, 8) == 4
     assert launch.segments(p, 64, 64, 1) == 1
 
 
@@ -271,7 +263,11 @@ def test_batch_one_loop_is_within_its_budget():
         assert c.loop["LDG"] == loads[name]  # the right loop was counted
         assert model["instructions_per_weight"] <= static.BUDGET
         assert model["over_bf16"] > 1
-        assert model["binds"] == ("lines" if name == "matvec 1" else "issue")
+        cycles = [model[f"{k}_cycles_per_symbol"] for k in ("issue", "alu", "lines")]
+        if name == "matvec 1":
+            assert model["binds"] == "lines"
+        else:  # nothing binds alone
+            assert max(cycles) < 1.1 * min(cycles)
 
 
 @pytest.mark.slow

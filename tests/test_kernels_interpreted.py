@@ -11,11 +11,11 @@ import sys
 
 import pytest
 import torch
-from matrices import rough_matrix as matrix
 
-from qmoe.kernels import launch, ops, pair_groups, project
+from qmoe.kernels import launch, ops, pair_groups, project, twins
 from qmoe.measure.kernels import gpu as bench
 from qmoe.measure.kernels.sample import packed
+from qmoe.measure.kernels.sample import rough_matrix as matrix
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
@@ -69,7 +69,7 @@ def test_decoded_integers_are_equal(name):
     p = packed(matrices, segments, limit)
     for e, m in enumerate(matrices):
         assert torch.equal(project.weights(p, e), m.dequantize())
-        assert torch.equal(project.weights_torch(p, e), m.dequantize())
+        assert torch.equal(twins.weights_torch(p, e), m.dequantize())
 
 
 @interpreted
@@ -80,7 +80,7 @@ def test_product_of_every_kind(name):
     x = torch.randn(2, p.cols)
     index = torch.tensor([p.experts - 1, 0])
     y = project.project(p, x, index, 1, batch=2)
-    assert torch.allclose(y, project.project_torch(p, x, index, 1), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(y, twins.project_torch(p, x, index, 1), rtol=1e-5, atol=1e-5)
 
 
 @interpreted
@@ -91,7 +91,7 @@ def test_every_batch_gives_the_same_bits(dtype):
         [0, 0, 0, 2, 3, -1, 0, 0, 0, 0, 0, 0]
     )  # 1 is empty, 2 starved, 0 hot; two pairs of no expert
     x = torch.randn(6, 30).to(dtype)
-    twin = project.project_torch(p, x, index, 2)
+    twin = twins.project_torch(p, x, index, 2)
     first = project.project(p, x, index, 2, batch=1)
     assert bench.relative_rms(first, twin) < bench.TOLERANCE[dtype]
     assert not first[4:6].any()
@@ -111,7 +111,7 @@ def test_warps_of_a_program_give_the_same_bits(segments):
     for warps in (2, 4):
         wide = dataclasses.replace(launch.PORTABLE, warps=warps)
         assert torch.equal(project.project(p, x, index, 1, wide, batch=1), one)
-    assert bench.relative_rms(one, project.project_torch(p, x, index, 1)) < 2e-2
+    assert bench.relative_rms(one, twins.project_torch(p, x, index, 1)) < 2e-2
 
 
 @interpreted

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-VALUES = ("errors", "types", "version")
+VALUES = ("errors", "types", "version", "options")
 ALLOWED = {
     **dict.fromkeys(VALUES, ()),
     "system": VALUES,

@@ -115,7 +115,7 @@ def _peak(make, blocks: int, experts: int, out: Path) -> tuple[int, int]:
     command = [sys.executable, "-m", "qmoe", "compress", str(source), str(out)]
     options = ["--method", "qmoe", "--calib", str(text), "--calib-tokens", "2048", "--ctx", "128"]
     done = subprocess.run(
-        [*command, *options, "--json"], capture_output=True, text=True, check=True, timeout=600
+        [*command, *options, "--json"], capture_output=True, text=True, check=True
     )
     words = done.stderr.split("memory ")[1].split()
     planned = float(words[0]) * {"MiB": 2**20, "GiB": 2**30}[words[1]]

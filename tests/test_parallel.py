@@ -55,9 +55,7 @@ def test_few_tokens_give_the_same_outputs_with_more_threads():
 
 def _torchrun(job, out: Path, processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, *arguments(job, out)], capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run([*command, *arguments(job, out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("plan: read") == 1
     assert done.stdout.count("stored bits per weight") == 1
@@ -98,12 +96,11 @@ def test_a_dead_process_ends_the_run_and_one_process_finishes_it(job, expected, 
         )
     first, second = processes
     try:
-        limit = time.monotonic() + 300
-        while not record(out, 0).exists() and time.monotonic() < limit:
+        while not record(out, 0).exists():
             assert all(p.poll() is None for p in processes)
             time.sleep(0.002)
         second.send_signal(signal.SIGKILL)
-        _, errors = first.communicate(timeout=300)
+        _, errors = first.communicate()
     finally:
         for p in processes:
             p.kill()

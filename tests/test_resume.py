@@ -191,7 +191,7 @@ def test_ctrl_c_on_the_command_line_in_another_locale(job, expected, tmp_path):
         text=True,
     )
     with when(record(out, 0), lambda: process.send_signal(signal.SIGINT)):
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate()
     assert process.returncode == 130
     last = errors.strip().splitlines()[-1]
     assert last.startswith("qmoe: interrupted; the same command continues at block model.layers.")

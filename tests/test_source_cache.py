@@ -52,7 +52,8 @@ def job(tiny, tmp_path_factory):
     )
     tiny.save_tokenizer(source)
     text = tiny.save_text(folder / "text.txt", 1500)
-    return source, Settings("rd", str(text), calib_tokens=1024, ctx=128)
+    # the model's own words read the source once more
+    return source, Settings("rd", str(text), calib_tokens=1024, ctx=128, unseen=0.0)
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_two_processes_share_the_shards(job, hub, tmp_path):
     line += ["compress", REPO, str(tmp_path / "two"), "--bits", "2.0", "--calib", s.calib]
     line += ["--calib-tokens", str(s.calib_tokens), "--ctx", str(s.ctx), "--source-cache", "drop"]
     env = hub.environment(tmp_path / "home")
-    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert hub.peak <= PEAK
     assert not list(tmp_path.rglob("model-*"))

@@ -3,9 +3,14 @@
 `encode_group` writes a group header and one blob per matrix; `parse_tables` and `parse_matrix`
 validate them; `decode_codes`, `decode_dense`, `matvec` and `matvec_pairs` use them. Knows nothing
 about experts, models or files. The bits: docs/format-codec.md.
+
+format/   what both directions share
+encoder/  integers -> words
+decoder/  words -> integers, weights or products
 """
 
 from qmoe.codec.decoder.decode import decode_codes, decode_dense, decodes_inside, matvec
+from qmoe.codec.decoder.integers import Integers
 from qmoe.codec.decoder.matrix import ParsedMatrix, parse_matrix
 from qmoe.codec.decoder.matvec import matvec_pairs
 from qmoe.codec.encoder.encode import EncodedGroup, encode_group
@@ -14,6 +19,7 @@ from qmoe.codec.format.tables import Tables, parse_tables
 
 __all__ = [
     "EncodedGroup",
+    "Integers",
     "ParsedMatrix",
     "Tables",
     "class_entropy_bits",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qmoe.calib.batches import learnable
 from qmoe.calib.outputs import Outputs
-from qmoe.calib.routing import Parked, park, plugged
+from qmoe.calib.routing import BATCH, Parked, park, plugged
 from qmoe.calib.walk import Walk
 from qmoe.compression.dense import DenseCoder
 from qmoe.compression.job import Job
@@ -127,7 +127,9 @@ class BlockLoop:
             with self._weights(walk), _plugged(walk, plugged_in):
                 parked = park(walk, block, layout.path, module, width, store, world)
             plugged_in.append((module, parked))
-            streams.append(Calibrated(parked, self._keep(block, parked)))
+            first = sum(parked.rows[: len(parked.rows) - self.job.own])
+            text = torch.arange(len(parked.hidden)) < first
+            streams.append(Calibrated(parked, self._keep(block, parked), text))
         return streams
 
     def whole_walk(self) -> Walk:
@@ -257,6 +259,8 @@ class BlockLoop:
         config = self.job.streamed.config
         decoder = config.is_encoder_decoder and "decoder" in block.list_name
         masks = learnable(self.job.batches, self.job.tokenizer, decoder)
+        if parked.token is not None:
+            return _kept(parked.token, masks)
         parts = []
         for rows, mask in zip(parked.rows, masks, strict=True):
             times = rows // len(mask)
@@ -266,6 +270,15 @@ class BlockLoop:
                 else torch.ones(rows, dtype=torch.bool)
             )
         return torch.cat(parts)
+
+
+def _kept(token: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """The masks of all batches, by the token of every row."""
+    keep = torch.ones(len(token), dtype=torch.bool)
+    for n, mask in enumerate(masks):
+        rows = torch.nonzero(torch.div(token, BATCH, rounding_mode="floor") == n)[:, 0]
+        keep[rows] = mask[token[rows] % BATCH]
+    return keep
 
 
 @contextmanager

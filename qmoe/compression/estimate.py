@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qmoe.calib.importance import TOKENS
+from qmoe.calib.own_words import LENGTH
 from qmoe.compression import probe
 from qmoe.compression.coding import encode_experts
 from qmoe.compression.layer import groups
@@ -49,6 +50,7 @@ class Work:
         probed: a number of bits is aimed at.
         gradient: layers are weighted by gradients of the whole model.
         coded: (rows, cols) of the dense matrices that are coded.
+        own: of the tokens, those that the model says itself.
     """
 
     layouts: Sequence[ExpertsLayout]
@@ -64,6 +66,7 @@ class Work:
     probed: bool
     gradient: bool
     coded: Sequence[tuple[int, int]]
+    own: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,9 @@ def seconds(work: Work, speed: Speeds) -> float:
     for layout in work.layouts:
         total += _module(work, layout, speed)
     last = work.layouts[-1]
+    if work.own:  # pieces of one token, two, and so on
+        said = work.own * (LENGTH - 1) // 2
+        total += _walk(work, said, full=True) / speed.product
     if work.gradient:
         total += 2.0 * _walk(work, min(work.tokens, TOKENS), full=True) / speed.product
     if work.probed:

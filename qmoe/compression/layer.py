@@ -9,6 +9,7 @@ Memory: the matrices, Hessians and codes of one group, one chunk of rows, and wh
 `ActivationStore` holds.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,10 +45,13 @@ class Calibrated:
         keep: bool [N], False for special and padding tokens: they pass through, but statistics are
             taken from them only for experts that see nothing else (in encoder-decoder models some
             serve sentinels alone, and losing those costs more than any rounding).
+        text: bool [N], False for tokens that the model said by itself: it learns from them, but
+            they are not counted as the text's.
     """
 
     parked: Parked
     keep: Tensor
+    text: Tensor
 
 
 OnEncoded = Callable[[EncodedBatch], None]
@@ -58,7 +62,7 @@ class Coverage:
     """What calibration gave the experts of a module.
 
     Attributes:
-        tokens: that each expert learnt from.
+        tokens: of the text that each expert learnt from.
         notes: for each expert what was done about it, "" if nothing was unusual.
     """
 
@@ -176,12 +180,21 @@ class _Work:
         self.quantized = streams[0]
         self.original = streams[1] if len(streams) > 1 else None
         self.only_special: set[int] = set()  # experts that ordinary tokens never reached
+        self.seen: dict[int, int] = {}  # tokens of the text that each expert learnt from
+        self.lent: set[int] = set()  # experts that learn from tokens routed elsewhere, too
+        self.partners: Tensor | None = None  # rows of the original stream, by row of the quantized
+        if self.original is not None:
+            self.partners = self.quantized.parked.partners(self.original.parked, layout.experts)
         self.layer = self._layer_moment(job.world)
 
     def note(self, group: range, found: Sequence[str], notes: dict[int, str]) -> None:
         """Adds what a solver said of the experts of a group to what is known of them."""
         for e, note in zip(group, found, strict=True):
-            known = notes.setdefault(e, _ONLY_SPECIAL if e in self.only_special else "")
+            first = _ONLY_SPECIAL if e in self.only_special else ""
+            if e in self.lent:
+                share = f"seen by less than {self.method.least_use:g} of an equal share of tokens"
+                first = "; ".join(filter(None, (first, f"{share}: the layer's others lent")))
+            known = notes.setdefault(e, first)
             if note and note not in known:
                 notes[e] = f"{known}; {note}" if known else note
 
@@ -191,6 +204,10 @@ class _Work:
         """
         p, keep = self.quantized.parked, self.quantized.keep
         used = (p.index < self.layout.experts) & keep[:, None]
+        self.ordinary = used.any(1).nonzero().flatten()
+        share = self.method.least_use * int(used.sum()) / self.layout.experts
+        self.least = min(math.ceil(share), len(self.ordinary))
+        self.typical = p.weight[used].square().mean().sqrt() if self.least else torch.zeros(())
         mass = (used * (p.weight.square() if self.method.weighted else 1.0)).sum(1).sqrt()
         cols = p.hidden.shape[1]
         stripes = [slice(a, min(a + _STRIPE, cols)) for a in range(0, cols, _STRIPE)]
@@ -225,7 +242,7 @@ class _Work:
             solution = self.method.solve(problem)
             for d, m in zip(decoded, solution.matrices, strict=True):
                 d[projection.name] = m.dequantize().to(self.device)
-            tokens = problem.tokens.tolist()
+            tokens = [self.seen[e] for e in group]
             del problem  # the next one's Hessians need its room
             yield projection, tokens, solution
         for e, w, d in zip(group, weights, decoded, strict=True):
@@ -246,19 +263,13 @@ class _Work:
         crosses = torch.zeros_like(stacked) if drift else None
         tokens = []
         for i, (e, w, d) in enumerate(zip(group, weights, decoded, strict=True)):
-            token, slot = self.quantized.parked.slots(e)
-            used = self.quantized.keep[token]
-            if used.any():
-                token, slot = token[used], slot[used]
-            elif len(token):
-                self.only_special.add(e)
+            token, gate = self._learnt(e)
             tokens.append(len(token))
-            for t, s in zip(torch.split(token, ROWS), torch.split(slot, ROWS), strict=True):
-                x = self._inputs(self.quantized, e, t, s, projection, d)
+            for t, g in zip(torch.split(token, ROWS), torch.split(gate, ROWS), strict=True):
+                x = self._inputs(self.quantized, e, t, g, projection, d)
                 stacked[i] += second_moment(x)
-                if crosses is not None and self.original is not None:
-                    before = self._inputs(self.original, e, t, s, projection, w)
-                    crosses[i] += second_moment(before, x)
+                if crosses is not None:
+                    crosses[i] += second_moment(self._before(e, t, g, projection, w, x), x)
         name = f"{self.layout.path} ({projection.name})"
         if not torch.isfinite(stacked).all():
             raise NonFiniteError(
@@ -275,12 +286,54 @@ class _Work:
             importance=self.importance,
         )
 
+    def _learnt(self, e: int) -> tuple[Tensor, Tensor]:
+        """Tokens [n] that an expert learns from and their routing weights [n]: those routed to it
+        and, where they are too few, evenly spaced ones of the layer as if they were.
+        """
+        p = self.quantized.parked
+        token, slot = p.slots(e)
+        used = self.quantized.keep[token]
+        if used.any():
+            token, slot = token[used], slot[used]
+        elif len(token):
+            self.only_special.add(e)
+        self.seen[e] = int(self.quantized.text[token].sum())
+        gate = p.weight[token, slot]
+        lacking = self.least - len(token)
+        if lacking <= 0:
+            return token, gate
+        self.lent.add(e)
+        lent = self.ordinary[torch.arange(lacking) * len(self.ordinary) // lacking]
+        return torch.cat([token, lent]), torch.cat([gate, self.typical.expand(lacking)])
+
+    def _before(
+        self,
+        e: int,
+        token: Tensor,
+        gate: Tensor,
+        projection: ProjectionShape,
+        matrices: dict[str, Tensor],
+        after: Tensor,
+    ) -> Tensor:
+        """What the projection sees in the original stream for the same tokens as `after` in the
+        quantized one; where that has no such row, there is no drift to correct."""
+        assert self.original is not None
+        if self.partners is None:
+            return self._inputs(self.original, e, token, gate, projection, matrices)
+        partner = self.partners[token]
+        x = self.original.parked.hidden[partner.clamp(min=0)].to(self.device).float()
+        if projection.inner:
+            x = self._activation(e, x, matrices)
+        if self.method.weighted:
+            x = x * gate[:, None].to(self.device)
+        return torch.where((partner >= 0)[:, None].to(self.device), x, after)
+
     def _inputs(
         self,
         stream: Calibrated,
         e: int,
         token: Tensor,
-        slot: Tensor,
+        gate: Tensor,
         projection: ProjectionShape,
         matrices: dict[str, Tensor],
     ) -> Tensor:
@@ -291,7 +344,7 @@ class _Work:
         if projection.inner:
             x = self._activation(e, x, matrices)
         if self.method.weighted:
-            x = x * self.quantized.parked.weight[token, slot, None].to(self.device)
+            x = x * gate[:, None].to(self.device)
         return x
 
     def _activation(self, e: int, x: Tensor, matrices: dict[str, Tensor]) -> Tensor:

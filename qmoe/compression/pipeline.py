@@ -26,10 +26,12 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from qmoe.calib import default_text
 from qmoe.calib.activations import ActivationStore
-from qmoe.calib.batches import inputs_only, prepare, split_batches
+from qmoe.calib.batches import check_tokens, described, inputs_only, prepare, split_batches
 from qmoe.calib.importance import fits, layer_importance
 from qmoe.calib.outputs import Durable, Sound, resume_point
+from qmoe.calib.sensitivity import dense_sensitivity
 from qmoe.compression import apart, unseen
 from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.carried import account, write_carried
@@ -38,11 +40,12 @@ from qmoe.compression.job import Job
 from qmoe.compression.plan import make_plan
 from qmoe.compression.probe import probed
 from qmoe.compression.rate import Controller, Curve, missed
-from qmoe.compression.report import CompressReport
-from qmoe.compression.settings import Settings as Settings
+from qmoe.compression.report import CompressReport, advice
+from qmoe.compression.settings import Settings
+from qmoe.compression.target import settle_model_bits
 from qmoe.compression.unseen import BATCH_TOKENS
 from qmoe.errors import InterruptedRunError
-from qmoe.models.classes import plain_config, read_tokenizer
+from qmoe.models.classes import embeddings, plain_config, read_tokenizer
 from qmoe.models.code import loading_code
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.models.streamed import BlockRef, StreamedModel
@@ -84,24 +87,34 @@ def compress(
     world = world or World()
     if not world.first:
         progress, say = False, lambda text: None
-    run = Compression(open_job(source, out, settings, world, progress), out, say)
+    run = Compression(open_job(source, out, settings, world, progress, say), out, say)
     run.to_the_end()
     seconds = time.monotonic() - start
     report = world.share(lambda: CompressReport.of(out, seconds, peak_rss_bytes()), "the report")
-    if settings.target is not None and (
-        sentence := missed(settings.target, report.sizes.bits_per_weight)
+    found = report.sizes
+    for target, got, option in (
+        (settings.target, found.bits_per_weight, "--bits"),
+        (settings.model_bits, found.model_bits_per_weight, "--model-bits"),
     ):
+        if target is not None and (sentence := missed(target, got, option)):
+            say(sentence)
+    if sentence := advice(settings, found):
         say(sentence)
     return report
 
 
 def open_job(
-    source: str, out: Path, settings: Settings, world: World, progress: bool = False
+    source: str,
+    out: Path,
+    settings: Settings,
+    world: World,
+    progress: bool = False,
+    say: Say = lambda text: None,
 ) -> Job:
     """Opens a source and reads the calibration text; no weight is read and nothing written.
 
     Args:
-        source, out, settings, world, progress: see `compress`.
+        source, out, settings, world, progress, say: see `compress`.
 
     Raises:
         QmoeError: settings, source or text are not usable.
@@ -114,11 +127,13 @@ def open_job(
     if settings.with_code:
         loading_code(streamed.config, type(streamed.model))  # refused now, not after hours
     tokenizer = read_tokenizer(checkpoint.directory, trusted)
-    text = (settings.text, settings.calib_tokens, settings.context(streamed.config))
+    text = (settings.calib, settings.calib_tokens, settings.context(streamed.config))
     data = prepare(tokenizer, streamed.config, *text, settings.seed, **settings.calib_rows)
+    check_tokens(data, tokenizer, embeddings(streamed.model))
+    say(f"calibration {described(data, tokenizer, settings.calib_rows.get('bos', 'auto'))}")
     batches = [inputs_only(b) for b in split_batches(data, BATCH_TOKENS)]
     parts = (settings, streamed, tokenizer, batches, method, device, world)
-    return unseen.with_room(Job(*parts, progress=progress))
+    return unseen.with_room(settle_model_bits(Job(*parts, progress=progress)))
 
 
 class Compression:
@@ -141,11 +156,13 @@ class Compression:
         """
         settings, streamed = job.settings, job.streamed
         self.out, self.say, self.first = out, say, job.world.first
+        self.job = job
         self.blocks = list(streamed.blocks())
         self.by_gradient = settings.by_gradient and fits(streamed, settings.memory)
         self.dense = DenseCoder(job, settings.dense_bits) if settings.dense_bits < 16 else None
         self.plan = make_plan(job, out, self.dense, self.by_gradient)
         say(self.plan.text())
+        self._say_what_is_not_asked(settings)
         if settings.by_gradient and not self.by_gradient:
             say("layers count alike: the gradients of the whole model do not fit in --memory")
         checkpoint = streamed.checkpoint
@@ -158,10 +175,23 @@ class Compression:
             "device": job.device.type,
             "layer_weights": "gradient" if self.by_gradient else "equal",
         }
-        self.job = job
         self.writer: ContainerWriter | None = None  # in the first process
         self.finished: dict[str, Any] = {}  # notes of finished blocks, by name
+        self.dense_scores: dict[str, float] = {}
         self.done = 0  # blocks of the model to go on after
+
+    def _say_what_is_not_asked(self, settings: Settings) -> None:
+        """Says what was decided where the user left it open."""
+        if settings.model_bits is not None:
+            self.say(
+                f"--model-bits {settings.model_bits:g}: experts {settings.bits:.3g} bits per "
+                f"weight, everything else {settings.dense_bits:.3g}"
+            )
+        if settings.calib is None:
+            text = self.job.batches[: len(self.job.batches) - self.job.own]
+            got = sum(batch["input_ids"].numel() for batch in text)
+            asked = settings.calib_tokens
+            self.say(default_text.describe(self.job.tokenizer, asked, got))
 
     def to_the_end(self) -> None:
         """Writes the directory.
@@ -250,6 +280,13 @@ class Compression:
             self.loop.importance = known.get("importance") or job.world.share(
                 lambda: layer_importance(job.streamed, job.batches), "importance of the layers"
             )
+        if self.dense is not None and self.by_gradient:
+            coded = self.dense.modules()
+            self.dense_scores = known.get("dense_scores") or job.world.share(
+                lambda: dense_sensitivity(job.streamed, job.batches, coded),
+                "sensitivity of what is no expert",
+            )
+            self.dense.divide(self.dense_scores)
         bits = job.settings.target
         if bits is not None:
             curves = known.get("curves") or probed(job, bits, self.loop.importance)
@@ -270,6 +307,7 @@ class Compression:
                     self.job.streamed.dense(lambda n: not n.startswith(inside) and n not in coded)
                 )
                 rest.note["importance"] = dict(self.loop.importance)
+                rest.note["dense_scores"] = self.dense_scores
                 rest.note["own_words"] = unseen.of(self.job)
                 if self.loop.rate is not None:
                     rest.note["curves"] = [c.as_list() for c in self.loop.rate.curves]

@@ -143,6 +143,7 @@ def make_plan(
         probed=job.settings.target is not None,
         gradient=gradient,
         coded=[(model.shapes[n][0], model.shapes[n][1]) for n in model.coded],
+        own=sum(tokens[len(tokens) - job.own :]),
     )
     speeds = estimate.Speeds.measured(job.method, model.layouts, job.streamed.device)
     plan = Needs(
@@ -190,11 +191,11 @@ def _written(job: Job, model: _Model, dense: DenseCoder | None) -> tuple[int, fl
     stored = {
         n: int(model.shapes[n].numel() * rate / 8)
         if n in model.coded
-        else _stored(job.streamed, n, size)
+        else stored_bytes(job.streamed, n, size)
         for n, size in model.sizes.items()
     }
     weights = sum(layout.weights for layout in model.layouts)
-    write = int(weights * per_weight / 8) + sum(stored.values()) + _carried(job.streamed)
+    write = int(weights * per_weight / 8) + sum(stored.values()) + carried_bytes(job.streamed)
     growing = max(sum(stored[n] for n in block) for block in model.names)
     return write, max(layout.weights for layout in model.layouts) * per_weight / 8 + growing
 
@@ -238,13 +239,13 @@ def _widest(shapes: Shapes, names: Sequence[Sequence[str]]) -> int:
     return max((shape[0] for shape in inside if len(shape) == 2), default=1)
 
 
-def _stored(streamed: StreamedModel, name: str, size: int) -> int:
+def stored_bytes(streamed: StreamedModel, name: str, size: int) -> int:
     """Bytes of a tensor that is stored as it is in the source; `size` in float32."""
     disks = sorted(streamed.sources.get(name, ()))
     return size // 4 * streamed.checkpoint.dtype(disks[0]).itemsize if disks else 0
 
 
-def _carried(streamed: StreamedModel) -> int:
+def carried_bytes(streamed: StreamedModel) -> int:
     """Bytes of the tensors that no module takes."""
     source = streamed.checkpoint
     return sum(math.prod(source.shape(n)) * source.dtype(n).itemsize for n in streamed.unused)

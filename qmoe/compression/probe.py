@@ -48,7 +48,7 @@ def probed(job: Job, target: float, importance: Mapping[str, float]) -> list[lis
         `Curve.as_list` of every module, in order; the same bytes for every number of processes.
     """
     some = share_of(job.batches, job.batches[0]["input_ids"].numel())
-    part = replace(job, batches=some, world=World())
+    part = replace(job, batches=some, own=0, world=World())
     ratio = job.tokens() / part.tokens()
     blocks = list(job.streamed.blocks())
     layouts = [layout for block in blocks for layout, _ in job.streamed.experts_of(block)]
@@ -136,8 +136,8 @@ class Probe:
         self._samples = [n for layout in layouts for n in samples(layout)]
         self._calls = 0
         self.curves: list[Curve] = []
-        weighted = get_method("rd", **self._solver_options).weighted
-        self.method = Method("probe", weighted=weighted, drift=0.0, solve=self._solve)
+        rd = get_method("rd", **self._solver_options)
+        self.method = Method("probe", rd.weighted, 0.0, self._solve, rd.least_use)
 
     def _solve(self, problem: Problem) -> Solution:
         unchanged = cast(list[QuantizedMatrix], [_Unchanged(w) for w in problem.weight])

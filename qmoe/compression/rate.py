@@ -149,13 +149,14 @@ def check_target(bits: float) -> None:
         )
 
 
-def missed(target: float, bits: float) -> str:
+def missed(target: float, bits: float, option: str = "--bits") -> str:
     """What to say of a result that is further than TOLERANCE from its target; else nothing."""
     off = bits / target - 1
     if abs(off) <= TOLERANCE:
         return ""
     why = "; matrices of few weights cannot fall below their side data" if off > 0 else ""
-    return f"--bits {target:g} is missed by {100 * off:+.1f} %: experts take {bits:.4g}{why}"
+    what = "experts take" if option == "--bits" else "the file takes"
+    return f"{option} {target:g} is missed by {100 * off:+.1f} %: {what} {bits:.4g}{why}"
 
 
 def module_bits(layout: ExpertsLayout, report: dict[str, Any]) -> float:

@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qmoe.calib import default_text
 from qmoe.compression.rate import check_target
 from qmoe.errors import QmoeError
 from qmoe.quantize import Method, get_method
 
 DEFAULT_BITS = 0.8
+DENSE_BITS = (3, 8)  # range of --dense-bits
 # no byte of a weight depends on these
 _MACHINE = ("memory", "source_cache", "device", "trust_remote_code", "fresh", "with_code")
 
@@ -22,16 +24,18 @@ class Settings:
         method: "rd", "qmoe", "rtn" or "gptq2" .. "gptq4".
         bits: stored bits per expert weight to hit, for rd; see `target`.
         delta: global step of rd, in place of a target.
-        dense_bits: stored bits per weight outside of the experts; 16 leaves it as it is.
-        calib: calibration text.
+        dense_bits: stored bits per weight outside of the experts, 3 to 8, divided among its
+            matrices by one slope; 16 leaves it as it is.
+        model_bits: stored bits per weight of the whole file, instead of `bits` and `dense_bits`.
+        calib: calibration text; None is the one that comes with the package.
         calib_tokens: at most this many tokens of it.
-        calib_rows: how its documents are read: `pack`, `chat`, `column` of qmoe.calib.text.windows.
+        calib_rows: how it is read: `pack`, `chat`, `column`, `bos` of qmoe.calib.text.windows.
         unseen: tokens that the model says by itself for each token of the text, so that what the
             text does not reach counts too: see `qmoe.calib.own_words`.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
         solver_options: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`,
-            and `gradient`, 0 for layers that count alike.
+            and `gradient`, 1 for layers weighted by the gradient of the loss.
         memory: bytes that a process may use; what activations find no room for goes to mapped
             files.
         source_cache: "keep" or "drop" downloaded source files when no block needs them any more.
@@ -48,8 +52,9 @@ class Settings:
     calib_rows: Mapping[str, Any] = field(default_factory=dict)
     bits: float | None = None
     delta: float | None = None
-    dense_bits: int = 16
-    unseen: float = 0.5
+    dense_bits: float = 16
+    model_bits: float | None = None
+    unseen: float = 1.0
     ctx: int | None = None
     seed: int = 0
     solver_options: Mapping[str, float] = field(default_factory=dict)
@@ -61,26 +66,15 @@ class Settings:
     with_code: bool = False
 
     @property
-    def text(self) -> str:
-        """The calibration text.
-
-        Raises:
-            QmoeError: none is given.
-        """
-        if self.calib is None:
-            raise QmoeError("no calibration text is given; name one with --calib")
-        return self.calib
-
-    @property
     def target(self) -> float | None:
-        """Stored bits per expert weight to hit: 0.8 where rd is given neither bits nor a step."""
-        plain = self.method == "rd" and self.delta is None
+        """Stored bits per expert weight to hit: 0.8 where rd is given no bits and no step."""
+        plain = self.method == "rd" and self.delta is None and self.model_bits is None
         return DEFAULT_BITS if plain and self.bits is None else self.bits
 
     @property
     def by_gradient(self) -> bool:
         """Whether layers are weighted by the loss's gradient where it can be had."""
-        return self.method == "rd" and bool(self.solver_options.get("gradient", True))
+        return self.method == "rd" and bool(self.solver_options.get("gradient", False))
 
     def for_solver(self) -> dict[str, float]:
         """The options that the solver itself takes."""
@@ -90,10 +84,14 @@ class Settings:
         """The part that decides the bytes, for the manifest and for resuming."""
         out = {name: value for name, value in asdict(self).items() if name not in _MACHINE}
         out["knobs"] = out.pop("solver_options")  # the name under which manifests keep them
+        if self.dense_bits == int(self.dense_bits):
+            out["dense_bits"] = int(self.dense_bits)
+        if self.model_bits is None:
+            del out["model_bits"]
         if not self.calib_rows:
             del out["calib_rows"]
         out["bits"] = self.target
-        out["calib"] = Path(self.calib).name if self.calib else None
+        out["calib"] = default_text.NAME if self.calib is None else Path(self.calib).name
         return out
 
     def context(self, config: Any) -> int:
@@ -108,6 +106,7 @@ class Settings:
         Raises:
             QmoeError: settings that exclude each other or that the method does not know.
         """
+        self._check_dense()
         name, params = self.method, self._solver_params()
         if name.startswith("gptq"):
             name, params = "gptq", {"bits": int(name.removeprefix("gptq"))}
@@ -115,6 +114,25 @@ class Settings:
             return get_method(name, **params)
         except (TypeError, ValueError) as e:
             raise QmoeError(f"{name} does not take {params}: {e}") from e
+
+    def _check_dense(self) -> None:
+        low, high = DENSE_BITS
+        if self.dense_bits != 16 and not low <= self.dense_bits <= high:
+            raise QmoeError(
+                f"--dense-bits {self.dense_bits:g}: choose between {low} and {high} bits per "
+                "weight, or 16 to leave what is not an expert as it is"
+            )
+        if self.model_bits is None:
+            return
+        if self.method != "rd":
+            raise QmoeError(f"--model-bits belongs to --method rd, not to {self.method}")
+        if self.bits is not None or self.delta is not None or self.dense_bits != 16:
+            raise QmoeError(
+                "--model-bits decides the bits of experts and of everything else; give it without "
+                "--bits, --delta and --dense-bits"
+            )
+        if not self.model_bits > 0:
+            raise QmoeError(f"--model-bits {self.model_bits:g}: give a positive number")
 
     def _solver_params(self) -> dict[str, float]:
         if self.method == "rd":

@@ -4,19 +4,18 @@ them (see `qmoe.calib.own_words`).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from qmoe.calib.batches import split_batches
-from qmoe.calib.importance import fits
 from qmoe.calib.outputs import Resident
 from qmoe.calib.own_words import own_words
 from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.job import Job
 from qmoe.models.downloads import begin_walk, leave
-from qmoe.models.streamed import BlockRef
 from qmoe.system.processes import World
 
 BATCH_TOKENS = 4096  # tokens of one forward; fixed, since it decides the rounding of sums
@@ -66,56 +65,25 @@ def _say(job: Job) -> Tensor:
     own = [batch["input_ids"] for batch in job.batches[len(job.batches) - job.own :]]
     windows = (sum(len(ids) for ids in own), own[0].shape[1])
     head = job.streamed.model.get_output_embeddings()
-    vocabulary = int(head.weight.shape[0])
+    text = job.streamed.config.get_text_config()
+    vocabulary = int(text.vocab_size if head is None else head.weight.shape[0])
     alone = replace(job, world=World())
-    voice = _Whole(alone) if fits(job.streamed, job.settings.memory) else _Walks(alone)
-    try:
-        return own_words(voice.predict, job.tokenizer, vocabulary, windows, job.settings.seed)
-    finally:
-        voice.close()
+    predict = partial(_predict, alone)
+    return own_words(predict, job.tokenizer, vocabulary, windows, job.settings.seed)
 
 
-class _Whole:
-    """A model that is in memory while it speaks."""
-
-    def __init__(self, job: Job) -> None:
-        self._streamed = job.streamed
-        self._blocks = list(job.streamed.blocks())
-        begin_walk(self._streamed, self._blocks)
-        for block in self._blocks:
-            self._streamed.load_block(block)
-            leave(self._streamed, block)
-
-    @torch.no_grad()
-    def predict(self, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
-        for batch in batches:
-            placed = {name: t.to(self._streamed.device) for name, t in batch.items()}
-            yield self._streamed.model(**placed, use_cache=False).logits
-
-    def close(self) -> None:
-        for block in self._blocks:
-            self._streamed.free(block)
-
-
-class _Walks:
-    """A model of which one block is in memory: a walk through all of them for every token."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._blocks: list[BlockRef] = list(job.streamed.blocks())
-
-    def predict(self, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
-        streamed, blocks = self._job.streamed, self._blocks
-        outputs = Resident(self._job.store)
-        loop = BlockLoop(replace(self._job, batches=batches, own=0), [outputs], unchanged=True)
-        begin_walk(streamed, blocks)
-        hidden = not self._job.progress
-        title = f"own words, token {batches[0]['input_ids'].shape[1] + 1}"
-        for i, block in enumerate(tqdm(blocks, desc=title, unit="block", disable=hidden)):
-            loop.block(block, None, blocks[i + 1 : i + 2])
-            leave(streamed, block)
-        yield from loop.whole_walk().logits()
-        outputs.drop()
-
-    def close(self) -> None:
-        pass
+def _predict(job: Job, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
+    """Logits of every batch, by a walk through all blocks. The same walk as a compression's, also
+    where the model would fit in memory: its sums do not depend on the number of threads.
+    """
+    streamed, blocks = job.streamed, list(job.streamed.blocks())
+    outputs = Resident(job.store)
+    loop = BlockLoop(replace(job, batches=batches, own=0), [outputs], unchanged=True)
+    begin_walk(streamed, blocks)
+    hidden = not job.progress
+    title = f"own words, token {batches[0]['input_ids'].shape[1] + 1}"
+    for i, block in enumerate(tqdm(blocks, desc=title, unit="block", disable=hidden)):
+        loop.block(block, None, blocks[i + 1 : i + 2])
+        leave(streamed, block)
+    yield from loop.whole_walk().logits()
+    outputs.drop()

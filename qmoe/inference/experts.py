@@ -300,6 +300,7 @@ def _distinct(experts: list[int], count: int) -> bool:
 def _forget(module: nn.Module, _: Any) -> None:
     """New weights were loaded into the module: what was decoded from the old ones is void."""
     if isinstance(module, EncodedExperts):
+        module.__dict__.pop("_kernel_pack", None)
         module.identity = object()
         module.caches.decoded.clear()
         module.caches.parsed.clear()

@@ -9,15 +9,19 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from qmoe.inference.experts import Caches, EncodedExperts
-from qmoe.inference.quantizer import OPENED
+from qmoe.inference.quantizer import INTEGERS, OPENED
 from qmoe.inference.structure import check
-from qmoe.models.auto import auto_class
+from qmoe.models.auto import auto_class, model_class
 from qmoe.store.reader import Container
 from qmoe.system.hub import download
 
 
 def load(
-    directory: str | os.PathLike[str], *, cache_bytes: int | None = None, **kwargs: Any
+    directory: str | os.PathLike[str],
+    *,
+    cache_bytes: int | None = None,
+    integers: bool = True,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Loads a compressed checkpoint as a transformers model.
 
@@ -26,6 +30,9 @@ def load(
             "owner/name" or "owner/name@revision" (downloaded whole first).
         cache_bytes: bound of decoded matrices kept in memory, 0 for none; default: environment
             variable QMOE_CACHE_BYTES, else 0.
+        integers: on a machine without a GPU, matrices that ``--dense-bits 4`` or 3 coded stay 8-bit
+            integers (`IntegerLinear`), exact to what is stored; False decodes them into ordinary
+            weights of the model's dtype, which can be changed.
         kwargs: for `from_pretrained`: dtype, device_map, offload_folder, ...
 
     Returns:
@@ -39,7 +46,12 @@ def load(
         where = container.directory
         remote = bool(kwargs.get("trust_remote_code"))
         config = AutoConfig.from_pretrained(where, trust_remote_code=remote)
-        model: PreTrainedModel = auto_class(config).from_pretrained(where, **kwargs)
+        cls = model_class(config)[0] or auto_class(config)
+        kept = INTEGERS.set(integers)
+        try:
+            model: PreTrainedModel = cls.from_pretrained(where, **kwargs)
+        finally:
+            INTEGERS.reset(kept)
     if cache_bytes is not None:
         set_cache_bytes(model, cache_bytes)
     return model

@@ -13,9 +13,10 @@ imports nothing of ours that uses transformers, except inside functions.
 """
 
 import os
+import warnings
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # What `load` has verified, for the quantizer that transformers creates on the way.
 OPENED: ContextVar["Container | None"] = ContextVar("opened", default=None)
+# Whether dense matrices may stay integers, as `load` was asked.
+INTEGERS: ContextVar[bool] = ContextVar("integers", default=True)
 
 
 class QmoeConfig(QuantizationConfigMixin):
@@ -77,6 +80,7 @@ class QmoeQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.container: Container | None = None
         self.failures: list[CorruptError] = []
+        self.kept: dict[str, Any] = {}  # dense matrices that stay integers
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Not about attention: the hook that runs after the config is read and before weight files
@@ -103,10 +107,15 @@ class QmoeQuantizer(HfQuantizer):
         return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+        self,
+        model: Any,
+        checkpoint_files: list[str] | None = None,
+        device_map: Any = None,
+        **_: Any,
     ) -> None:
+        from qmoe.inference.dense import keep_integers
         from qmoe.inference.experts import Caches
-        from qmoe.inference.structure import compare, swap
+        from qmoe.inference.structure import check_class, compare, swap
         from qmoe.store.reader import Container
 
         if not checkpoint_files:
@@ -116,10 +125,15 @@ class QmoeQuantizer(HfQuantizer):
         directory = Path(checkpoint_files[0]).parent
         if self.container is None or not directory.samefile(self.container.directory):
             self.container = Container.open(directory)
+        check_class(model, self.container)
         caches = Caches(self._cache_bytes())
         for layout in self.container.modules.values():
             swap(model, layout, self.container, caches)
         compare(model, self.container)
+        places = {"": "cpu"} if device_map is None else device_map
+        on_cpu = isinstance(places, dict) and {str(p) for p in places.values()} == {"cpu"}
+        if INTEGERS.get() and on_cpu and not torch.cuda.is_available():
+            self.kept = keep_integers(model, self.container)
 
     def _cache_bytes(self) -> int:
         if self.quantization_config.cache_bytes is not None:
@@ -134,7 +148,9 @@ class QmoeQuantizer(HfQuantizer):
         model.)"""
         from qmoe.inference.dense import converters
 
-        return [] if self.container is None else converters(self.container, self.failures)
+        if self.container is None:
+            return []
+        return converters(self.container, self.failures, self.kept)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Bytes stay bytes; what is decoded from them learns its dtype here."""
@@ -148,10 +164,12 @@ class QmoeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from qmoe.inference.adapters import watch_peft
+        from qmoe.inference.dense import give_scales
         from qmoe.inference.save import save_pretrained
 
         if self.failures:
             raise self.failures[0]
+        give_scales(model, self.kept)
         # transformers marks the config as quantized; some families (jamba) then expect quantized
         # Linears, which there are none of.
         for module in model.modules():
@@ -161,12 +179,11 @@ class QmoeQuantizer(HfQuantizer):
         if self.container is not None:
             model.qmoe_manifest = self.container.manifest
             model.qmoe_directory = str(self.container.directory)
-        model.save_pretrained = MethodType(save_pretrained, model)
+        # no bound method: pickle would look it up by its name, and find the class's
+        model.save_pretrained = partial(save_pretrained, model)
         watch_peft()
         if torch.cuda.is_available():
-            from qmoe.inference.cuda import register  # needs triton, which not every platform has
-
-            register()
+            use_kernels(model)
         return model
 
     def is_serializable(self, **_: Any) -> bool:
@@ -176,3 +193,18 @@ class QmoeQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def use_kernels(model: Any) -> None:
+    """Lets a loaded model's experts run on the GPUs that they are on; where the kernels cannot be
+    imported (no triton, or one that has changed), a warning says so and the CPU decodes.
+    """
+    try:
+        from qmoe.inference.cuda import prepare, register
+    except (ImportError, AttributeError) as e:
+        warnings.warn(
+            f"the kernels cannot be used, experts are decoded on the CPU: {e}", stacklevel=2
+        )
+        return
+    register()
+    prepare(model)

@@ -21,6 +21,7 @@ from qmoe.store.stored_dense import OFFSETS, STREAM
 from qmoe.store.stored_experts import StoredExperts
 from qmoe.store.writer import CARRIED_BLOCK, MAX_SHARD_BYTES, ContainerWriter, carried_files
 
+_UPLOAD = "a compressed model saves its own tensors to a directory; upload that with `hf upload`"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -58,22 +59,20 @@ def save_pretrained(
     if not is_main_process:
         return
     if state_dict is not None or push_to_hub:
-        raise OutputError(
-            "a compressed model saves its own tensors to a directory; upload that with `hf upload`"
-        )
+        raise OutputError(_UPLOAD)
     source, manifest = Path(model.qmoe_directory), model.qmoe_manifest
     container = _source(source, manifest, save_directory)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
-    largest = _bytes(max_shard_size)
-    with ContainerWriter(save_directory, replace=True, max_shard_bytes=largest) as writer:
+    bound = _bytes(max_shard_size)
+    with ContainerWriter(save_directory, replace=True, max_shard_bytes=bound) as writer:
         try:
             for block, files in manifest["blocks"].items():
-                names = [n for n, e in manifest["tensors"].items() if e["file"] in files]
+                names = sorted(n for n, e in manifest["tensors"].items() if e["file"] in files)
                 if block == CARRIED_BLOCK:
                     _save_carried(writer, names, source)
                 else:
-                    _save_block(writer, block, sorted(names), model, container)
+                    _save_block(writer, block, names, model, container)
             writer.finish(
                 list(manifest["blocks"]),
                 config=plain_config(model.config),
@@ -151,7 +150,13 @@ def _dense(container: Container | None) -> list[str]:
 
 def _save_dense(block: BlockWriter, name: str, weight: Tensor, container: Container) -> None:
     coded = container.dense_matrix(name)
-    if torch.equal(coded.decode(weight.dtype), weight):
+    if weight.dtype == torch.int8:
+        if not torch.equal(coded.integers().codes, weight):
+            raise OutputError(
+                f"the integers of {name} were changed; they have no other stored form"
+            )
+        block.add_dense_encoded(coded, container.manifest["report"]["dense"][name])
+    elif torch.equal(coded.decode(weight.dtype), weight):
         block.add_dense_encoded(coded, container.manifest["report"]["dense"][name])
     else:
         block.add_tensor(name, weight)
@@ -166,7 +171,7 @@ def _save_carried(writer: ContainerWriter, names: list[str], source: Path) -> No
         )
     container = Container.open(source, check=False)
     with writer.block(CARRIED_BLOCK) as block:
-        for name in sorted(names):
+        for name in names:
             block.add_tensor(name, container.read(name))
 
 

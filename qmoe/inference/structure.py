@@ -10,16 +10,21 @@ import torch
 import transformers
 from torch import nn
 
-from qmoe.errors import CorruptError
+from qmoe.errors import CorruptError, UnsupportedModelError
 from qmoe.inference.experts import Caches, EncodedExperts
-from qmoe.models.auto import auto_class, building
+from qmoe.models.auto import auto_class, building, model_class
 from qmoe.models.families.find import kind_of, layout_of
 from qmoe.store.reader import Container
 from qmoe.types import ExpertsLayout
 
 
-def build(container: Container) -> Any:
+def build(container: Container, dtype: torch.dtype | None = None) -> Any:
     """The dense model on the meta device.
+
+    Args:
+        container: the checkpoint.
+        dtype: of the parameters but those that the family keeps in another; by default the
+            configuration's.
 
     Raises:
         CorruptError: config.json describes no model.
@@ -27,11 +32,11 @@ def build(container: Container) -> Any:
     with building(container.directory, CorruptError):
         config = transformers.AutoConfig.from_pretrained(container.directory)
         del config.quantization_config
-        name = (config.architectures or [""])[0]
-        dtype = config.dtype or torch.float32
+        dtype = dtype or config.dtype or torch.float32
+        cls, config = model_class(config)
         with torch.device("meta"):
-            if hasattr(transformers, name):
-                return getattr(transformers, name)._from_config(config, dtype=dtype)
+            if cls is not None:
+                return cls._from_config(config, dtype=dtype)
             return auto_class(config).from_config(config, dtype=dtype)
 
 
@@ -53,6 +58,22 @@ def check(container: Container) -> None:
         for layout in container.modules.values():
             swap(model, layout, container, caches)
     compare(model, container)
+
+
+def check_class(model: Any, container: Container) -> None:
+    """Compares the class that is being loaded with the one that was compressed.
+
+    Raises:
+        UnsupportedModelError: a text-only class of a model that was compressed with its vision
+            tower, say, whose tensors have other names.
+    """
+    names = container.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if isinstance(name, str) and hasattr(transformers, name) and type(model).__name__ != name:
+        raise UnsupportedModelError(
+            f"{container.directory} was compressed as {name}, not as {type(model).__name__}; load "
+            f"it with transformers.{name} or qmoe.load"
+        )
 
 
 def swap(model: Any, layout: ExpertsLayout, container: Container, caches: Caches) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qmoe import codec
+from qmoe.calib import default_text
 from qmoe.compression.pipeline import compress
 from qmoe.compression.settings import Settings
 from qmoe.errors import CorruptError
@@ -99,8 +100,8 @@ class Points:
             str(directory),
             self.text,
             self.source,
-            self.ctx,
-            self.tokens,
+            ctx=self.ctx,
+            tokens=self.tokens,
             device=settings.device,
             progress=self.progress,
         ).as_dict()
@@ -154,7 +155,7 @@ class Points:
     def _key(self, settings: Settings) -> str:
         job = {
             **settings.recorded(),
-            "calib": _content(settings.text),
+            "calib": default_text.sha256() if settings.calib is None else _content(settings.calib),
             "source": open_checkpoint(self.source).fingerprint(),
             "text": _content(self.text),
             "eval": [self.tokens, self.ctx],
@@ -172,7 +173,9 @@ def point_name(settings: Settings) -> str:
     if settings.delta is not None:
         parts.append(f"delta={settings.delta:.6g}")
     if settings.dense_bits < 16:
-        parts.append(f"dense={settings.dense_bits}")
+        parts.append(f"dense={settings.dense_bits:g}")
+    if settings.model_bits is not None:
+        parts.append(f"model={settings.model_bits:g}")
     parts += [f"{k}={v:g}" for k, v in sorted(settings.solver_options.items())]
     return "-".join(parts)
 

@@ -2,21 +2,27 @@
 asked.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qmoe.calib.batches import prepare, split_batches
-from qmoe.errors import SourceError
+from qmoe.calib.batches import check_tokens, described, prepare, split_batches
+from qmoe.errors import SourceError, UnsupportedModelError
 from qmoe.inference.load import load
 from qmoe.measure.perplexity import Score, score_batches
-from qmoe.models.auto import auto_class
-from qmoe.models.classes import read_config, read_tokenizer
-from qmoe.models.families.aliases import ALIASES
-from qmoe.models.families.find import repair
+from qmoe.models.auto import building
+from qmoe.models.classes import (
+    embeddings,
+    model_class,
+    read_config,
+    read_tokenizer,
+    vocabulary,
+)
+from qmoe.models.families.find import NoExpertsError, repair, take_any_width
 from qmoe.models.streamed import StreamedModel
-from qmoe.source.checkpoint import directory_of, open_checkpoint
+from qmoe.source.checkpoint import Checkpoint, directory_of, open_checkpoint
 from qmoe.store.manifest import MANIFEST
 from qmoe.store.writer import INDEX
 from qmoe.system.machine import pick_device
@@ -26,12 +32,15 @@ def evaluate(
     model: str,
     text: str,
     reference: str | None = None,
+    *,
     ctx: int = 1024,
     tokens: int | None = None,
     dtype: str = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: bool = False,
+    say: Callable[[str], object] = lambda text: None,
+    rows: Mapping[str, Any] | None = None,
 ) -> Score:
     """Perplexity of a checkpoint on a text, and its divergence from a reference.
 
@@ -45,6 +54,8 @@ def evaluate(
         device: "auto", "cpu", "cuda" or "cuda:N".
         trust_remote_code: run the model and tokenizer code that the checkpoints bring along.
         progress: draw a bar.
+        say: receives what the text looks like to the model.
+        rows: how it is read: `pack`, `chat`, `column`, `bos` of qmoe.calib.text.windows.
 
     Raises:
         SourceError: no such checkpoint, or the reference has another vocabulary.
@@ -53,15 +64,18 @@ def evaluate(
     where = pick_device(device)
     first = load_any(model, dtype, where, trust_remote_code)
     other = load_any(reference, dtype, where, trust_remote_code) if reference else None
-    if other is not None and other.config.vocab_size != first.config.vocab_size:
+    if other is not None and vocabulary(other) != vocabulary(first):
         raise SourceError(
-            f"{model} has {first.config.vocab_size} tokens "
-            f"and {reference} has {other.config.vocab_size}; "
+            f"{model} has {vocabulary(first)} tokens and {reference} has {vocabulary(other)}; "
             "KL needs one vocabulary"
         )
     tokenizer = read_tokenizer(directory_of(model), trust_remote_code)
-    data = prepare(tokenizer, first.config, text, tokens or 2**40, ctx, seed=0)
-    return score_batches(first, split_batches(data), other, progress)
+    rows = rows or {}
+    data = prepare(tokenizer, first.config, text, tokens or 2**40, ctx, seed=0, **rows)
+    check_tokens(data, tokenizer, embeddings(first))
+    say(f"evaluation {described(data, tokenizer, rows.get('bos', 'auto'))}")
+    with building(model if reference is None else f"{model} or {reference}", what="run"):
+        return score_batches(first, split_batches(data), other, progress)
 
 
 def load_any(model: str, dtype: str, device: torch.device, trust_remote_code: bool = False) -> Any:
@@ -75,23 +89,39 @@ def load_any(model: str, dtype: str, device: torch.device, trust_remote_code: bo
     if is_compressed(directory_of(model)):
         return load(model, dtype=kind, trust_remote_code=trust_remote_code).to(device).eval()
     checkpoint = open_checkpoint(model)  # one clear sentence for whatever is wrong with it
-    config = read_config(checkpoint, trust_remote_code)
-    if checkpoint.quantization is not None or checkpoint.config.get("model_type") in ALIASES:
-        # transformers has no such type, or its dequantization needs further packages or is wrong
-        # on ragged blocks; the reader that compression uses is right
+    try:
         loaded = StreamedModel(checkpoint, kind, trust_remote_code).whole()
-    else:
-        # the commit that was opened, also if the branch has moved on since
-        commit = checkpoint.origin.get("revision")
-        loaded = auto_class(config).from_pretrained(
-            checkpoint.origin["name"] if commit else model,
-            config=config,
-            dtype=kind,
-            revision=commit or "main",
-            trust_remote_code=trust_remote_code,
-        )
+    except NoExpertsError:
+        loaded = _dense(checkpoint, model, kind, trust_remote_code)
     repair(loaded)
+    take_any_width(loaded)
     return loaded.to(device).eval()
+
+
+def _dense(checkpoint: Checkpoint, model: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """A model without experts, which transformers loads itself."""
+    if checkpoint.quantization is not None:
+        raise UnsupportedModelError(
+            f"{model} is a quantized model without experts; use its bf16 checkpoint"
+        )
+    cls, config = model_class(
+        read_config(checkpoint, trust_remote_code), checkpoint, trust_remote_code
+    )
+    commit = checkpoint.origin.get("revision")  # what was opened, if the branch has moved on since
+    loaded, info = cls.from_pretrained(
+        checkpoint.origin["name"] if commit else model,
+        config=config,
+        dtype=dtype,
+        revision=commit or "main",
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        raise SourceError(
+            f"{model}: no tensor on disk for {min(info['missing_keys'])}; the checkpoint is "
+            "incomplete or does not match config.json"
+        )
+    return loaded
 
 
 def is_compressed(folder: Path) -> bool:

@@ -1,14 +1,21 @@
-"""Which of transformers' Auto classes builds a model that generates text from a configuration."""
+"""Which class of transformers a configuration stands for: one rule for compressing and for loading.
+
+The class that config.json names under `architectures` decides, as its publisher meant it: Llama 4
+and Qwen3.5-MoE have a text-only class and one with a vision tower, and their tensors bear other
+names in each. Only where none is named, or one that belongs to another type of configuration, do
+transformers' Auto classes decide.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from qmoe.errors import QmoeError, reason
+from qmoe.errors import QmoeError, SourceError
 
 # What transformers raises on a config that it cannot build a model from.
 _BAD_CONFIG = (
@@ -29,27 +36,76 @@ _TEXT = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMul
 
 
 def auto_class(config: Any) -> Any:
-    """The Auto class for a configuration; the causal one for types that transformers does not list
-    (their code comes with the checkpoint).
+    """The Auto class for a configuration: the one that builds its `model_class`, or else the causal
+    one, for types that transformers does not list (their code comes with the checkpoint).
     """
-    if config.is_encoder_decoder:
-        return transformers.AutoModelForSeq2SeqLM
-    for name in _TEXT:
-        auto = getattr(transformers, name)
-        if type(config) in auto._model_mapping:
+    named = _named(config)
+    fitting = [a for a in _autos(config) if type(config) in a._model_mapping]
+    for auto in fitting:
+        if auto._model_mapping[type(config)] is named:
             return auto
-    return transformers.AutoModelForCausalLM
+    return fitting[0] if fitting else _autos(config)[0]
+
+
+def model_class(config: Any) -> tuple[Any, Any]:
+    """The model class that a configuration stands for.
+
+    Args:
+        config: of a checkpoint.
+
+    Returns:
+        (class, the configuration to build it from: the text part for a text-only class of a
+        composite type); (None, config) if transformers itself has none.
+    """
+    cls = _named(config)
+    if cls is None:
+        auto = auto_class(config)
+        if type(config) not in auto._model_mapping:
+            return None, config
+        cls = auto._model_mapping[type(config)]
+    text = config.sub_configs.get("text_config")
+    if text is not None and cls.config_class is text:
+        names = config.architectures
+        config = config.get_text_config()
+        config.architectures = names
+    return cls, config
+
+
+def _autos(config: Any) -> list[Any]:
+    if config.is_encoder_decoder:
+        return [transformers.AutoModelForSeq2SeqLM]
+    return [getattr(transformers, name) for name in _TEXT]
+
+
+def _named(config: Any) -> Any:
+    """The class under `architectures`, if transformers has it and it is for such a
+    configuration."""
+    names = config.architectures
+    first = names[0] if isinstance(names, list | tuple) and names else None
+    cls = getattr(transformers, first, None) if isinstance(first, str) else None
+    takes = getattr(cls, "config_class", None)
+    fits = takes is not None and takes in (type(config), config.sub_configs.get("text_config"))
+    return cls if fits else None
 
 
 @contextmanager
-def building(directory: Path, error: type[QmoeError]) -> Iterator[None]:
-    """Turns whatever transformers says while it builds a config.json's model into one sentence.
+def building(
+    where: str | Path, error: type[QmoeError] = SourceError, what: str = ""
+) -> Iterator[None]:
+    """Turns whatever transformers says about a config.json's model into one sentence.
 
     Args:
-        directory: that holds the file.
+        where: the checkpoint.
         error: raised instead.
+        what: transformers is doing with the model beside building it: "load", "run".
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except _BAD_CONFIG as e:
-        raise error(f"{directory / 'config.json'} describes no model: {reason(e)}") from e
+        says = (
+            f"describes a model that transformers cannot {what}" if what else "describes no model"
+        )
+        text = " ".join(str(e).split())[:200]
+        raise error(f"{where}/config.json {says}: {type(e).__name__}: {text}") from e

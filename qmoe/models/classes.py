@@ -4,6 +4,7 @@ Knows nothing about weights.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationMixin
 
 from qmoe.errors import SourceError, UnsupportedModelError, reason
-from qmoe.models.auto import auto_class
+from qmoe.models.auto import auto_class, building
+from qmoe.models.auto import model_class as known_class
 from qmoe.models.families.aliases import ALIASES
 from qmoe.source.checkpoint import Checkpoint
 
+_COUNTS = re.compile(r".*(layers|experts|depth)")  # settings: how many modules there are
+_MANY = 4096  # of them may share a tensor
 _NOT_SETTINGS = ("model_type", "auto_map")
 
 
@@ -27,6 +31,10 @@ def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             which is not to be run.
     """
     kind = checkpoint.config.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise SourceError(
+            f"{checkpoint.directory}: config.json has the model_type {kind!r}, which is no text"
+        )
     if (
         "auto_map" in checkpoint.config
         and kind not in transformers.CONFIG_MAPPING
@@ -37,15 +45,14 @@ def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             f"{checkpoint.directory}: model type {kind!r} brings its own code; "
             "read it, then pass --trust-remote-code to run it"
         )
+    _check_counts(checkpoint, checkpoint.config)
+    known = kind in transformers.CONFIG_MAPPING or kind in ALIASES
     try:
-        if kind in ALIASES:
-            given = {k: v for k, v in checkpoint.config.items() if k not in _NOT_SETTINGS}
-            config = AutoConfig.for_model(ALIASES[kind], **given)
-        else:
-            config = AutoConfig.from_pretrained(
-                checkpoint.directory, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, KeyError) as error:
+        with building(checkpoint.directory):
+            config = _read(checkpoint, kind, trust_remote_code)
+    except SourceError as error:
+        if known:
+            raise
         raise UnsupportedModelError(
             f"{checkpoint.directory}: model type {kind!r} is not known to "
             f"transformers {transformers.__version__}"
@@ -55,31 +62,48 @@ def read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     return config
 
 
-def model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """The class of the model, its own code included if that is trusted.
+def _check_counts(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """Refuses more layers or experts than the checkpoint can have tensors for: building the model
+    would take for ever."""
+    most = _MANY + len(checkpoint.names())
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(checkpoint, value)
+        elif isinstance(value, int | float) and _COUNTS.fullmatch(name) and value > most:
+            raise SourceError(
+                f"{checkpoint.directory}: config.json has {name} = {value}, but the checkpoint has "
+                f"{len(checkpoint.names())} tensors"
+            )
+
+
+def _read(checkpoint: Checkpoint, kind: str | None, trust_remote_code: bool) -> Any:
+    if kind not in ALIASES:
+        return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+    given = {k: v for k, v in checkpoint.config.items() if k not in _NOT_SETTINGS}
+    return AutoConfig.for_model(ALIASES[kind], **given)
+
+
+def model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The class of the model, its own code included if that is trusted, and the configuration to
+    build it from; see `qmoe.models.auto.model_class`.
 
     Raises:
         UnsupportedModelError: there is none, or it generates no text.
     """
-    names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
-        auto = auto_class(config)
-        if type(config) in auto._model_mapping:
-            cls = auto._model_mapping[type(config)]
-        elif trust_remote_code and "auto_map" in checkpoint.config:
-            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    cls, config = known_class(config)
+    if cls is None and trust_remote_code and "auto_map" in checkpoint.config:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-            cls = get_class_from_dynamic_module(
-                checkpoint.config["auto_map"][auto.__name__], str(checkpoint.directory)
-            )
+        name = checkpoint.config["auto_map"].get(auto_class(config).__name__)
+        if name is not None:
+            cls = get_class_from_dynamic_module(name, str(checkpoint.directory))
     pipeline = cls is not None and cls.forward is nn.Module.forward  # of several models
     if cls is None or pipeline or not issubclass(cls, GenerationMixin):
         raise UnsupportedModelError(
-            f"{checkpoint.directory}: architecture {names or None} is not a language model that "
-            f"transformers {transformers.__version__} can build"
+            f"{checkpoint.directory}: architecture {config.architectures or None} is not a "
+            f"language model that transformers {transformers.__version__} can build"
         )
-    return cls
+    return cls, config
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
@@ -106,6 +130,17 @@ def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     return found
 
 
+def embeddings(model: Any) -> int:
+    """How many tokens a model takes: the rows of its input embeddings."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def vocabulary(model: Any) -> int:
+    """How many tokens a model tells apart: its logits."""
+    head = model.get_output_embeddings()
+    return embeddings(model) if head is None else int(head.weight.shape[0])
+
+
 def read_tokenizer(directory: str | Path, trust_remote_code: bool) -> Any:
     """A checkpoint's tokenizer.
 
@@ -123,7 +158,7 @@ def read_tokenizer(directory: str | Path, trust_remote_code: bool) -> Any:
                 "it holds no vocabulary"
             )  # made of the model's type, for want of files
         return found
-    except (ImportError, OSError, TypeError, ValueError) as e:
+    except Exception as e:  # tokenizers raises nothing more special
         hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
         raise SourceError(f"{directory}: no tokenizer can be read ({reason(e)}){hint}") from e
 

@@ -1,30 +1,26 @@
-"""Does a checkpoint fit the model that its config.json describes? Names only; nothing is read.
+"""Compares tensor names on disk with the model's parameters: missing, doubled, misnumbered. Reads
+no weights.
 
 Knows nothing about how weights are converted or loaded.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from qmoe.errors import SourceError
 from qmoe.models.families.find import KINDS
+from qmoe.models.ties import Sources, tied_names
 from qmoe.types import ExpertsLayout
 
 EXPERT_NUMBER = re.compile(r"experts?[._](\d+)\.")
-# module parameter -> {disk name: pattern of the converter that reads it, or None}
-Sources = Mapping[str, Mapping[str, str | None]]
-
-
-def tied_names(model: nn.Module) -> list[tuple[Any, Any]]:
-    """(copy, original) of every tied parameter."""
-    return list((getattr(model, "all_tied_weights_keys", None) or {}).items())
 
 
 def check_complete(where: str, model: nn.Module, sources: Sources, several: Iterable[str]) -> None:
-    """Every parameter of the model is on disk.
+    """Every parameter and persistent buffer of the model is on disk.
 
     Args:
         where: the checkpoint, for messages.
@@ -36,19 +32,46 @@ def check_complete(where: str, model: nn.Module, sources: Sources, several: Iter
     Raises:
         SourceError: with the first parameter that is missing.
     """
-    tied = {k for pair in tied_names(model) for k in pair}
+    ties = tied_names(model)
+    there = {pair[1] for pair in ties if not sources.keys().isdisjoint(pair)}
+    tied = {n for pair in ties if pair[1] in there for n in pair}
     patterns = [re.compile(t.replace("*", r"\d+")) for t in several]
     missing = [
         n
-        for n, _ in model.named_parameters()
+        for n in model.state_dict()
         if n not in sources and n not in tied and not any(p.search(n) for p in patterns)
     ]
     if missing:
         raise SourceError(
-            f"{where}: no tensor on disk for {missing[0]} ({len(missing)} parameters of "
+            f"{where}: no tensor on disk for {missing[0]} ({len(missing)} tensors of "
             f"{type(model).__name__} are missing); the checkpoint is incomplete or does not match "
             "config.json"
         )
+
+
+def check_dtypes(
+    where: str, model: nn.Module, sources: Sources, dtype: Callable[[str], torch.dtype]
+) -> None:
+    """Floating point numbers on disk where the model has them: integers are the words of a
+    quantized checkpoint whose settings are lost.
+
+    Args:
+        where: the checkpoint, for messages.
+        model: on any device.
+        sources: where the parameters come from.
+        dtype: of a tensor on disk.
+
+    Raises:
+        SourceError: with the first tensor that holds integers.
+    """
+    for target, tensor in model.state_dict().items():
+        for disk in sources.get(target, ()) if tensor.is_floating_point() else ():
+            if not dtype(disk).is_floating_point:
+                raise SourceError(
+                    f"{where}: {disk} holds {str(dtype(disk)).removeprefix('torch.')} where the "
+                    "model has floating point weights; if it is quantized, config.json lacks its "
+                    "quantization_config"
+                )
 
 
 def shared_lists(

@@ -1,4 +1,5 @@
-"""What stands for a model or an experts module while the weights of one expert are in memory.
+"""Lets transformers' converters run on a single expert: stand-ins for the model and the experts
+module while the weights of one expert are in memory.
 
 Knows nothing about files.
 """

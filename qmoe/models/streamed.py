@@ -11,6 +11,7 @@ It knows nothing about quantization, calibration text or the output.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,19 +27,21 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from qmoe.errors import NonFiniteError, SourceError
+from qmoe.errors import SourceError
 from qmoe.models.auto import building
 from qmoe.models.classes import block_lists, model_class, read_config
-from qmoe.models.families.find import KINDS, find_experts
+from qmoe.models.families.find import KINDS, find_experts, take_any_width
+from qmoe.models.finite import check_finite
 from qmoe.models.matching import (
     EXPERT_NUMBER,
     check_complete,
+    check_dtypes,
     check_experts,
     shared_lists,
-    tied_names,
 )
 from qmoe.models.one_expert import PartOf, StandIn
 from qmoe.models.plain_loading import plain_loading
+from qmoe.models.ties import settle_ties, stand_ins, tied_names
 from qmoe.source.checkpoint import Checkpoint
 from qmoe.types import ExpertsLayout
 
@@ -67,7 +70,8 @@ class StreamedModel:
     Attributes:
         model: the transformers model, parameters on meta until loaded; buffers (rotary tables) are
             real.
-        config: its config, without any `quantization_config` of the source.
+        config: its config, without any `quantization_config` of the source; the dtype is the
+            source's, whatever is computed in.
         sources: module parameter name -> {disk name: pattern of the converter that reads it, or
             None}.
         experts: (layout, module) of every experts module.
@@ -97,11 +101,25 @@ class StreamedModel:
         """
         self.checkpoint, self.dtype = checkpoint, dtype
         self.device = device or torch.device("cpu")
-        with building(checkpoint.directory, SourceError):
-            self.config = read_config(checkpoint, trust_remote_code)
-            cls = model_class(self.config, checkpoint, trust_remote_code)
-            with torch.device("meta"):
-                self.model = cls._from_config(self.config, dtype=dtype)
+        config = read_config(checkpoint, trust_remote_code)
+        with building(checkpoint.directory):
+            self._build(*model_class(config, checkpoint, trust_remote_code))
+        self._map_names()
+        if self.config.dtype is None:
+            self.config.dtype = self._usual_dtype()
+        self._absent = settle_ties(self.model, checkpoint, self.sources)
+        for original, stored in stand_ins(self.model, self.sources).items():
+            self.sources[original] = self.sources[stored]
+        self.block_lists = block_lists(self.model)
+        self.experts = find_experts(self.model)
+        take_any_width(self.model)
+        self._check()
+
+    def _build(self, cls: Any, config: Any) -> None:
+        self.config = copy.deepcopy(config)  # the model's own gets the compute dtype
+        self.config.architectures = [cls.__name__]
+        with torch.device("meta"):
+            self.model = cls._from_config(config, dtype=self.dtype)
         self.model.eval()
         # the two calls by which from_pretrained rebuilds non-persistent buffers; parameters stay on
         # meta
@@ -111,10 +129,6 @@ class StreamedModel:
             if not buffer.is_meta:
                 buffer.data = buffer.data.to(self.device)
         self._mapping = get_model_conversion_mapping(self.model, None, None)
-        self._map_names()
-        self.block_lists = block_lists(self.model)
-        self.experts = find_experts(self.model)
-        self._check()
 
     def _map_names(self) -> None:
         renamings = [t for t in self._mapping if isinstance(t, WeightRenaming)]
@@ -135,6 +149,12 @@ class StreamedModel:
                 if fed in state:
                     self.sources.setdefault(fed, {})[name] = pattern
 
+    def _usual_dtype(self) -> torch.dtype:
+        """That of most tensors that the model takes."""
+        kinds = Counter(self.checkpoint.dtype(d) for disks in self.sources.values() for d in disks)
+        found = [k for k, _ in kinds.most_common() if k.is_floating_point]
+        return found[0] if found else torch.float32
+
     def _fed(self, target: str, pattern: str | None) -> list[str]:
         """The parameters that a converter fills beside the one that it names first."""
         if pattern is None:
@@ -147,6 +167,7 @@ class StreamedModel:
         several = [c.target_patterns for c in self._converter.values()]
         targets = {t for patterns in several if len(patterns) > 1 for t in patterns}
         check_complete(where, self.model, self.sources, targets)
+        check_dtypes(where, self.model, self.sources, self.checkpoint.dtype)
         self._lists = shared_lists(self.experts, self.sources)
         check_experts(where, self.experts, self.sources, self._lists)
 
@@ -179,7 +200,7 @@ class StreamedModel:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=self._mapping,
         )
-        with plain_loading():
+        with plain_loading(), building(str(self.checkpoint.directory), what="load"):
             info, _ = convert_and_load_state_dict_in_model(self.model, chosen, config)
         if info.mismatched_keys:
             name, disk, expected = sorted(info.mismatched_keys)[0]
@@ -203,7 +224,7 @@ class StreamedModel:
         """Everything outside the blocks: embeddings, final norms, head, vision tower."""
         inside = tuple(f"{name}." for name, _ in self.block_lists)
         self.load(lambda t: not t.startswith(inside))
-        self.model.tie_weights()
+        self._tie()
 
     def load_block(self, block: BlockRef, skip: Container[str] = ()) -> None:
         """A block without the parameters in `skip` (its experts' matrices)."""
@@ -212,8 +233,12 @@ class StreamedModel:
     def whole(self) -> Any:
         """The model with everything in memory."""
         self.load(lambda target: True)
-        self.model.tie_weights()
+        self._tie()
         return self.model
+
+    def _tie(self) -> None:
+        # as from_pretrained does: whichever of a tied pair is stored stands for the other
+        self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
 
     def head_name(self) -> str | None:
         """The output embeddings' weight if it is a parameter of its own, not shared with the
@@ -296,8 +321,8 @@ class StreamedModel:
             number = EXPERT_NUMBER.search(disk)
             if number and int(number.group(1)) != ours:
                 continue
-            at = ... if number else slice(expert * rows, (expert + 1) * rows)
-            tensor = self.checkpoint.lazy(disk, at)[...].to(self.dtype)
+            selection = ... if number else slice(expert * rows, (expert + 1) * rows)
+            tensor = self.checkpoint.lazy(disk, selection)[...].to(self.dtype)
             check_finite(disk, tensor)
             if pattern is not None:
                 converter = converter or copy.deepcopy(self._converter[pattern])
@@ -367,17 +392,6 @@ class StreamedModel:
             return tensor.dtype
         disks = sorted(self.sources.get(name, ()))
         return self.checkpoint.dtype(disks[0]) if disks else self.config.dtype or tensor.dtype
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises NonFiniteError if a tensor holds NaN or Inf; the sum is non-finite exactly then (up to
-    overflow, re-checked).
-    """
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise NonFiniteError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or Inf; the source is damaged"
-        )
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from qmoe.store.inspect import FEW_TOKENS, Inspection
+from qmoe.store.coverage import FEW_TOKENS
+from qmoe.store.inspect import Inspection
 from qmoe.system.text import markdown_table
 
 

@@ -18,6 +18,7 @@ from qmoe.errors import OutputError
 from qmoe.inference.structure import build, check
 from qmoe.models.classes import plain_config
 from qmoe.models.families.find import KINDS
+from qmoe.models.precision import kept_apart
 from qmoe.store.reader import Container
 from qmoe.store.stored_dense import STREAM
 from qmoe.store.writer import CARRIED_BLOCK, carried_files
@@ -83,8 +84,8 @@ def _write(
     container: Container, work: Path, dtype: torch.dtype, progress: Callable[[int], object] | None
 ) -> None:
     check(container)
-    model = build(container)
-    plan = set(model._get_dtype_plan(dtype))
+    model = build(container, dtype)
+    plan = kept_apart(model, dtype)
     blocks = container.manifest["blocks"]
     width = max(5, len(str(len(blocks))))
     weight_map: dict[str, str] = {}

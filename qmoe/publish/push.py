@@ -114,9 +114,7 @@ def push(
     try:
         name = _repository(api, repo, private, revision)
         stale = _stale(api, name, revision, files)
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(CARD, card(name))
-        ]
+        operations: list[Any] = [CommitOperationAdd(CARD, card(name))]
         operations += [CommitOperationAdd(f, changed.get(f, where / f)) for f in files]
         operations += [CommitOperationDelete(f) for f in stale]
         done = api.create_commit(name, operations, commit_message=text, revision=revision)

@@ -1,4 +1,14 @@
-"""Solvers: weights and statistics of their inputs -> integers and scales. One file per method."""
+"""Solvers: weights and statistics of their inputs -> integers and scales. One file per method.
+
+types     `Problem`, `Solution`, `Method`
+rd        rate-distortion, the default
+qmoe      QMoE's recipe
+gptq      GPTQ, for reference
+rtn       round to nearest
+dense     dense matrices at a few bits
+feedback  error feedback along columns
+linalg    Cholesky factors of damped Hessians
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -7,7 +7,8 @@ weight), P what damping and the layer's Hessian add to it, and U^T U = (H + P)^-
    every column, expert, projection and layer; unimportant columns fall to zero bits by themselves.
 2. Drift (Qronos, arXiv 2505.11695): the target is W (C + P)(H + P)^-1, C the cross product with the
    original model's inputs, so that errors of the layers before are undone where possible.
-3. Error feedback with plain rounding; no dead zone, which would bias the output towards zero.
+3. Error feedback with plain rounding, important columns last; no dead zone, which would bias the
+   output towards zero.
 
 Scales are rounded to the grid before integers are chosen, so the integers compensate the rounding.
 docs/log-quant.md has the measurements behind the defaults, and what was tried and lost.
@@ -39,6 +40,8 @@ class Options:
         col_step, row_step: coarseness of the scale grids; 64 is an octave.
         fit_rows: least-squares row scales at the end; without them all row scales are 1.
         waterfill: steps follow U_jj; without it all columns of a matrix share the geometric mean.
+        ascending: columns are quantized from the smallest diagonal of H to the largest, so that
+            fine steps absorb what coarse ones left; else in their natural order.
         feedback: errors of a column are pushed onto the columns behind it.
     """
 
@@ -50,6 +53,7 @@ class Options:
     row_step: int = 4
     fit_rows: bool = False
     waterfill: bool = True
+    ascending: bool = True
     feedback: bool = True
 
     def __post_init__(self) -> None:
@@ -70,9 +74,10 @@ def solve(problem: Problem, options: Options) -> Solution:
     """
     evidence, notes = _evidence(problem)
     h = damped(shrunk(evidence, problem.layer_hessian, options.shrinkage), options.damping)
-    factor, singular = inverse_factor(h)
+    order = _order(h, options)
+    factor, singular = inverse_factor(_both_ways(h, order))
     notes = [", ".join(filter(None, pair)) for pair in zip(notes, singular, strict=True)]
-    target = _target(problem, options, factor)
+    target = _target(problem, options, factor, order)
 
     delta = options.delta / problem.importance**0.5
     # a heavy column at a high rate must not leave int8
@@ -84,6 +89,9 @@ def solve(problem: Problem, options: Options) -> Solution:
     col = grid_scale(col_index)
     grid = Grid.symmetric(col, torch.ones_like(target[:, :, 0]))
     codes = feed_back(target, factor, grid) if options.feedback else round_to_grid(target, grid)
+    back = torch.argsort(order, dim=1)
+    codes, target = _columns(codes, back), _columns(target, back)
+    col, col_index = col.gather(1, back), col_index.gather(1, back)
     row_index = torch.zeros(target.shape[:2], dtype=torch.int16, device=target.device)
     if options.fit_rows:
         row_index = grid_index(_row_fit(target, evidence, codes, col), options.row_step)
@@ -110,14 +118,35 @@ def _evidence(problem: Problem) -> tuple[Tensor, list[str]]:
     return h, notes
 
 
-def _target(problem: Problem, options: Options, factor: Tensor) -> Tensor:
-    """``W + drift * W (C - H)(H + P)^-1`` in float32; P cancels in C - H, factor is of H + P."""
+def _order(h: Tensor, options: Options) -> Tensor:
+    """Columns [E, cols] in the order in which they are quantized."""
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    if options.ascending:
+        return torch.argsort(diagonal, dim=1, stable=True)
+    return torch.arange(h.shape[-1], device=h.device).expand_as(diagonal)
+
+
+def _columns(t: Tensor, order: Tensor) -> Tensor:
+    """Matrices [E, rows, cols] with their columns in another order [E, cols]."""
+    return t.gather(2, order[:, None, :].expand_as(t))
+
+
+def _both_ways(t: Tensor, order: Tensor) -> Tensor:
+    """Square matrices [E, cols, cols] with rows and columns in another order [E, cols]."""
+    return _columns(t.gather(1, order[:, :, None].expand_as(t)), order)
+
+
+def _target(problem: Problem, options: Options, factor: Tensor, order: Tensor) -> Tensor:
+    """``W + drift * W (C - H)(H + P)^-1`` in float32, columns in the order of the factor, which is
+    of H + P; P cancels in C - H.
+    """
+    w = _columns(problem.weight, order)
     if options.drift == 0:
-        return problem.weight
+        return w
     if problem.cross is None:
         raise ValueError("drift correction needs Problem.cross")
     difference = options.drift * (problem.cross.double() - problem.hessian.double())
-    w, d, u = problem.weight, difference.float(), factor.float()
+    d, u = _both_ways(difference.float(), order), factor.float()
     if w.shape[1] < w.shape[2]:  # the cheaper order of the same products
         return w + times_upper(times_upper_t(w @ d, u), u)
     return torch.baddbmm(w, w, times_upper(times_upper_t(d, u), u))
@@ -131,14 +160,19 @@ def _row_fit(target: Tensor, hessian: Tensor, codes: Tensor, col: Tensor) -> Ten
     return torch.where(fit.isfinite(), fit, 1.0).clamp(0.5, 2.0)
 
 
-def method(delta: float = 8.0, weighted: float = True, **solver_options: float) -> Method:
+def method(
+    delta: float = 8.0, weighted: float = True, least_use: float = 0.05, **solver_options: float
+) -> Method:
     """The `rd` method.
 
     Args:
         delta: see `Options`.
         weighted: Hessians are weighted by the squared routing weight.
+        least_use: see `Method`.
         solver_options: other fields of `Options`.
     """
     options = Options(delta, **solver_options)  # type: ignore[arg-type]
+    if not 0 <= least_use <= 1:
+        raise ValueError(f"least_use is {least_use:g}, a share between 0 and 1")
     run = partial(solve, options=options)
-    return Method(f"rd(delta={delta:g})", weighted=bool(weighted), drift=options.drift, solve=run)
+    return Method(f"rd(delta={delta:g})", bool(weighted), options.drift, run, least_use)

@@ -103,9 +103,12 @@ class Method:
         drift: share of the way from the quantized model's inputs to the original's for the target;
             0 means that `Problem.cross` is not needed.
         solve: Problem -> Solution; deterministic, runs on the device of the problem's tensors.
+        least_use: share of what an expert would see if all were used alike; one that sees less
+            learns from tokens of the layer that were routed elsewhere, up to that share.
     """
 
     name: str
     weighted: bool
     drift: float
     solve: Callable[[Problem], Solution]
+    least_use: float = 0.0

@@ -33,7 +33,7 @@ from qmoe.system.tensors import DTYPE_NAMES
 
 # key of config.json: the quantization_config of tensors that a dense checkpoint carries along
 CARRIED_SETTINGS = "carried_quantization_config"
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8_DTYPES = {d for d in DTYPE_NAMES if d.is_floating_point and d.itemsize == 1}
 
 
 class Lazy:
@@ -342,7 +342,7 @@ def _open_local(directory: Path) -> Checkpoint:
     config, text = read_config(directory)
 
     def shard(name: str) -> Shard:
-        if name not in files:
+        if not (directory / name).is_file():
             raise SourceError(f"{directory}: the index names {name}, which is missing; download it")
         return (
             TorchShard(directory / name)
@@ -350,18 +350,17 @@ def _open_local(directory: Path) -> Checkpoint:
             else SafetensorsShard(directory / name)
         )
 
-    single, index = weight_files(files, str(directory))
-    if single is not None:
-        return Checkpoint(directory, config, Stored([shard(single)], None), text)
-    shards, where = read_index(directory / index, shard)
-    return Checkpoint(directory, config, Stored(shards, where), text)
+    single, index = weight_files(files, str(directory), config.get("transformers_weights"))
+    shards = [shard(single)] if single is not None else read_index(directory / index, shard)[0]
+    # as transformers: what the files hold counts, not what an index says of them
+    return Checkpoint(directory, config, Stored(shards, None), text)
 
 
 def _open_hub(repository: Repository) -> Checkpoint:
     files = set(repository.files())
     refuse_foreign(repository.directory, files)
     config, text = read_config(repository.directory)
-    single, index = weight_files(files, repository.repo)
+    single, index = weight_files(files, repository.repo, config.get("transformers_weights"))
 
     def shard(name: str) -> Shard:
         if name.endswith(".bin"):  # pickles have no header to ask for: the whole file comes at once

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qmoe.errors import SourceError
@@ -12,13 +12,27 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 
-def weight_files(files: set[str], where: str) -> tuple[str | None, str]:
-    """(single weight file or None, index file), in transformers' order of preference."""
+def weight_files(files: set[str], where: str, named: object = None) -> tuple[str | None, str]:
+    """(single weight file or None, index file), in transformers' order of preference: a whole file
+    before an index beside it, which may be of another time.
+
+    Args:
+        files: names in the directory.
+        where: the directory, for messages.
+        named: `transformers_weights` of config.json, which goes before all.
+    """
+    if named is not None:
+        if not isinstance(named, str) or named not in files:
+            raise SourceError(
+                f"{where}: config.json names the weights {named!r} (transformers_weights), which "
+                "are not there; download them or remove the entry"
+            )
+        return (None, named) if named.endswith(".index.json") else (named, "")
     for index, single in zip(INDEXES, SINGLES, strict=True):
-        if index in files:
-            return None, index
         if single in files:
             return single, ""
+        if index in files:
+            return None, index
     found = sorted(f for f in files if f.endswith(".safetensors"))
     if len(found) == 1 and not found[0].startswith("qmoe"):
         return found[0], ""
@@ -35,7 +49,7 @@ def weight_files(files: set[str], where: str) -> tuple[str | None, str]:
 
 
 def read_index(path: Path, shard: Callable[[str], Shard]) -> tuple[list[Shard], dict[str, Shard]]:
-    """All shards that an index names, and for every tensor its own.
+    """All shards that an index names, in the order of their names, and for every tensor its own.
 
     Args:
         path: the index.
@@ -49,11 +63,17 @@ def read_index(path: Path, shard: Callable[[str], Shard]) -> tuple[list[Shard], 
     if (
         not isinstance(weights, dict)
         or not weights
-        or not all(isinstance(v, str) and "/" not in v for v in weights.values())
+        or not all(isinstance(v, str) and _inside(v) for v in weights.values())
     ):
         raise SourceError(f"{path}: weight_map is missing or malformed; download the index again")
     shards = {name: shard(name) for name in sorted(set(weights.values()))}
     return list(shards.values()), {name: shards[file] for name, file in weights.items()}
+
+
+def _inside(file: str) -> bool:
+    """Whether an index's file lies in its directory or below."""
+    path = PurePosixPath(file)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts
 
 
 def read_config(directory: Path) -> tuple[dict[str, Any], str]:

@@ -17,6 +17,11 @@ class Stored:
     """Tensors as they are in the files of a checkpoint."""
 
     def __init__(self, shards: Sequence[Shard], where: dict[str, Shard] | None) -> None:
+        """Args:
+        shards: the files; of two that hold a tensor of the same name, the later one counts.
+        where: the file of every tensor as an index has it, to be checked when a file is first
+            looked into; None reads all headers now.
+        """
         self.shards = list(shards)
         self._mapped: list[TorchShard] = []
         self._lock = threading.Lock()  # transformers' loader reads from several threads
@@ -25,6 +30,7 @@ class Stored:
         if where is None:
             for shard in shards:
                 self.where.update(dict.fromkeys(shard.entries, shard))
+            self._checked.update(shards)
         self.in_shard: dict[Shard, set[str]] = {s: set() for s in self.shards}
         for name, owner in self.where.items():
             self.in_shard[owner].add(name)

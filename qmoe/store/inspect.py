@@ -7,20 +7,19 @@ classes and padding, the offsets, and the entries of both in the headers of thei
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
 
 from qmoe import codec
+from qmoe.store.coverage import coverage
 from qmoe.store.manifest import MANIFEST
 from qmoe.store.reader import Container
 from qmoe.store.writer import INDEX
 from qmoe.system.tensors import DTYPE_NAMES
 from qmoe.system.text import size
 from qmoe.types import QuantizedMatrix
-
-FEW_TOKENS = 64  # below this an expert is called starved in the report
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,10 @@ class Inspection:
 
     Attributes:
         bits_per_weight: stored bits per expert weight.
+        bits_as_read: of the experts that a token of the calibration text reads, on average; None if
+            no tokens are recorded.
+        below_floor: experts of less than 0.1 bit per weight, module -> numbers of its experts.
+        below_floor_text: a line that names them; none if there are none.
         ideal_bits_per_weight: of a perfect coder, scales as stored.
         model_bits_per_weight: stored bits per weight of the whole model.
         zeros: share of zeros among expert weights.
@@ -67,7 +70,9 @@ class Inspection:
         tensors: what became of the source's tensors, fate -> number, or None if not recorded.
         stored_bytes, source_bytes: of all files; the source's are None if not recorded.
         experts: number of experts.
-        experts_without_tokens: those that calibration did not reach, None if not recorded.
+        experts_without_tokens: those that calibration did not reach; experts_starved: those of few
+            tokens; experts_scant: those of less than a tenth of an equal share. None if not
+            recorded.
         format_version: of the container.
         model_type: transformers' name of the architecture.
         settings, versions: of the run that wrote it.
@@ -75,6 +80,9 @@ class Inspection:
     """
 
     bits_per_weight: float
+    bits_as_read: float | None
+    below_floor: Mapping[str, Sequence[int]]
+    below_floor_text: tuple[str, ...]
     ideal_bits_per_weight: float
     model_bits_per_weight: float
     zeros: float
@@ -89,6 +97,8 @@ class Inspection:
     source_bytes: int | None
     experts: int
     experts_without_tokens: int | None
+    experts_starved: int | None
+    experts_scant: int | None
     format_version: int
     model_type: str
     settings: Mapping[str, Any]
@@ -97,7 +107,9 @@ class Inspection:
 
     def as_dict(self, layers: bool = False) -> dict[str, Any]:
         """The JSON of `qmoe inspect`; with `layers` the rows too."""
-        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        left_out = ("layers", "below_floor_text")
+        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        out["experts_below_floor"] = sum(len(experts) for experts in self.below_floor.values())
         return out | ({"layers": [vars(r) for r in self.layers]} if layers else {})
 
     def text(self, layers: bool = False) -> str:
@@ -108,6 +120,8 @@ class Inspection:
             f"experts      {self.bits_per_weight:.3f} stored bits per weight "
             f"(ideal {self.ideal_bits_per_weight:.3f}, {100 * self.zeros:.1f} % zeros)",
         ]
+        if self.bits_as_read is not None:
+            lines.append(f"as read      {self.bits_as_read:.3f} bits, weighted by routing")
         if self.coded_dense_weights:
             lines.append(
                 f"dense        {self.coded_dense_bits_per_weight:.3f} stored bits per weight "
@@ -123,6 +137,7 @@ class Inspection:
             lines.append(f"tensors of the source: {fates}")
         if self.experts_without_tokens:
             lines.append(f"{self.experts_without_tokens} experts saw no calibration token")
+        lines += self.below_floor_text
         return "\n".join(lines + (self._table() if layers else []))
 
     def _table(self) -> list[str]:
@@ -162,9 +177,12 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
     weight_files = [n for n in files if n.endswith(".safetensors") or n == INDEX]
     weight_bytes = sum(files[name]["bytes"] for name in weight_files)
     found = rows(container)
-    tokens = [t for r in _reports(container).values() for t in r["tokens"] or ()]
+    covered = coverage(container)
     return Inspection(
         bits_per_weight=8 * expert_bytes / expert_weights,
+        bits_as_read=covered.bits_as_read,
+        below_floor=covered.below_floor,
+        below_floor_text=tuple(covered.floor_text()),
         ideal_bits_per_weight=sum(r.ideal_bits * r.weights for r in found) / expert_weights,
         model_bits_per_weight=8 * weight_bytes / (expert_weights + dense_weights + carried),
         zeros=sum(r.zeros * r.weights for r in found) / expert_weights,
@@ -179,7 +197,9 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
         + (container.directory / MANIFEST).stat().st_size,
         source_bytes=manifest["source"].get("bytes"),
         experts=sum(layout.experts for layout in modules),
-        experts_without_tokens=tokens.count(0) if tokens else None,
+        experts_without_tokens=covered.without_tokens,
+        experts_starved=covered.starved,
+        experts_scant=covered.scant,
         format_version=manifest["format_version"],
         model_type=str(container.config.get("model_type")),
         settings=manifest["settings"],

@@ -149,7 +149,26 @@ class StoredMatrix:
             out[rows.start : rows.stop] = total
         return out
 
+    def integers(self) -> codec.Integers:
+        """The matrix as it is stored, if it has one plane.
+
+        Raises:
+            CorruptError: a blob that does not decode, has another shape or scales of negative
+                weights, which no dense matrix has.
+        """
+        g = self.geometry
+        bands = []
+        for i, rows in enumerate(g.bands):
+            tables, matrix = self._parse(i, 0, len(rows))
+            bands.append(codec.decode_codes(tables, matrix))
+            if bands[-1].row_scale_neg is not None:
+                raise CorruptError(f"{g.name} band {i} has scales of negative weights")
+        return codec.Integers.of(bands)
+
     def _plane(self, band: int, plane: int, rows: int) -> Tensor:
+        return codec.decode_dense(*self._parse(band, plane, rows))
+
+    def _parse(self, band: int, plane: int, rows: int) -> tuple[codec.Tables, codec.ParsedMatrix]:
         a, b, c, d = self.offsets[band, plane].tolist()
         try:
             tables = codec.parse_tables(self.stream[a:b])
@@ -157,6 +176,6 @@ class StoredMatrix:
             found, want = (layout.rows, layout.cols), (rows, self.geometry.cols)
             if found != want:
                 raise CorruptError(f"shape {found}, config.json says {want}")
-            return codec.decode_dense(tables, layout)
+            return tables, layout
         except CorruptError as e:
             raise CorruptError(f"{self.geometry.name} band {band} plane {plane}: {e}") from e

@@ -347,3 +347,50 @@ def pointer_to(context: Any, array: Any, at: Any) -> Any:
         return builder.bitcast(builder.gep(base, [arguments[1]]), nb.core.cgutils.voidptr_t)
 
     return nb.types.voidptr(array, at), code
+
+
+@intrinsic
+def load_floats(context: Any, array: Any, at: Any) -> Any:
+    """array[at : at + 16] of an array of float32."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        base = _data(context, builder, signature.args[0], arguments[0], _F32)
+        place = builder.bitcast(builder.gep(base, [arguments[1]]), FLOATS.vector.as_pointer())
+        return builder.load(place, align=4)
+
+    return FLOATS(array, at), code
+
+
+@intrinsic
+def load_bytes(context: Any, array: Any, at: Any) -> Any:
+    """array[at : at + 16] of an array of int8, as float32."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        base = _data(context, builder, signature.args[0], arguments[0], _I8)
+        vector = ir.VectorType(_I8, COUNT)
+        place = builder.bitcast(builder.gep(base, [arguments[1]]), vector.as_pointer())
+        wide = builder.sext(builder.load(place, align=1), LANES.vector)
+        return builder.sitofp(wide, FLOATS.vector)
+
+    return FLOATS(array, at), code
+
+
+@intrinsic
+def total(context: Any, x: Any) -> Any:
+    """The sum of all lanes: halves are added until one is left."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, width = arguments[0], COUNT
+        while width > 1:
+            width //= 2
+            undefined = ir.Constant(x.type, ir.Undefined)
+            halves = [
+                builder.shuffle_vector(
+                    x, undefined, ir.Constant(ir.VectorType(_I32, width), list(range(a, a + width)))
+                )
+                for a in (0, width)
+            ]
+            x = builder.fadd(*halves)
+        return builder.extract_element(x, _I32(0))
+
+    return nb.types.float32(x), code

@@ -44,10 +44,15 @@ def _decode_pair(
     a0, a1 = np.uint64(row_class0), np.uint64(row_class1)
     bit0, bit1 = np.uint64(start0), np.uint64(start1)
     at0 = at1 = np.uint64(0)
+    # Two rows at once: the next lookup of a stream waits for the length of the code before it, so
+    # that a single one leaves gaps; two chains fill each other's.
     while min(at0, at1) < span:
+        # One table for the whole group of symbols: it is chosen by the position where the group
+        # begins, as the encoder did, not anew for every symbol.
         base0 = np.uint64(table_of[a0 + np.uint64(classes[at0])]) << shift
         base1 = np.uint64(table_of[a1 + np.uint64(classes[at1])]) << shift
         window0, window1 = next_bits(words, last, bit0), next_bits(words, last, bit1)
+        # 32 // L codes of at most L bits fit in the 32 bits that a window surely holds.
         for _ in range(32 // bits):
             entry0 = np.uint64(lookup[base0 | (window0 & mask)])
             entry1 = np.uint64(lookup[base1 | (window1 & mask)])
@@ -55,8 +60,11 @@ def _decode_pair(
             window1 >>= entry1 & LENGTH
             bit0 += entry0 & LENGTH
             bit1 += entry1 & LENGTH
+            # a finished stream stays at `span`, whose slot is the spare column behind the row
             at0 = min(at0 + ((entry0 >> BYTE) & ADVANCE), span)
             at1 = min(at1 + ((entry1 >> BYTE) & ADVANCE), span)
+            # += as a value above V comes in parts: escapes add to the weight without moving on;
+            # runs of zeros add 0 where they end
             line0[np.uint64(slots[at0])] += np.int8(entry0 >> np.uint64(16))
             line1[np.uint64(slots[at1])] += np.int8(entry1 >> np.uint64(16))
 
@@ -124,7 +132,7 @@ def decode_rows(
     cols = out.shape[1]
     line0, line1 = np.empty(cols + 1, np.int8), np.empty(cols + 1, np.int8)
     for row in range(first, end, 2):
-        other = min(row + 1, end - 1)
+        other = min(row + 1, end - 1)  # an odd last row is its own neighbour
         _decode_two_rows(
             words,
             limit,
@@ -190,7 +198,7 @@ def dense_rows(
 
 @nb.njit(cache=True, nogil=True)
 def _scale(line: I8, col_scale: F32, above: np.float32, below: np.float32, out: F32) -> None:
-    if above == below:
+    if above == below:  # two loops, so that the usual one has no choice in it and is vectorized
         for j in range(out.size):
             out[j] = np.float32(line[j]) * col_scale[j] * above
     else:

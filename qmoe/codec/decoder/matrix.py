@@ -92,11 +92,6 @@ class ParsedMatrix:
         order = 2 * self.rows * self.pieces
         return order + sum(int(t.nbytes) for t in (*held, self.col_index, *more))
 
-    def padded_words(self, padding: int) -> U32:
-        """A copy of the payload with so many words of zeros behind it: uint32 [n + padding]."""
-        payload = self.words.numpy().view(np.uint32)[:-PADDING_WORDS]
-        return np.concatenate([payload, np.zeros(padding, np.uint32)])
-
     @cached_property
     def arrays(self) -> tuple[U32, I32, U8, U8, I32]:
         """words (unsigned), stream_start, row_class, slot_class, slots, as the loops take them."""
@@ -209,9 +204,7 @@ def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> ParsedMatr
     """
     raw, _ = from_blob(blob, 3, MAGIC, tables.checksum, check)
     streams = tables.rows * piece_count(tables.cols)
-    if (
-        streams > 32 * raw.size
-    ):  # each has at least one bit; checked before anything is sized by rows
+    if streams > 32 * raw.size:  # each has at least one bit; nothing is sized by rows before
         raise CorruptError(f"blob of {4 * raw.size + 4} bytes for {streams} streams")
     words = np.concatenate([raw[1:], np.zeros(_SIDE_PADDING, np.uint32)])
     side = _SideReader(tables.fields, words)

@@ -4,8 +4,6 @@ A token of a mixture-of-experts model wants a few small matrices. Called one by 
 time goes to the calls; here all are cut into pieces of rows, shared by torch's number of threads.
 """
 
-import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe.codec.decoder import lanes
+from qmoe.codec.decoder import lanes, threads
 from qmoe.codec.decoder.lanes import COUNT
 from qmoe.codec.decoder.matrix import MOST_ORDERED, PADDING_WORDS, ParsedMatrix
 from qmoe.codec.decoder.matvec_loops import (
@@ -36,8 +34,6 @@ from qmoe.codec.format.tables import Tables
 
 MAX_ADVANCE = 63  # of a symbol: six bits
 _CHUNK = 32  # rows of a piece of work; a multiple of four, as `matvec_rows` takes four together
-_SMALL = 1 << 18  # weights; below this (an eighth of a millisecond) one thread does it alone
-_PARALLEL = threading.Lock()  # held during a parallel call: not every threading layer allows two
 # columns of a table of sizes and addresses: matrices as compiled code sees them
 _LAST, _PIECES, _ENDS, _WORDS, _STARTS, _ROW_CLASS, _SLOT_CLASS, _SLOTS = range(8)
 _COL_INDEX, _ROW_INDEX, _ROW_INDEX_NEG, _ORDER = range(8, 12)
@@ -80,15 +76,7 @@ def matvec_pairs(matrices: Sequence[tuple[Tables, ParsedMatrix]], x: Tensor) -> 
     run_all, run_shared = (
         (_vector, _vector_shared) if vectors_for(rows) else (_plain, _plain_shared)
     )
-    threads = min(torch.get_num_threads(), nb.config.NUMBA_NUM_THREADS)
-    if threads < 2 or len(matrices) * rows * cols < _SMALL or not _PARALLEL.acquire(blocking=False):
-        run_all(*arguments)
-    else:
-        try:
-            nb.set_num_threads(threads)
-            run_shared(*arguments)
-        finally:
-            _PARALLEL.release()
+    threads.run(run_all, run_shared, arguments, len(matrices) * rows * cols)
     return torch.from_numpy(out)
 
 
@@ -118,27 +106,13 @@ def matmul_vectors(tables: Tables, matrix: ParsedMatrix, x: Tensor) -> Tensor:
     sums = np.empty((signs, pieces, matrix.rows, padded), np.float32)
     out = np.empty((matrix.rows, padded), np.float32)
     arguments = (table, columns.numpy(), placed, classes, sums, out)
-    threads = min(torch.get_num_threads(), nb.config.NUMBA_NUM_THREADS)
-    few = matrix.rows * matrix.cols < _SMALL
-    if threads < 2 or few or not _PARALLEL.acquire(blocking=False):
-        _lists(*arguments)
-    else:
-        try:
-            nb.set_num_threads(threads)
-            _lists_shared(*arguments)
-        finally:
-            _PARALLEL.release()
+    threads.run(_lists, _lists_shared, arguments, matrix.rows * matrix.cols)
     return torch.from_numpy(out)[:, : len(x)].T.contiguous()
 
 
 def vectors_for(rows: int) -> bool:
     """Whether matrices of so many rows are multiplied in vector code."""
     return VECTORS and rows <= MOST_ORDERED
-
-
-# A forked process cannot use its parent's threads: the copy of the lock stays held.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _PARALLEL.acquire(blocking=False))
 
 
 @nb.extending.intrinsic

@@ -129,6 +129,8 @@ def _matvec_rows(
     pieces, span = slot_class.shape[0], np.uint64(slot_class.shape[1] - 1)
     shift, last, zero = np.uint64(bits), np.uint64(limit), np.float32(0)
     mask = (ONE << shift) - ONE
+    # Four rows at once: a lookup waits for the length of the code before it, and four such chains
+    # fill each other's gaps. Behind the last row it is repeated, and writes what it wrote.
     for row0 in range(first, end, 4):
         row1, row2, row3 = min(row0 + 1, end - 1), min(row0 + 2, end - 1), min(row0 + 3, end - 1)
         a0, a1 = np.uint64(row_class[row0]), np.uint64(row_class[row1])

@@ -163,12 +163,13 @@ def decode(tables_blob: Tensor, matrix_blob: Tensor) -> QuantizedMatrix:
     bits.align()
     codes = np.zeros((header.rows, header.cols), np.int64)
     order = sorted((j for j in range(header.cols) if col_class[j]), key=lambda j: -col_class[j])
+    places = [columns_of(order, col_class, piece, pieces) for piece in range(pieces)]
     start = bits.position
     for stream in range(header.rows * pieces):
         if stream % 64 == 0 and bits.position != start + sum(lengths[: stream // 64]):
             raise ValueError(f"stream {stream} starts at bit {bits.position - start}")
         row, piece = divmod(stream, pieces)
-        read_stream(bits, header, codes[row], row_class[row], order, col_class, piece, pieces)
+        read_stream(bits, header, codes[row], row_class[row], *places[piece])
     if bits.position != start + sum(lengths) or 8 * len(data) - bits.position >= 64:
         raise ValueError(f"streams end at bit {bits.position - start} of {8 * len(data) - start}")
 
@@ -183,23 +184,29 @@ def decode(tables_blob: Tensor, matrix_blob: Tensor) -> QuantizedMatrix:
     )
 
 
+def columns_of(
+    order: list[int], col_class: list[int], piece: int, pieces: int
+) -> tuple[list[int], list[int]]:
+    """Columns of a piece, and the classes of its positions, the one behind the last included."""
+    columns = order[piece::pieces]
+    length = -(-len(order) // pieces)
+    classes = [col_class[j] - 1 for j in columns]
+    classes += [col_class[order[-1]] - 1] * (length - len(classes))
+    return columns, [*classes, classes[-1]]
+
+
 def read_stream(
     bits: Bits,
     header: Header,
     weights: I64,
     row_class: int,
-    order: list[int],
-    col_class: list[int],
-    piece: int,
-    pieces: int,
+    columns: list[int],
+    classes: list[int],
 ) -> None:
-    """Decodes one stream into a row of weights, int64 [cols]."""
-    columns = order[piece::pieces]
-    length = -(-len(order) // pieces)
-    classes = [col_class[j] - 1 for j in columns]
-    classes += [col_class[order[-1]] - 1] * (length - len(classes))
-    classes.append(classes[-1])
-    position, span = 0, length + 1
+    """Decodes one stream into a row of weights, int64 [cols]; columns and classes are those of its
+    piece.
+    """
+    position, span = 0, len(classes)
     while position < span:
         table = header.tables[header.table_of[row_class + classes[position]]]
         for _ in range(32 // header.limit):

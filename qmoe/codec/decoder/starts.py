@@ -49,6 +49,8 @@ def _walk(
     streams = starts.size - 1
     one, word_bits, shift = np.uint64(1), np.uint64(32), np.uint64(limit)
     mask = (one << shift) - one
+    # Only the first stream of a run has a stored start; the others begin where the one before ends,
+    # and that is known when all its symbols are looked up. Values do not matter here.
     for run in range(bounds.size - 1):
         bit, end = np.uint64(bounds[run]), np.uint64(bounds[run + 1])
         for stream in range(run * RUN, min((run + 1) * RUN, streams)):
@@ -57,7 +59,7 @@ def _walk(
             classes = slot_class[stream % pieces]
             at = np.uint64(0)
             while at < span:
-                if bit >= end:
+                if bit >= end:  # before the read: a lying length must not lead out of the words
                     return run
                 base = np.uint64(table_of[a + np.uint64(classes[at])]) << shift
                 word = bit >> np.uint64(5)
@@ -69,9 +71,9 @@ def _walk(
                     window >>= length
                     bit += length
                     at += (entry >> np.uint64(8)) & np.uint64(63)
-                    if at >= span:
+                    if at >= span:  # the group's other codes belong to the next stream
                         break
-        if bit != end:
+        if bit != end:  # streams that end early are as wrong as those that end late
             return run
     starts[streams] = bounds[-1]
     return -1

@@ -146,6 +146,8 @@ def _cheapest(
         high = min(int(row_class[row]) + _REACH, top)
         for a in range(low, high + 1):
             cost[a - low] = zeros[a]
+        # A row's cost in a class is that of all zeros plus what its non-zeros cost beyond a zero:
+        # rows are sparse, so only those are visited, once for all classes within reach.
         for stream in range(row * pieces, (row + 1) * pieces):
             classes = slot_class[stream - row * pieces]
             for k in range(start[stream], start[stream + 1]):

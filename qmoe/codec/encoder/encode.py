@@ -75,9 +75,8 @@ def encode_group(matrices: Sequence[QuantizedMatrix], limit: int | None = None) 
     )
     written = _emit(parsed, model, lengths)
     fields = _fields(matrices, streams, [bits for _, bits in written])
-    rows, cols = codes[0].shape
-    kinds = tuple(model.kinds)
-    blob, tables = write_tables(rows, cols, limit, table_of, kinds, model.escapes, lengths, fields)
+    kinds, escapes, shape = tuple(model.kinds), model.escapes, codes[0].shape
+    blob, tables = write_tables(shape, limit, table_of, kinds, escapes, lengths, fields)
     blobs = [
         write_matrix(tables, m, s.classes.row, s.classes.col, words, bits)
         for m, s, (words, bits) in zip(matrices, streams, written, strict=True)

@@ -35,6 +35,7 @@ def nonzeros(codes: I8, slots: U16, position: U16, value: I8, start: I64) -> Non
                 end -= 1
             for k in range(end):
                 q = line[slot[k]]
+                # written always, kept only if it is no zero: a branch on q would be guessed wrong
                 position[n] = k
                 value[n] = q
                 n += np.uint64(q != 0)
@@ -99,13 +100,13 @@ def parse(
         at = rest = base = run = top = np.int64(0)
         k, stop = np.uint64(start[stream]), np.uint64(start[stream + 1])
         while True:
-            if left == 0:
+            if left == 0:  # a new group: its table follows from the position where it begins
                 table = np.uint64(table_of[a + np.uint64(classes[np.uint64(at)])])
                 run, top = kinds[table, 0], kinds[table, 1]
                 base = np.int64(table) << 12
                 left = latch
             left -= 1
-            if rest > 0:
+            if rest > 0:  # of a value above V: escapes of powers of two, the largest first
                 e = 0
                 while e + 1 < escapes and (2 << e) <= rest:
                     e += 1
@@ -113,7 +114,7 @@ def parse(
                 symbol = base + 1 + 2 * (run * top + e) + sign
             elif k < stop:
                 zeros = np.int64(position[k]) - at
-                if zeros >= run:
+                if zeros >= run:  # R zeros and no value
                     symbol = base
                     at += run
                 else:
@@ -124,10 +125,12 @@ def parse(
                     symbol = base + 1 + 2 * (zeros * top + size - rest - 1) + sign
                     at += zeros + 1
                     k += one
-            elif span - at > run:
+            elif span - at > run:  # zeros up to the end
                 symbol = base
                 at += run
             else:
+                # The last symbol may be any that reaches the end; which is the shortest is known
+                # when the code lengths are, so `emit` chooses. Counted as R zeros until then.
                 symbols[n] = base + span - at
                 counts[np.uint64(base)] += 1
                 n += one
@@ -166,6 +169,7 @@ def emit(
             if k == stop:
                 symbol = last_symbol[symbol]
             entry = np.uint64(codes[symbol])
+            # at most 31 held bits and a code of 12 fit in the 64 of the buffer
             buffer |= (entry >> np.uint64(4)) << held
             held += entry & np.uint64(15)
             if held >= whole:

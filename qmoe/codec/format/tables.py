@@ -144,8 +144,7 @@ def from_blob(blob: Tensor, least: int, magic: int, seed: int, check: bool) -> t
 
 
 def write_tables(
-    rows: int,
-    cols: int,
+    shape: tuple[int, int],
     limit: int,
     table_of: U8,
     kinds: tuple[tuple[int, int], ...],
@@ -154,6 +153,7 @@ def write_tables(
     fields: dict[str, Field],
 ) -> tuple[Tensor, Tables]:
     """Header blob (uint8 tensor, a multiple of 4 bytes) and the parsed tables."""
+    rows, cols = shape
     out = BitWriter()
     out.put(MAGIC, 32)
     out.put(rows, 24)

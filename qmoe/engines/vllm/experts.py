@@ -113,7 +113,7 @@ class QmoeMoEMethod(FusedMoEMethodBase):
             module = build(config.container, host, path, own, config.caches, layer.params_dtype)
         device = torch.device(current_platform.device_type)
         if device.type == "cuda" and module is not None:
-            _to_gpu(module, device)
+            _to_gpu(module, device, layer.moe_config.experts_per_token)
         layer.register_module("encoded", module)
         # one more for every id that is no expert: it and all above are nobody's
         index = torch.cat([index, index.new_full((1,), -1)]).to(device)
@@ -170,9 +170,9 @@ def _refuse_routing(layer: RoutedExperts) -> None:
         )
 
 
-def _to_gpu(module: EncodedExperts, device: torch.device) -> None:
+def _to_gpu(module: EncodedExperts, device: torch.device, top_k: int) -> None:
     from qmoe.inference.cuda import register, settle
 
     register()
-    settle(module, device)
+    settle(module, device, top_k)
     module.to(device)  # norms; of the streams nothing is left

@@ -4,18 +4,21 @@ graphs around everything.
 `scripts/bench_gpu` and `scripts/tune` are its two users.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from qmoe.kernels.launch import BATCHES, LaunchPlan, plan_of, segments
+from qmoe.inference.cuda import pack_streams, workers
+from qmoe.kernels.launch import BATCHES, plan_of
 from qmoe.kernels.ops import ExpertsPack, experts_forward, silu_gate
-from qmoe.kernels.pack import LANES, NO_ROW, PackedProjection
-from qmoe.kernels.project import project, project_torch, weights, weights_torch
-from qmoe.measure.kernels.sample import packed, sample_matrix
+from qmoe.kernels.pack import PackedProjection
+from qmoe.kernels.project import project, weights
+from qmoe.kernels.selfcheck import plain
+from qmoe.kernels.twins import project_torch, weights_torch
+from qmoe.measure.kernels.sample import packed, rough_matrix, sample_matrix, stored_layer
 
 DEVICE = "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # relative rms
@@ -54,97 +57,14 @@ SHAPES = (
 )
 
 
-def repeated(p: PackedProjection, experts: int, row_copies: int = 1) -> PackedProjection:
-    """Copies of the one expert of `p`, with words of their own, so that a large layer needs the
-    encoding of one small matrix.
-
-    Raises:
-        ValueError: p has several experts, or row copies of a matrix whose rows do not fill its
-            programs.
-    """
-    if p.experts != 1 or (row_copies > 1 and p.rows % LANES):
-        raise ValueError(
-            f"need one expert and rows in multiples of {LANES}, got {p.experts} and {p.rows}"
+def random_layer(shape: Shape, device: torch.device | str, bits: float = 0.8) -> ExpertsPack:
+    """A layer of a shape on a device, packed as a loaded model's is."""
+    shapes = ((shape.up_rows, shape.hidden), (shape.hidden, shape.inner))
+    with workers() as run:
+        made = pack_streams(
+            stored_layer(shapes, shape.experts, bits), torch.device(device), shape.top_k, run
         )
-    size = int(p.records[0, :, 1].max())
-    words, slots = p.words[:size], p.pieces * p.segments
-    copies = torch.arange(experts * row_copies, dtype=torch.int32)
-    records = (
-        p.records[0]
-        .view(slots, 1, p.tiles, 4)
-        .expand(slots, experts * row_copies, p.tiles, 4)
-        .clone()
-    )
-    records[..., :2] += (copies * size)[:, None, None]
-    lanes = (
-        p.lanes[0].view(slots, 1, p.tiles, LANES).expand(slots, row_copies, p.tiles, LANES).clone()
-    )
-    lanes += torch.where(
-        (lanes & NO_ROW) == NO_ROW,
-        0,
-        (torch.arange(row_copies, dtype=torch.int32) * p.rows)[:, None, None],
-    )
-
-    def per_expert(t: Tensor) -> Tensor:
-        return t.expand(experts, *t.shape[1:]).contiguous()
-
-    starts = p.starts
-    if p.segments > 1:
-        starts = (
-            p.starts[0]
-            .view(slots, 1, p.tiles, LANES)
-            .expand(slots, row_copies, p.tiles, LANES)
-            .reshape(1, -1, LANES)
-        )
-        starts = per_expert(starts)
-    programs = slots * row_copies * p.tiles
-    by_expert = (
-        records.view(slots, experts, row_copies, p.tiles, 4)
-        .transpose(0, 1)
-        .reshape(experts, programs, 4)
-    )
-    return replace(
-        p,
-        experts=experts,
-        rows=p.rows * row_copies,
-        words=torch.cat(
-            [words.repeat(experts * row_copies), torch.zeros(2 * LANES, dtype=torch.int32)]
-        ),
-        records=by_expert.contiguous(),
-        lanes=per_expert(lanes.reshape(1, programs, LANES)),
-        starts=starts,
-        classes=per_expert(p.classes),
-        columns=per_expert(p.columns),
-        scales=per_expert(p.scales),
-        expert_maps=p.expert_maps.expand(experts).contiguous(),
-        expert_limits=p.expert_limits.expand(experts).contiguous(),
-        row_scale=p.row_scale.repeat(1, row_copies).expand(experts, -1).contiguous(),
-        row_scale_neg=None
-        if p.row_scale_neg is None
-        else p.row_scale_neg.repeat(1, row_copies).expand(experts, -1).contiguous(),
-    )
-
-
-def random_projection(
-    rows: int, cols: int, experts: int, bits: float, cut: int
-) -> PackedProjection:
-    """A projection of random experts of `bits` per weight, on the CPU; one matrix of at most 1024
-    rows is encoded.
-    """
-    base = next((n for n in range(1024, 31, -LANES) if rows % n == 0), rows)
-    p = packed([sample_matrix(base, cols, bits)], cut)
-    return repeated(p, experts, rows // base)
-
-
-def random_layer(shape: Shape, plan: LaunchPlan, bits: float = 0.8) -> ExpertsPack:
-    """A layer of a shape, on the CPU, cut into segments as `plan` says."""
-    up, down = (shape.up_rows, shape.hidden), (shape.hidden, shape.inner)
-    return ExpertsPack(
-        *(
-            random_projection(*s, shape.experts, bits, segments(plan, *s, shape.top_k))
-            for s in (up, down)
-        )
-    )
+    return ExpertsPack(made["gate_up"], made["down"])
 
 
 def routing(
@@ -161,9 +81,18 @@ def relative_rms(y: Tensor, reference: Tensor) -> float:
     return float((y.float() - reference.float()).norm() / reference.float().norm().clamp_min(1e-30))
 
 
-def plain(plan: LaunchPlan) -> LaunchPlan:
-    """The same without shared memory."""
-    return replace(plan, shared=False, warps=1)
+def _samples() -> Iterator[tuple[str, PackedProjection]]:
+    """Small ragged projections of every kind that real checkpoints hold, and what they are."""
+    for bits, rows, cols, cut in ((0.8, 200, 300, 1), (0.8, 96, 1100, 2), (2.0, 33, 520, 1)):
+        matrices = [sample_matrix(rows, cols, bits, seed) for seed in range(5)]
+        yield f"{rows} x {cols} at {bits} bits, {cut} segments", packed(matrices, cut)
+    for name, size, negative, cut, limit in (
+        ("wide codes of 10 bits", 20.0, False, 2, 10),
+        ("wide codes of 12 bits", 20.0, False, 1, 12),
+        ("two row scales", 0.4, True, 4, None),
+    ):
+        matrices = [rough_matrix(40, 600, size, negative, seed) for seed in range(5)]
+        yield name, packed(matrices, cut, limit)
 
 
 def check(device: str = DEVICE) -> list[str]:
@@ -171,9 +100,8 @@ def check(device: str = DEVICE) -> list[str]:
     each; empty = sound.
     """
     bad = []
-    for bits, rows, cols, cut in ((0.8, 200, 300, 1), (0.8, 96, 1100, 2), (2.0, 33, 520, 1)):
-        p = packed([sample_matrix(rows, cols, bits, seed) for seed in range(5)], cut).to(device)
-        where = f"{rows} x {cols} at {bits} bits, {cut} segments"
+    for where, made in _samples():
+        p, cols = made.to(device), made.cols
         bad += [
             f"decoded expert {e} of {where} differs from the twin"
             for e in range(p.experts)
@@ -201,7 +129,7 @@ def check(device: str = DEVICE) -> list[str]:
 def _check_layer(device: str) -> list[str]:
     bad = []
     shape = Shape("small", 192, 96, 6, 2)
-    pack = random_layer(shape, plan_of(torch.device(device))).to(device)
+    pack = random_layer(shape, device)
     for tokens in (1, 3, 40):
         hidden = torch.randn(tokens, shape.hidden, device=device, dtype=torch.bfloat16)
         index, weight = routing(tokens, shape.experts, shape.top_k, tokens, device)
@@ -209,7 +137,8 @@ def _check_layer(device: str) -> list[str]:
         fused = experts_forward(pack, hidden, index, weight, "silu")
         composed = experts_forward(pack, hidden, index, weight, silu_gate)
         again = experts_forward(pack, hidden, index, weight, "silu")
-        graph = torch.compile(partial(experts_forward, pack), fullgraph=True)
+        backend = "aot_eager" if device == "cpu" else "inductor"  # no C++ compiler is asked for
+        graph = torch.compile(partial(experts_forward, pack), fullgraph=True, backend=backend)
         compiled = graph(hidden, index, weight)
         for name, y in (("fused", fused), ("composed", composed), ("compiled", compiled)):
             error = relative_rms(y, expected)

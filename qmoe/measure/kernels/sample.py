@@ -13,7 +13,8 @@ import torch
 
 from qmoe.codec import ParsedMatrix, Tables, encode_group, parse_matrix, parse_tables
 from qmoe.kernels.pack import PackedProjection, pack_projection
-from qmoe.types import QuantizedMatrix
+from qmoe.store.stored_experts import StoredExperts
+from qmoe.types import ExpertsLayout, ProjectionShape, QuantizedMatrix
 
 SPREAD_COLS, SPREAD_ROWS = 1.6, 0.25  # standard deviations of the log energy
 CAP = 1.5  # largest rms of a column in steps, before rows spread
@@ -32,6 +33,20 @@ def sample_matrix(rows: int, cols: int, bits: float = 0.8, seed: int = 0) -> Qua
     return QuantizedMatrix(codes.to(torch.int8), row_scale.short(), col_scale.short())
 
 
+def rough_matrix(
+    rows: int, cols: int, size: float = 0.4, negative: bool = False, seed: int = 0
+) -> QuantizedMatrix:
+    """Random codes of log-normal column energies around `size`; `negative` makes an asymmetric
+    ternary grid.
+    """
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randn(rows, cols, generator=g) * torch.randn(1, cols, generator=g).exp() * size
+    codes = codes.round().clamp(-1 if negative else -127, 1 if negative else 127).to(torch.int8)
+    scale = torch.randint(-320, -250, (2, rows), generator=g).short()
+    col = (torch.randint(-6, 6, (cols,), generator=g) * 16).short()
+    return QuantizedMatrix(codes, scale[0], col, scale[1] if negative else None)
+
+
 def parsed(
     matrices: Sequence[QuantizedMatrix], limit: int | None = None
 ) -> list[tuple[Tables, ParsedMatrix]]:
@@ -46,3 +61,33 @@ def packed(
 ) -> PackedProjection:
     """A projection from quantized matrices, by way of the codec."""
     return pack_projection(parsed(matrices, limit), segments)
+
+
+def stored_layer(
+    shapes: Sequence[tuple[int, int]], experts: int, bits: float = 0.8, distinct: int = 1
+) -> StoredExperts:
+    """A layer of random experts as a checkpoint stores it: `distinct` of them, again and again.
+
+    Args:
+        shapes: rows and cols of each projection: gate and up together, down.
+        experts: number of experts.
+        bits: see `sample_matrix`.
+        distinct: encoded matrices of each projection.
+    """
+    names = ("gate_up", "down")[-len(shapes) :]
+    kept, offsets = [], torch.zeros(experts, len(shapes), 4, dtype=torch.long)
+    at = 0
+    for j, shape in enumerate(shapes):
+        group = encode_group([sample_matrix(*shape, bits, seed) for seed in range(distinct)])
+        kept.append(group.tables)
+        offsets[:, j, 0], offsets[:, j, 1] = at, at + group.tables.numel()
+        at += group.tables.numel()
+        for k, blob in enumerate(group.matrices):
+            kept.append(blob)
+            offsets[k::distinct, j, 2], offsets[k::distinct, j, 3] = at, at + blob.numel()
+            at += blob.numel()
+    each = zip(names, shapes, strict=True)
+    projections = tuple(ProjectionShape(n, *shape, n == "down") for n, shape in each)
+    return StoredExperts(
+        ExpertsLayout("layer", "fused", experts, projections), torch.cat(kept), offsets
+    )

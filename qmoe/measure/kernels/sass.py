@@ -7,7 +7,7 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,12 +57,16 @@ class Compiled:
         spills: bytes of local memory per thread.
         loop: opcode counts of the innermost loop; empty if not disassembled.
         code: instructions of the whole kernel.
+        listing: its disassembly; empty for AMD.
+        shared: bytes of shared memory of a program.
     """
 
     registers: int
     spills: int
     loop: Mapping[str, int]
     code: int
+    listing: str = ""
+    shared: int = 0
 
     @property
     def instructions(self) -> int:
@@ -103,9 +107,9 @@ def compile_for(
     source = kind(kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
     if isinstance(target, str):
         out = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
-        return _amd(out.asm["amdgcn"])
+        return replace(_amd(out.asm["amdgcn"]), shared=out.metadata.shared)
     out = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    return _cuda(out.asm["cubin"])
+    return replace(_cuda(out.asm["cubin"]), shared=out.metadata.shared)
 
 
 def tool(name: str) -> Path:
@@ -125,30 +129,44 @@ def _cuda(cubin: bytes) -> Compiled:
         ).stdout
     registers = max(map(int, re.findall(r"REG:(\d+)", usage)))
     local = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
-    return Compiled(
-        registers, local, inner_loop(listing), len(re.findall(r"/\*[0-9a-f]{4,}\*/", listing))
-    )
+    code = len(re.findall(r"/\*[0-9a-f]{4,}\*/", listing))
+    return Compiled(registers, local, inner_loop(listing), code, listing)
 
 
 def inner_loop(listing: str) -> Counter[str]:
     """Opcode counts of the largest loop that has no loop inside, of a `nvdisasm -c` listing."""
+    found = [re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", x) for x in loop_lines(listing)[0]]
+    return Counter(m[1] for m in found if m)
+
+
+def loop_lines(listing: str) -> tuple[list[str], int, int]:
+    """The lines of the largest loop that has no loop inside, and the numbers of instructions in
+    front of it and behind it, up to the first exit.
+    """
     labels: dict[str, int] = {}
     lines = listing.splitlines()
-    best: list[str] = []
-    last_end = -1
+    best, last_end = (0, -1), -1
+
+    def code(begin: int, end: int) -> list[str]:
+        return [x for x in lines[begin:end] if re.search(r"/\*[0-9a-f]{4,}\*/", x)]
+
     for i, line in enumerate(lines):
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = i
         jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
         if not jump or jump[1] not in labels or labels[jump[1]] <= last_end:
             continue
-        body = [x for x in lines[labels[jump[1]] : i + 1] if re.search(r"/\*[0-9a-f]{4,}\*/", x)]
-        if len(body) == 1:  # the trap behind the code
+        if len(code(labels[jump[1]], i + 1)) == 1:  # the trap behind the code
             continue
         last_end = i
-        if len(body) > len(best):
-            best = body
-    return Counter(m[1] for x in best if (m := re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", x)))
+        if i - labels[jump[1]] > best[1] - best[0]:
+            best = labels[jump[1]], i
+    begin, end = best
+    if end < 0:
+        return [], len(code(0, len(lines))), 0
+    behind = code(end + 1, len(lines))
+    leaves = next((i for i, x in enumerate(behind) if re.search(r"\bEXIT\b", x)), 0)
+    return code(begin, end + 1), len(code(0, begin)), leaves + 1
 
 
 def _amd(listing: str) -> Compiled:

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from qmoe.codec import encode_group
-from qmoe.kernels import decode, grouped, matvec, pair_groups, shared
-from qmoe.kernels.launch import PLANS
+from qmoe.kernels import decode, grouped, inputs, matvec, pair_groups, shared, sums
+from qmoe.kernels.launch import PLANS, PORTABLE, LaunchPlan, plan_for
+from qmoe.measure.kernels import latency
 from qmoe.measure.kernels.sample import packed, sample_matrix
 from qmoe.measure.kernels.sass import Compiled, compile_for
 from qmoe.measure.kernels.trace import LINE, Touched, mean, trace
@@ -28,9 +29,9 @@ BF16_WEIGHTS = 4.3e12 / 2
 WARPS = PLANS[90].warps
 WIDTH = 1280  # inputs of a piece of 1024 columns, with zeros
 BUDGET = 7.0  # lane instructions per weight of the batch-1 loop at 0.8 bit
-_DECODER = dict.fromkeys(("words", "records", "lanes", "starts", "context_maps", "expert_maps",
-"expert_limits"), "*i32") | {
-    "classes": "*u8", "lut": "*i16", "row_scale": "*fp32", "row_scale_neg": "*fp32"
+_DECODER = dict.fromkeys(("words", "records", "lanes", "context_maps", "expert_info"), "*i32") | {
+    "starts": "*i16", "classes": "*u8", "lut": "*i16",
+    "row_scale": "*fp32", "row_scale_neg": "*fp32",
 }  # fmt: skip
 _ROUTING = {
     "group_expert": "*i32",
@@ -40,6 +41,11 @@ _ROUTING = {
     "scales": "*fp32",
     "partial": "*fp32",
 }
+
+
+def target_plan(target: int | str) -> LaunchPlan:
+    """LaunchPlan of a target of `kernels`."""
+    return plan_for(target) if isinstance(target, int) else PORTABLE
 
 
 def kernels(
@@ -74,6 +80,7 @@ def kernels(
             "WIDE": False,
             "NEG": False,
             "ASM": asm,
+            "PDL": target_plan(target).pdl,
         } | changed
         types = (
             loop
@@ -82,21 +89,24 @@ def kernels(
         )
         out[name] = matvec.matvec, types, constants, warp
     if asm and shared.SUPPORTED:
-        for batch in (1, 4, 8):
+        for batch, cut in ((1, 1), (1, 4), (4, 1), (8, 1)):
             constants = {
                 "B": batch,
                 "X_BITS": 16,
                 "L": 7,
-                "S": 1,
+                "S": cut,
                 "W": WARPS,
                 "WIDE": False,
                 "NEG": False,
                 "ASM": asm,
-                "ROOM": shared.room(WIDTH, batch, 16),
+                "PDL": target_plan(target).pdl,
+                "ROOM": shared.room(WIDTH, batch),
+                "FILL": shared.fill(WIDTH, WARPS),
+                "FAN": 8 if batch == 1 else 0,
             }
-            out[f"matvec {batch} shared"] = (
+            out[f"matvec {batch} shared" + f" in {cut} segments" * (cut > 1)] = (
                 shared.matvec_shared,
-                loop,
+                loop | {"x": "*bf16"},
                 constants,
                 {"num_warps": WARPS},
             )
@@ -107,27 +117,27 @@ def kernels(
         options,
         warp,
     )
-    block = {"BLOCK": 256}
+    block, pdl = {"BLOCK": 256}, {"PDL": target_plan(target).pdl}
     out["inputs"] = (
-        matvec.gather_inputs,
+        inputs.gather_inputs,
         _ROUTING | {"x": "*bf16", "xs": "*bf16"},
-        {"B": 1, "OFFSET": 0} | block,
+        {"B": 8, "OFFSET": 0, "MEMBERS": True} | block | pdl,
         {},
     )
     out["gate"] = (
-        matvec.silu_inputs,
+        inputs.silu_inputs,
         _ROUTING | {"xs": "*bf16"},
-        {"SLOTS": 2, "B": 1, "HALF": 1} | block,
+        {"SLOTS": 2, "B": 1, "HALF": 1} | block | pdl,
         {},
     )
     out["sum pairs"] = (
-        matvec.sum_partials,
+        sums.sum_partials,
         _ROUTING | {"y": "*bf16"},
-        {"SLOTS": 2, "B": 1} | block,
+        {"SLOTS": 2, "B": 1, "DIRECT": True} | block,
         {},
     )
-    sums = {"K": 8, "SLOTS": 1, "B": 1} | block
-    out["sum tokens"] = matvec.sum_tokens, _ROUTING | {"weights": "*bf16", "out": "*bf16"}, sums, {}
+    total = {"K": 8, "SLOTS": 1, "B": 1, "DIRECT": True} | block | pdl
+    out["sum tokens"] = sums.sum_tokens, _ROUTING | {"weights": "*bf16", "out": "*bf16"}, total, {}
     out["groups"] = (
         pair_groups.group_small,
         _ROUTING | {"index": "*i64"},
@@ -139,7 +149,6 @@ def kernels(
         "TOKENS": plan.token_tile,
         "ROWS": plan.row_tile,
         "DEPTH": plan.depth_tile,
-        "SPLIT": 1,
         "EXACT": False,
     }
     dot_types = {
@@ -158,6 +167,12 @@ def kernels(
     )
     out["zero"] = decode.zero_active, {"out": "*bf16", "counts": "*i32"}, {"BLOCK": 2048}, {}
     return out
+
+
+def shared_listing(cut: int) -> str:
+    """Machine code of the batch-1 kernel for sm_90 with `cut` segments a stream."""
+    kernel, types, constants, options = kernels(90)["matvec 1 shared"]
+    return compile_for(kernel, types, constants | {"S": cut}, 90, **options).listing
 
 
 def estimate(
@@ -205,7 +220,8 @@ def run(json: bool = False, matrices: Sequence[QuantizedMatrix] | None = None) -
 
     Returns:
         {"targets": {target: {kernel: {registers, spills, instructions, alu, code}}}, "model":
-        {kernel: `estimate`}, "stored_bits", "memory_bits" (per weight, on disk and in kernel form),
+        {kernel: `estimate`}, "launches": `latency.table`, "stored_bits", "memory_bits" (per
+        weight, on disk and in kernel form),
         "spills" (total), "budget", "within_budget"}.
 
     Raises:
@@ -261,6 +277,8 @@ def run(json: bool = False, matrices: Sequence[QuantizedMatrix] | None = None) -
                 )
         result["targets"][str(target)] = rows
     result["model"] = model
+    if shared.SUPPORTED:
+        result["launches"] = latency.table(shared_listing, PLANS[90], BF16_WEIGHTS)
     result["spills"] = sum(k["spills"] for t in result["targets"].values() for k in t.values())
     result["default"] = default = "matvec 1 shared" if "matvec 1 shared" in model else "matvec 1"
     result["within_budget"] = bool(
@@ -319,6 +337,15 @@ def report(result: dict[str, Any]) -> str:
             + f"{m['binds']:>15}"
             + "".join(f"{v:15.2f}" for v in rates)
         )
+    if launches := result.get("launches"):
+        lines.append("")
+        lines.append("one token by the model of qmoe.measure.kernels.latency (assumed latencies):")
+        lines.append(f"{'launch':26}{'segments':>10}{'warps/SM':>10}{'us':>8}{'bf16 floor':>12}")
+        for row in launches:
+            lines.append(
+                f"{row['name']:26}{row['segments']:10}{row['warps_per_sm']:10.1f}"
+                f"{row['us']:8.1f}{row['bf16_floor_us']:12.1f}"
+            )
     lines.append(
         f"budget {result['budget']} instructions per weight, no spills: "
         f"{'kept' if result['within_budget'] else 'EXCEEDED'}; "

@@ -11,7 +11,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from qmoe.kernels.pack import NO_ROW, PackedProjection
+from qmoe.kernels.interleave import LANES
+from qmoe.kernels.pack import MAP_WIDTH, NO_ROW, PackedProjection
+from qmoe.kernels.twins import lanes_of, segment_starts
 
 LINE = 128
 
@@ -64,7 +66,7 @@ def trace(
     and wait for each other.
     """
     chosen = torch.linspace(0, p.programs - 1, min(programs, p.programs)).long()
-    lanes = p.lanes[expert, chosen].long()
+    lanes = lanes_of(p, expert).view(-1, LANES)[chosen]
     row, base = lanes & NO_ROW, lanes >> 24
     first, _, steps, limit = p.records[expert, chosen].long()[:, :, None].unbind(1)
     piece = (chosen // p.tiles // p.segments)[:, None]
@@ -75,14 +77,17 @@ def trace(
             for k in range(warps)
         ]
         steps = p.records[expert, torch.stack(mates), 2].long().amax(0)[:, None]
-    at = first + torch.arange(32)
+    at = first + torch.arange(LANES)
     words, lut = p.words.long() & 0xFFFFFFFF, p.lut.long() & (0xFFFFFFFF if p.wide else 0xFFFF)
-    maps, bits = p.context_maps[p.expert_maps[expert]].long(), int(p.expert_limits[expert])
+    bits, first_map, first_entry, _ = p.expert_info[expert].tolist()
+    maps = p.context_maps.flatten()[first_map : first_map + MAP_WIDTH].long()
     value_bits, entry_bytes = (8, 4) if p.wide else (6, 2)
     pos = torch.zeros_like(lanes)
     left = steps.expand_as(pos)
     if p.segments > 1:
-        pos, left = p.starts[expert, chosen].long() & 0xFFFF, p.starts[expert, chosen].long() >> 16
+        of_program = p.records[expert, :, 2].long().repeat_interleave(LANES)
+        both = segment_starts(p, expert, of_program)
+        pos, left = (t.view(-1, LANES)[chosen] for t in both)
     used = torch.zeros_like(pos)
     sums = dict.fromkeys((f.name for f in fields(Touched)[:6]), 0.0)
     running = useful = 0
@@ -91,7 +96,7 @@ def trace(
         place = pos.clamp(max=p.classes.shape[2] - 1)
         column = p.classes[expert, piece, place].long()
         sums["classes"] += _lines(place, live) + _lines((base + column) * 4, live)
-        table = maps[-1] + maps[base + column]
+        table = first_entry + maps[base + column]
         low, high = (
             words[at.clamp(max=words.numel() - 33)],
             words[(at + 32).clamp(max=words.numel() - 1)],
@@ -104,7 +109,7 @@ def trace(
             entry = lut[index]
             length = entry >> (6 + value_bits)
             window, used, pos = window >> length, used + length, pos + (entry & 63)
-            sums["table_banks"] += _banks((index - maps[-1]) * entry_bytes, live)
+            sums["table_banks"] += _banks((index - first_entry) * entry_bytes, live)
             sums["input_banks"] += _banks(pos * input_bytes, live)
             sums["table"] += _lines(index * entry_bytes, live)
             sums["inputs"] += _lines(pos * input_bytes, live)
@@ -112,7 +117,7 @@ def trace(
         if p.segments > 1:
             pos = torch.where(left > 0, pos, limit)
         need = used >= 32
-        sums["words"] += _lines((at + 64) * 4, live & need)
+        sums["words"] += _lines((at + 96) * 4, live & need)
         at, used = at + 32 * need, used & 31
     real = row < p.rows
     weights = (

@@ -17,7 +17,12 @@ from qmoe.models.families.module_dicts import NLLB, SWITCH
 from qmoe.models.families.others import DBRX, LINEAR, LLAMA4
 from qmoe.types import ExpertsLayout
 
+_ROW_BYTES = 16
 KINDS: dict[str, Kind] = {k.name: k for k in (FUSED, SWITCH, NLLB, LLAMA4, DBRX, LINEAR)}
+
+
+class NoExpertsError(UnsupportedModelError):
+    """A model without experts, or with such as this release does not know."""
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -43,11 +48,11 @@ def find_experts(model: nn.Module) -> list[tuple[ExpertsLayout, nn.Module]]:
     """All experts modules of a model in definition order.
 
     Raises:
-        UnsupportedModelError: the model has none.
+        NoExpertsError: the model has none.
     """
     found = [(layout_of(path, m), m) for path, m in model.named_modules() if kind_of(m) is not None]
     if not found:
-        raise UnsupportedModelError(
+        raise NoExpertsError(
             f"{type(model).__name__} has no mixture-of-experts module that this release knows; "
             f"known kinds: {', '.join(KINDS)}"
         )
@@ -124,3 +129,19 @@ def repair(model: nn.Module) -> list[str]:
     for _, module in broken:
         module.forward = partial(_dense_forward, module)
     return [path for path, _ in broken]
+
+
+def take_any_width(model: Any) -> None:
+    """Makes a dense model run its experts one by one if torch's grouped product, which transformers
+    chooses, refuses their widths: every row of a matrix has to begin at a multiple of 16 bytes.
+    """
+    rows = (
+        size * p.element_size()
+        for module in model.modules()
+        if (kind := kind_of(module)) is not None and kind is FUSED
+        for p in module.parameters()
+        if p.ndim == 3
+        for size in p.shape[1:]
+    )
+    if any(size % _ROW_BYTES for size in rows):
+        model.set_experts_implementation("eager")

@@ -33,12 +33,15 @@ class Routed:
         index: int64 [n, slots].
         weights: float [n, slots], or None if all are 1.
         shape: leading dimensions of the result; the last is the width of the experts' output.
+        token: int64 [n], of which token each row is, where rows are not the tokens in order; None
+            where they are, or where only the router knows (see `Kind.router`).
     """
 
     hidden: Tensor
     index: Tensor
     weights: Tensor | None
     shape: tuple[int, ...]
+    token: Tensor | None = None
 
     def by_expert(self, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields (expert, rows int64 [m], slots int64 [m]) for every expert that has tokens, rows
@@ -97,6 +100,8 @@ class Kind:
         route: (module, *arguments of its forward) -> Routed.
         repair: the module's own forward is wrong in the supported transformers releases and must
             be replaced.
+        router: (module path) -> path of the module that orders the rows, and (its output) -> int64
+            [n], of which token each is; None where the arguments of the forward tell.
         turn: (module path) -> when a block calls it, where a block has several and does not call
             them in the order of their definition.
     """
@@ -112,7 +117,18 @@ class Kind:
     ffn: Callable[[Any, Linear, dict[str, Tensor], Tensor, Record | None], Tensor]
     route: Callable[..., Routed]
     repair: bool = False
+    router: tuple[Callable[[str], str], Callable[[Any], Tensor]] | None = None
     turn: Callable[[str], int] = lambda path: 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name, since functions of a kind cannot be pickled: models that refer to it can."""
+        return _kind_named, (self.name,)
+
+
+def _kind_named(name: str) -> "Kind":
+    from qmoe.models.families.find import KINDS
+
+    return KINDS[name]
 
 
 def no_biases(module: Any, owner: Any, expert: int) -> dict[str, Tensor]:

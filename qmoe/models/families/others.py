@@ -44,7 +44,8 @@ def _llama4_route(module: Any, hidden: Tensor) -> Routed:
     per_expert = len(flat) // module.num_experts
     expert = torch.arange(module.num_experts, device=flat.device).repeat_interleave(per_expert)
     index = torch.where((flat != 0).any(-1), expert, module.num_experts)
-    return Routed(flat, index[:, None], None, tuple(flat.shape[:-1]))
+    token = torch.arange(per_expert, device=flat.device).repeat(module.num_experts)
+    return Routed(flat, index[:, None], None, tuple(flat.shape[:-1]), token)
 
 
 LLAMA4 = Kind(
@@ -119,7 +120,7 @@ DBRX = Kind(
 
 # JetMoE: no experts module; every projection (of the feed-forward and of the attention) is a
 # JetMoeParallelExperts of its own with weight [E, out, in], called with rows sorted by expert and
-# the number of rows of each.
+# the number of rows of each. Of which tokens they are, the router beside it says.
 
 
 def _linear_ffn(
@@ -152,5 +153,6 @@ LINEAR = Kind(
     biases=no_biases,
     ffn=_linear_ffn,
     route=_linear_route,
+    router=(lambda path: path.rpartition(".")[0] + ".router", lambda output: output[1]),
     turn=lambda path: 0 if "self_attention" in path else 1,  # defined the other way round
 )

@@ -2,6 +2,12 @@
 
 ``IMPORTERS[kind](source, destination)`` writes config, weights and, where the source has one, the
 tokenizer, in the source's dtypes and without holding more than one expert's matrices in memory.
+
+openmoe, fairseq, megablocks  one project each
+gpt2_bpe                      fairseq's tokenizer
+pickles                       torch pickles, without running code
+writing                       the directory, checked against the model to load it
+report                        what `qmoe import` says
 """
 
 from collections.abc import Callable

@@ -104,6 +104,16 @@ def _tensors(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
     return model
 
 
+_EXPECTED = {
+    "decoder_learned_pos": False,
+    "no_token_positional_embeddings": False,
+    "decoder_normalize_before": True,
+    "adaptive_softmax_cutoff": None,
+    "alternate_decoder_ffn_embed_dim": 0,  # dense layers of that width where experts would be
+    "layernorm_embedding": False,
+}
+
+
 def _config(
     shared: dict[str, Any],
     dense: dict[str, Tensor],
@@ -113,15 +123,7 @@ def _config(
 ) -> FairseqMoeConfig:
     cfg = settings_of(shared.get("cfg"))
     a = settings_of(cfg.get("model")) or settings_of(shared.get("args"))
-    unsupported = {
-        "decoder_learned_pos": False,
-        "no_token_positional_embeddings": False,
-        "decoder_normalize_before": True,
-        "adaptive_softmax_cutoff": None,
-        "alternate_decoder_ffn_embed_dim": 0,  # dense layers of that width where experts would be
-        "layernorm_embedding": False,
-    }
-    for key, value in unsupported.items():
+    for key, value in _EXPECTED.items():
         if key in a and (a[key] or None) != (value or None):
             raise SourceError(f"{path}: {key}={a[key]!r} is not supported (expected {value!r})")
     if "decoder_attention_heads" not in a:

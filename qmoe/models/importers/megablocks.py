@@ -113,6 +113,20 @@ def _flat(state: dict[str, Any], path: Path) -> Tree:
     return {re.sub(r"(\.\d+\.mlp)\.moe\.", r"\1.", names[n]): t for n, t in out.items()}
 
 
+_SUPPORTED = {
+    "position_embedding_type": (None, "learned_absolute"),
+    "normalization": (None, "LayerNorm"),
+    "apply_layernorm_1p": (None, False),
+    "tensor_model_parallel_size": (None, 1),
+    "pipeline_model_parallel_size": (None, 1),
+    "group_query_attention": (None, False),
+    "swiglu": (None, False),
+    "apply_residual_connection_post_layernorm": (None, False),
+    "moe_weight_parallelism": (None, False),
+    "moe_use_megatron_switch": (None, False),
+}
+
+
 def _config(args: dict[str, Any], tree: Tree, path: str) -> MegatronMoeConfig:
     for key in NEEDED:
         if args.get(key) is None:
@@ -128,19 +142,7 @@ def _config(args: dict[str, Any], tree: Tree, path: str) -> MegatronMoeConfig:
             "tokens over their capacity, which no model class here does; only dropless experts "
             "(capacity factor 0) are supported"
         )
-    unsupported = {
-        "position_embedding_type": (None, "learned_absolute"),
-        "normalization": (None, "LayerNorm"),
-        "apply_layernorm_1p": (None, False),
-        "tensor_model_parallel_size": (None, 1),
-        "pipeline_model_parallel_size": (None, 1),
-        "group_query_attention": (None, False),
-        "swiglu": (None, False),
-        "apply_residual_connection_post_layernorm": (None, False),
-        "moe_weight_parallelism": (None, False),
-        "moe_use_megatron_switch": (None, False),
-    }
-    for key, fine in unsupported.items():
+    for key, fine in _SUPPORTED.items():
         if args.get(key) not in fine:
             raise SourceError(
                 f"{path}: {key}={args[key]!r} is not supported (expected {fine[1]!r})"

@@ -25,6 +25,7 @@ class Opaque:
     """An object of a class that is not imported: its name and what it was made of."""
 
     kind = ""
+    state: Any = None
 
     def __init__(self, *values: Any) -> None:
         self.values = values
@@ -74,13 +75,15 @@ def load_pickle(path: Path) -> dict[str, Any]:
 
 
 def settings_of(value: Any) -> dict[str, Any]:
-    """The values of a Namespace or a dictionary, empty for None; numpy's scalars as Python's, and
-    members of the program's own enumerations of strings as these strings.
+    """The values of a Namespace, a dictionary or an object of the program itself, empty for
+    anything else; numpy's scalars as Python's, and members of the program's enumerations of strings
+    as these strings.
     """
-    if value is None:
-        return {}
-    items = dict(vars(value)) if isinstance(value, Namespace) else dict(value)
-    return {k: _plain(v) for k, v in items.items()}
+    if isinstance(value, Opaque):
+        value = value.state
+    elif isinstance(value, Namespace):
+        value = vars(value)
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else {}
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,103 @@
+"""Products with integers of 8 bits that lie in memory as they are: for matrices that every token
+reads, which a stream would be decoded for each time.
+
+A weight is ``(code * column scale) * row scale``; the column scales go into the input, so that the
+loop adds ``code * x`` in float32.
+"""
+
+from dataclasses import dataclass
+
+import numba as nb
+import torch
+from torch import Tensor
+
+from qmoe.codec.decoder import threads
+from qmoe.codec.decoder.lanes import COUNT, fused, load_bytes, load_floats, total, zeros
+from qmoe.codec.format.arrays import F32, I8
+from qmoe.types import QuantizedMatrix, grid_scale
+
+STEP = 2 * COUNT  # columns must be a multiple of it
+_CHUNK = 64  # rows of a piece of work
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Bands of rows, each with column scales of its own.
+
+    Attributes:
+        codes: int8 [rows, cols].
+        row_index: int16 [rows], col_index: int16 [bands, cols], scales' places on the grid.
+        band: rows of every band but the last.
+    """
+
+    codes: Tensor
+    row_index: Tensor
+    col_index: Tensor
+    band: int
+
+    @classmethod
+    def of(cls, bands: list[QuantizedMatrix]) -> "Integers":
+        """From bands without negative row scales."""
+        return cls(
+            torch.cat([b.codes for b in bands]),
+            torch.cat([b.row_scale for b in bands]),
+            torch.stack([b.col_scale for b in bands]),
+            len(bands[0].codes),
+        )
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weights [rows, cols], where the codes are: exact in float32, then rounded."""
+        out = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        for i, col in enumerate(grid_scale(self.col_index)):
+            rows = slice(i * self.band, (i + 1) * self.band)
+            row = grid_scale(self.row_index[rows])
+            out[rows] = self.codes[rows].float() * col * row[:, None]
+        return out
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x @ W.T``: float32 [n, cols] -> float32 [n, rows], on the CPU; columns are a multiple
+        of `STEP`. A row of the result does not depend on the others, nor on threads."""
+        scaled = (x * grid_scale(self.col_index)[:, None]).contiguous()  # [bands, n, cols]
+        out = torch.empty(len(self.codes), len(x))
+        arguments = (self.codes.numpy(), scaled.numpy(), self.band, out.numpy())
+        threads.run(_alone, _shared, arguments, self.codes.numel())
+        return (out * grid_scale(self.row_index)[:, None]).T
+
+
+@nb.njit(cache=True, nogil=True)
+def _alone(codes: I8, x: F32, band: int, out: F32) -> None:
+    for first in range(0, len(codes), _CHUNK):
+        _rows(codes, x, band, first, min(first + _CHUNK, len(codes)), out)
+
+
+@nb.njit(cache=True, nogil=True, parallel=True)
+def _shared(codes: I8, x: F32, band: int, out: F32) -> None:
+    for c in nb.prange((len(codes) + _CHUNK - 1) // _CHUNK):
+        _rows(codes, x, band, c * _CHUNK, min((c + 1) * _CHUNK, len(codes)), out)
+
+
+@nb.njit(cache=True, nogil=True)
+def _rows(codes: I8, x: F32, band: int, first: int, end: int, out: F32) -> None:
+    cols, n = codes.shape[1], x.shape[1]
+    for row in range(first, end):
+        inputs = x[row // band]
+        line = codes[row]
+        for k in range(0, n - 3, 4):
+            a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
+            b0, b1, b2, b3 = zeros(), zeros(), zeros(), zeros()
+            x0, x1, x2, x3 = inputs[k], inputs[k + 1], inputs[k + 2], inputs[k + 3]
+            for j in range(0, cols, STEP):
+                h = j + COUNT
+                low, high = load_bytes(line, j), load_bytes(line, h)
+                a0, b0 = fused(low, load_floats(x0, j), a0), fused(high, load_floats(x0, h), b0)
+                a1, b1 = fused(low, load_floats(x1, j), a1), fused(high, load_floats(x1, h), b1)
+                a2, b2 = fused(low, load_floats(x2, j), a2), fused(high, load_floats(x2, h), b2)
+                a3, b3 = fused(low, load_floats(x3, j), a3), fused(high, load_floats(x3, h), b3)
+            out[row, k], out[row, k + 1] = total(a0) + total(b0), total(a1) + total(b1)
+            out[row, k + 2], out[row, k + 3] = total(a2) + total(b2), total(a3) + total(b3)
+        for k in range(n - n % 4, n):
+            a, b, one = zeros(), zeros(), inputs[k]
+            for j in range(0, cols, STEP):
+                a = fused(load_bytes(line, j), load_floats(one, j), a)
+                b = fused(load_bytes(line, j + COUNT), load_floats(one, j + COUNT), b)
+            out[row, k] = total(a) + total(b)

@@ -1,0 +1,72 @@
+"""Single changes of what a user brings end in transformers' own result or in one sentence."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+
+@pytest.fixture(scope="module")
+def mutations():
+    """tests/mutations.py by path, since tests are no package."""
+    name = "qmoe_tests_mutations"
+    if name not in sys.modules:
+        path = Path(__file__).with_name("mutations.py")
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def _run(mutations, tiny, folder, seeds):
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    failures = []
+    try:
+        done = mutations.run(tiny, folder, seeds, failures.append)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    assert failures == []
+    assert done.outcomes["result"] > 0
+    assert done.outcomes["sentence"] > 0
+
+
+def test_a_sample_of_single_changes(mutations, tiny, tmp_path):
+    _run(mutations, tiny, tmp_path, range(150))
+
+
+@pytest.mark.slow
+def test_five_thousand_single_changes(mutations, tiny, tmp_path):
+    _run(mutations, tiny, tmp_path, range(150, 5150))
+
+
+def test_a_traceback_a_hang_and_another_result_are_seen(mutations, tiny, tmp_path, monkeypatch):
+    mutator = mutations.Mutator(tiny, tmp_path)
+
+    def outcome(load):
+        monkeypatch.setattr(mutations, "load_any", load)
+        monkeypatch.setattr(mutations, "change_json", lambda rng, path: "nothing")
+        monkeypatch.setattr(mutations.random.Random, "choices", lambda *_, **__: ["config"])
+        monkeypatch.setattr(mutations.random.Random, "random", lambda _: 1.0)
+        return mutator.one(0)
+
+    real = mutations.load_any
+    assert outcome(real) is None
+
+    def fails(*_):
+        raise KeyError("x")
+
+    def hangs(*_):
+        raise mutations.HangError("no answer")
+
+    def another(*args):
+        model = real(*args)
+        model.lm_head.weight.data[20] += 1
+        return model
+
+    assert "KeyError" in outcome(fails)
+    assert "no answer" in outcome(hangs)
+    assert "logits differ by" in outcome(another)
