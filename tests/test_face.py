@@ -31,7 +31,12 @@ def test_every_name_of_the_face_is_there_and_nothing_else():
     listed, present = json.loads(_python("-c", code).stdout)
     assert listed == sorted(listed) == sorted(qmoe.__all__)
     public = {n for n in present if not n.startswith("_")}
-    by_python = {"errors", "lazy", "version"}  # submodules that the package itself imports
+    by_python = {
+        "errors",
+        "lazy",
+        "system",
+        "version",
+    }  # submodules that the package itself imports
     assert public - set(listed) <= by_python
     assert all(getattr(qmoe, name) is not None for name in listed)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -98,21 +98,6 @@ class Chat:
         return count, first, times[-1] - times[1] if count else 0.0
 
 
-def settings(max_new_tokens: int | None = None, temperature: float | None = None) -> dict[str, Any]:
-    """What `generate` is told.
-
-    Args:
-        max_new_tokens: of an answer; 512 if not given.
-        temperature: 0 for the likeliest token always; None leaves it to the model's
-            generation_config.
-    """
-    found: dict[str, Any] = {"max_new_tokens": max_new_tokens or 512}
-    if temperature is not None:
-        found |= {"do_sample": temperature > 0}
-        found |= {"temperature": temperature} if temperature else {}
-    return found
-
-
 def model_and_tokenizer(
     directory: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[Any, Any]:

@@ -9,10 +9,9 @@ from qmoe.errors import QmoeError
 from qmoe.options import device, given, option
 
 _PASSED = {"ignore_unknown_options": True, "allow_interspersed_args": False}
-_DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
-
-
-_dtype = option("--dtype", default="auto", type=_DTYPES)
+_dtype = option(
+    "--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"])
+)
 _trust = click.option(
     "--trust-remote-code", is_flag=True, help="Run model code that the checkpoint brings along."
 )
@@ -22,7 +21,7 @@ _trust = click.option(
 @click.argument("out")
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 @option("--host", default="localhost")
-@option("--port", default="8000", type=click.IntRange(0, 65535), help="0: any free one.")
+@option("--port", default="8000", type=click.IntRange(0, 65535))
 @option(
     "--engine",
     default="transformers",
@@ -33,16 +32,24 @@ _trust = click.option(
 @device
 @_dtype
 @_trust
-def serve(out: str, extra: tuple[str, ...], engine: str | None, **options: Any) -> None:
+def serve(out: str, extra: tuple[str, ...], **options: Any) -> None:
     """An OpenAI-compatible server for OUT, a compressed directory or a hub id; ctrl-C ends it."""
-    from qmoe.engines import serve as servers
+    from qmoe.engines.serve import serve as run
+    from qmoe.engines.serve import serve_with_vllm
 
     chosen = given(options)
-    if engine == "vllm":
-        servers.serve_with_vllm(out, extra, **chosen)
+    if chosen.pop("engine", "") == "vllm":
+        if "device" in chosen:
+            raise QmoeError("vLLM chooses the device itself; leave --device")
+        if "dtype" in chosen:
+            extra = ("--dtype", chosen["dtype"], *extra)
+        if "trust_remote_code" in chosen:
+            extra = ("--trust-remote-code", *extra)
+        place = {name: chosen[name] for name in ("host", "port") if name in chosen}
+        serve_with_vllm(out, extra=extra, **place)
     if extra:
         raise QmoeError(f"unknown arguments {' '.join(extra)}; `qmoe serve --help` lists all")
-    servers.serve(out, **chosen)
+    run(out, batching=not chosen.pop("no_batching", False), **chosen)
 
 
 @click.command()
@@ -57,17 +64,22 @@ def serve(out: str, extra: tuple[str, ...], engine: str | None, **options: Any) 
 @device
 @_dtype
 @_trust
-def chat(out: str, max_new_tokens: int | None, temperature: float | None, **options: Any) -> None:
+def chat(out: str, temperature: float | None, **options: Any) -> None:
     """A conversation with OUT in the terminal."""
-    from qmoe.engines.chat import Chat, lines, model_and_tokenizer, settings, talk
+    from qmoe.engines.chat import SETTINGS, Chat, lines, model_and_tokenizer, talk
 
-    model, tokenizer = model_and_tokenizer(out, **given(options))
+    chosen = given(options)
+    settings = SETTINGS | {k: chosen.pop(k) for k in SETTINGS if k in chosen}
+    if temperature is not None:
+        settings |= {"do_sample": temperature > 0}
+        settings |= {"temperature": temperature} if temperature else {}
+    model, tokenizer = model_and_tokenizer(out, **chosen)
 
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    talk(Chat(model, tokenizer, settings(max_new_tokens, temperature)), lines(), write)
+    talk(Chat(model, tokenizer, settings), lines(), write)
 
 
 @click.command(name="exec", context_settings=_PASSED)

