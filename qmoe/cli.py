@@ -8,45 +8,21 @@ stderr, exit code 2. Imports of torch and transformers happen inside the command
 """
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import click
 
 from qmoe.engines.commands import add_to
 from qmoe.errors import QmoeError
+from qmoe.options import TEXTS, Bytes, rows, taken_rows
 from qmoe.options import device as _device
 from qmoe.options import given as _given
 from qmoe.options import option as _option
-
-
-class _Bytes(click.ParamType[int]):
-    """A size such as 8GiB, 500MB or a plain number of bytes."""
-
-    name = "size"
-    _units: ClassVar = {
-        "": 1,
-        "b": 1,
-        "kb": 10**3,
-        "mb": 10**6,
-        "gb": 10**9,
-        "kib": 2**10,
-        "mib": 2**20,
-    }
-    _units |= {"gib": 2**30, "tib": 2**40, "tb": 10**12}
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
-        if not found or found.group(2).lower() not in self._units:
-            self.fail(
-                f"{value!r} is not a size; write 8GiB, 500MB or a number of bytes", param, ctx
-            )
-        return int(float(found.group(1)) * self._units[found.group(2).lower()])
 
 
 class _Group(click.Group):
@@ -82,48 +58,6 @@ _with_code = click.option(
     is_flag=True,
     help="Add a file through which trust_remote_code=True loads it without an `import qmoe`.",
 )
-
-_TEXTS = ".txt, .json, .jsonl, .csv, .parquet or a datasets name"
-_ROWS = ("column", "pack", "chat", "bos")
-
-
-def _rows(prefix: str) -> Callable[[Any], Any]:
-    """The options that say how text is read, under names with a prefix."""
-    options = (
-        _option(
-            f"--{prefix}column",
-            default="text",
-            help="Column of the text or messages in json, csv, parquet or a dataset.",
-        ),
-        click.option(
-            f"--{prefix}pack",
-            is_flag=True,
-            help="Join documents by the end-of-text token; else no window straddles two.",
-        ),
-        click.option(
-            f"--{prefix}chat",
-            is_flag=True,
-            help="Apply the chat template to each row's messages (or its text); packs.",
-        ),
-        _option(
-            f"--{prefix}bos",
-            default="auto",
-            type=click.Choice(["auto", "on", "off"]),
-            help="The begin-of-text token before every window; auto: as the tokenizer adds it.",
-        ),
-    )
-
-    def decorate(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def _taken_rows(given: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Takes those options out of what was given."""
-    return {k: given.pop(f"{prefix}{k}") for k in _ROWS if f"{prefix}{k}" in given}
 
 
 def _say(text: str) -> None:
@@ -161,11 +95,11 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     "--calib",
     "calib",
     type=str,
-    help=f"Calibration text: {_TEXTS} [default: a mix of prose, code, mathematics and dialogue "
+    help=f"Calibration text: {TEXTS} [default: a mix of prose, code, mathematics and dialogue "
     "that comes with qmoe].",
 )
 @_option("--calib-tokens", default="131072", type=click.IntRange(1))
-@_rows("calib-")
+@rows("calib-")
 @_option(
     "--unseen",
     default="1",
@@ -180,7 +114,7 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 @_option(
     "--memory",
     default="8GiB",
-    type=_Bytes(),
+    type=Bytes(),
     help="Memory of a process; activations beyond it go to mapped files in OUT.partial.",
 )
 @_option(
@@ -202,7 +136,7 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
     from qmoe.system.processes import World
 
     given = _given(options)
-    given["calib_rows"] = _taken_rows(given, "calib_")
+    given["calib_rows"] = taken_rows(given, "calib_")
     with World.of_environment() as world:
         report = run(
             source,
@@ -218,8 +152,8 @@ def compress(source: str, out: Path, as_json: bool, **options: Any) -> None:
 
 @main.command(name="eval")
 @click.argument("model")
-@click.option("--text", required=True, help=f"Evaluation text: {_TEXTS}.")
-@_rows("")
+@click.option("--text", required=True, help=f"Evaluation text: {TEXTS}.")
+@rows("")
 @click.option(
     "--reference", default=None, help="Another checkpoint to compare with, usually the source."
 )
@@ -235,8 +169,8 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     from qmoe.measure.score import score_text
 
     given = _given(options)
-    rows = _taken_rows(given, "")
-    score = run(model, progress=sys.stderr.isatty(), say=_say, rows=rows, **given)
+    read = taken_rows(given, "")
+    score = run(model, progress=sys.stderr.isatty(), say=_say, rows=read, **given)
     _show(score.as_dict(), as_json, score_text(score))
 
 

@@ -1,8 +1,8 @@
 """Other people's programs as runners of compressed checkpoints.
 
-* `vllm`: the plug-in through which vLLM reads and runs them (entry point ``vllm.general_plugins``)
-* `serve`: an OpenAI server: transformers' own, or vLLM's
-* `chat`: a conversation in the terminal
-* `run`: any script or console command with the format registered
-* `commands`: the command lines of these
+vllm/     the plug-in through which vLLM reads and runs them
+serve     an OpenAI server: transformers' own, or vLLM's
+chat      a conversation in the terminal
+run       any script or console command, with the format registered
+commands  the command lines of these
 """

@@ -10,6 +10,8 @@ operator      experts on the CPU as a custom operator
 cuda          experts through the kernels
 dense         encoded dense matrices, decoded once
 save          ``model.save_pretrained``
+adapters      peft beside encoded experts
+linear        Linears whose weights stay 8-bit integers
 """
 
 import transformers  # noqa: F401  # first, so that registration never meets a half-imported module

@@ -9,4 +9,8 @@ downloads      which downloaded files a run still needs
 families/      the shapes of experts modules
 projects/      model classes of training projects
 importers/     their checkpoints -> directories that transformers loads
+precision      tensors that a model keeps in float32
+finite         are all values numbers?
+code           `--with-code`: loading without an import of qmoe
+ties           tied parameters as a checkpoint stores them
 """

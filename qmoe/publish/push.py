@@ -106,8 +106,7 @@ def push(
         made = model_card(name, auto, found, manifest, base, scored, license_id)
         return _own_card(where) or made.encode("utf-8")
 
-    text = message or f"Experts at {found.bits_per_weight:.3f} bits per weight"
-    api = HfApi()
+    text, api = message or f"Experts at {found.bits_per_weight:.3f} bits per weight", HfApi()
     try:
         name = _repository(api, repo, private, revision)
         stale = _stale(api, name, revision, files)

@@ -8,4 +8,5 @@ reader          an opened directory
 stored_experts  the encoded form of an experts module
 stored_dense    the encoded form of a dense matrix
 inspect         sizes, bits and coverage
+coverage        bits and tokens of single experts
 """

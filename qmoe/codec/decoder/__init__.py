@@ -9,4 +9,6 @@ matvec_loops  compiled loops of products
 vector_loops  the same over 32 streams at once, with lanes
 lanes         vectors of 16 lanes for compiled loops
 reference     the definition of the format in plain Python
+integers      products with 8-bit integers that stay as they are in memory
+threads       compiled loops on several threads, also after a fork
 """

@@ -4,10 +4,10 @@ vLLM calls `register` (entry point group ``vllm.general_plugins``) in every one 
 front end, engine core, workers. It swallows an exception raised there and would later say that the
 quantization method is unknown, so `register` does as little as it can.
 
-* `config`: which checkpoint, opened and verified once
-* `loader`: everything but the experts, under the names of the published checkpoint
-* `experts`: a layer's experts, as vLLM's quantization method for routed experts
-* `ranks`: which experts a rank keeps
+config   which checkpoint, opened and verified once
+loader   everything but the experts, under the names of the published checkpoint
+experts  a layer's experts, as vLLM's quantization method for routed experts
+ranks    which experts a rank keeps
 
 Read from, and tested with, vLLM 0.32.
 """
