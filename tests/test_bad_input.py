@@ -262,7 +262,7 @@ def test_import_on_the_command_line(tmp_path, tiny):
     assert found["parameters"] == sum(v.numel() for v in layer.values()) + 64 + 90 * 32
     again = CliRunner().invoke(main, line)
     assert again.exit_code == 2
-    assert "exists; remove it or choose another directory" in again.stderr
+    assert "already exists; choose another output directory or remove it" in again.stderr
     shutil.rmtree(tmp_path / "dst")
     plain = CliRunner().invoke(main, line)
     assert plain.exit_code == 0

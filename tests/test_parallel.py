@@ -112,7 +112,7 @@ def test_a_dead_process_ends_the_run_and_one_process_finishes_it(job, expected, 
     assert "Traceback" not in errors
     heard: list[str] = []
     compress(str(job[0]), out, job[1], say=heard.append)
-    assert heard[1] == "1 of 2 blocks are finished; continuing at block model.layers.1"
+    assert heard[2] == "1 of 2 blocks are finished; continuing at block model.layers.1"
     assert files(out) == expected
 
 

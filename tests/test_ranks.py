@@ -78,7 +78,7 @@ def test_a_layer_settled_for_the_kernels_needs_no_streams(with_biases):
     hidden, weights = torch.randn(5, 64, generator=g), torch.rand(5, 2, generator=g)
     index = torch.tensor([[0, -1], [1, 0], [-1, -1], [-1, 1], [1, -1]])
     want = run_on_cpu(module, hidden, index, weights)
-    settle(module, torch.device("cpu"))
+    settle(module, torch.device("cpu"), 2)
     assert module.stream.numel() == module.offsets.numel() == 0
     assert torch.allclose(run_kernels(module, hidden, index, weights), want, atol=1e-5)
 

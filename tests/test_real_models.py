@@ -59,7 +59,9 @@ def test_the_commands_run_on_a_tiny_model_of_the_type(kind, tiny, tmp_path, monk
     for line in known():
         words = _small(shlex.split(line)[1:])
         if "--model-bits" in words:  # side data of tiny matrices alone takes more than 1.5 bits
-            words[words.index("--model-bits") + 1] = "6"
+            words[words.index("--model-bits") + 1] = "10" if kind == "deepseek_v2" else "6"
+        if words[0] in ("serve", "exec"):
+            continue  # a server and another tool: tests/test_serve.py and tests/vllm run them
         done = CliRunner().invoke(main, words)
         assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception!r}"
         if "--json" in words:

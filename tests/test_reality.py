@@ -256,7 +256,9 @@ def test_experts_of_any_width(tmp_path, tiny, width):
     _compress(tiny, source, tmp_path / "q", "rd", delta=0.5)
     text = str(tmp_path / "text.txt")
     for dtype in ("float32", "bfloat16"):
-        evaluate(str(tmp_path / "q"), text, str(source), 24, 96, dtype, "cpu")
+        evaluate(
+            str(tmp_path / "q"), text, str(source), ctx=24, tokens=96, dtype=dtype, device="cpu"
+        )
 
 
 def test_eval_with_a_reference_of_a_composite_configuration(tmp_path, tiny, generic):
@@ -264,7 +266,7 @@ def test_eval_with_a_reference_of_a_composite_configuration(tmp_path, tiny, gene
     tiny.save_tokenizer(tmp_path / "source")
     _compress(tiny, tmp_path / "source", tmp_path / "q")
     text = str(tmp_path / "text.txt")
-    score = evaluate(str(tmp_path / "q"), text, str(tmp_path / "source"), 24, 96)
+    score = evaluate(str(tmp_path / "q"), text, str(tmp_path / "source"), ctx=24, tokens=96)
     assert score.kl > 0
 
 
@@ -310,7 +312,7 @@ def test_loops_are_cached_elsewhere_if_the_package_cannot_be_written(tmp_path):
 
 
 def _with_start(source):
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, bos_token="<s>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
@@ -403,7 +405,7 @@ def test_the_published_class_is_compressed_and_loaded(tmp_path, tiny, generic, k
     _compress(tiny, tmp_path / "source", tmp_path / "q")
     assert type(qmoe.load(tmp_path / "q")).__name__ == name
     text = str(tmp_path / "text.txt")
-    evaluate(str(tmp_path / "q"), text, str(tmp_path / "source"), 24, 96)
+    evaluate(str(tmp_path / "q"), text, str(tmp_path / "source"), ctx=24, tokens=96)
     assert type(load_any(str(tmp_path / "source"), "float32", torch.device("cpu"))) is type(model)
     with pytest.raises(qmoe.UnsupportedModelError, match=f"was compressed as {name}"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")

@@ -57,10 +57,11 @@ def test_goes_on_after_ctrl_c(job, expected, tmp_path):
     before = {p.name: p.stat().st_mtime_ns for p in record(out, 0).parent.iterdir()}
     heard: list[str] = []
     compress(str(job[0]), out, job[1], say=heard.append)
-    assert heard[0].startswith("plan: read")
+    assert heard[0].startswith("calibration text: ")
+    assert heard[1].startswith("plan: read")
     where = message.rsplit(" ", 1)[1]
     done = int(where.rsplit(".", 1)[1])
-    assert heard[1] == f"{done} of {BLOCKS} blocks are finished; continuing at block {where}"
+    assert heard[2] == f"{done} of {BLOCKS} blocks are finished; continuing at block {where}"
     assert {"rest.json", "model.layers.0.json", "model.layers.1.json"} <= before.keys()
     assert files(out) == expected
     assert not out.with_name("out.partial").exists()
@@ -88,7 +89,7 @@ def test_lost_activations_are_made_again(job, expected, tmp_path, damage):
         )
     heard: list[str] = []
     compress(str(job[0]), out, job[1], say=heard.append)
-    assert "are missing or damaged; going back to block model.layers.0" in heard[1]
+    assert "are missing or damaged; going back to block model.layers.0" in heard[2]
     assert files(out) == expected
 
 
@@ -237,7 +238,7 @@ def test_full_disk(job, expected, tmp_path):
         filler.unlink()
         heard: list[str] = []
         compress(str(job[0]), out, job[1], say=heard.append)
-        assert "blocks are finished; continuing at block" in heard[1]
+        assert "blocks are finished; continuing at block" in heard[2]
         assert files(out) == expected
 
 
@@ -308,7 +309,7 @@ def test_clock_that_jumps_back(job, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: next(now))
     heard: list[str] = []
     compress(str(source), out, job[1], say=heard.append)
-    assert "blocks are finished; continuing at block" in heard[1]
+    assert "blocks are finished; continuing at block" in heard[2]
     assert files(out) == expected
 
 

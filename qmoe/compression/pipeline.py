@@ -158,9 +158,11 @@ class Compression:
         self.out, self.say, self.first = out, say, job.world.first
         self.job = job
         self.blocks = list(streamed.blocks())
-        self.by_gradient = settings.by_gradient and fits(streamed, settings.memory)
+        wanted = settings.by_gradient or settings.dense_bits < 16
+        self.gradients = wanted and fits(streamed, settings.memory)
+        self.by_gradient = settings.by_gradient and self.gradients
         self.dense = DenseCoder(job, settings.dense_bits) if settings.dense_bits < 16 else None
-        self.plan = make_plan(job, out, self.dense, self.by_gradient)
+        self.plan = make_plan(job, out, self.dense, self.gradients)
         say(self.plan.text())
         self._say_what_is_not_asked(settings)
         if settings.by_gradient and not self.by_gradient:
@@ -280,7 +282,7 @@ class Compression:
             self.loop.importance = known.get("importance") or job.world.share(
                 lambda: layer_importance(job.streamed, job.batches), "importance of the layers"
             )
-        if self.dense is not None and self.by_gradient:
+        if self.dense is not None and self.gradients:
             coded = self.dense.modules()
             self.dense_scores = known.get("dense_scores") or job.world.share(
                 lambda: dense_sensitivity(job.streamed, job.batches, coded),

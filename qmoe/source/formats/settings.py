@@ -80,7 +80,7 @@ def settings_beside(directory: Path) -> dict[str, Any] | None:
             continue
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise SourceError(f"{path} cannot be read as JSON ({e}); download it again") from e
         if not isinstance(value, dict):
             raise SourceError(f"{path} holds a {type(value).__name__}, expected an object")
