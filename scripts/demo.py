@@ -60,7 +60,9 @@ def measure(folder: Path, options: dict) -> list[dict]:
     rows = []
     for domain, text in DOMAINS.items():
         path = str(TEXTS / f"{text}.txt")
-        score = evaluate(str(folder / name), path, str(SOURCE), CTX, TOKENS, progress=shown)
+        score = evaluate(
+            str(folder / name), path, str(SOURCE), ctx=CTX, tokens=TOKENS, progress=shown
+        )
         rows.append({"method": name, "domain": domain, **report.as_dict(), **score.as_dict()})
     return rows
 

@@ -90,7 +90,8 @@ def source(tmp_path_factory, tiny):
 
 def test_a_rate_between_whole_numbers(source, tmp_path):
     where, text = source
-    settings = Settings("rd", str(text), calib_tokens=1024, ctx=128, delta=4.0, dense_bits=4.6)
+    given = {"delta": 4.0, "dense_bits": 4.6, "solver_options": {"gradient": 1}}
+    settings = Settings("rd", str(text), calib_tokens=1024, ctx=128, **given)
     compress(str(where), tmp_path / "out", settings)
     verify(tmp_path / "out")
     found = inspect(tmp_path / "out")

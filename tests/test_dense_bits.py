@@ -63,9 +63,8 @@ CODED = {  # some of what must be coded, and what must not
 
 
 def _run(tiny, source, text, out, bits):
-    settings = Settings(
-        method="rd", delta=2.0, dense_bits=bits, calib=str(text), calib_tokens=1024, ctx=128
-    )
+    text_alone = {"calib": str(text), "calib_tokens": 1024, "ctx": 128, "unseen": 0.0}
+    settings = Settings(method="rd", delta=2.0, dense_bits=bits, **text_alone)
     return compress(str(source), out, settings)
 
 

@@ -311,8 +311,8 @@ def test_loops_are_cached_elsewhere_if_the_package_cannot_be_written(tmp_path):
 # ---- text ----------------------------------------------------------------------------------------
 
 
-def _with_start(source):
-    tokenizer = AutoTokenizer.from_pretrained(source, bos_token="<s>")
+def _with_start(source, **names):
+    tokenizer = AutoTokenizer.from_pretrained(source, **names)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
@@ -388,7 +388,7 @@ def test_rows_are_paired_by_token_and_expert():
 def test_no_special_token_teaches_experts_that_get_ordered_rows(tmp_path, tiny):
     source = tmp_path / "source"
     _source(tiny, source, "jetmoe")
-    _with_start(source)
+    _with_start(source, bos_token="<s>")
     _compress(tiny, source, tmp_path / "q")
     modules = json.loads((tmp_path / "q" / "qmoe_manifest.json").read_text())["report"]["modules"]
     for report in modules.values():

@@ -158,11 +158,9 @@ class Compression:
         self.out, self.say, self.first = out, say, job.world.first
         self.job = job
         self.blocks = list(streamed.blocks())
-        wanted = settings.by_gradient or settings.dense_bits < 16
-        self.gradients = wanted and fits(streamed, settings.memory)
-        self.by_gradient = settings.by_gradient and self.gradients
+        self.by_gradient = settings.by_gradient and fits(streamed, settings.memory)
         self.dense = DenseCoder(job, settings.dense_bits) if settings.dense_bits < 16 else None
-        self.plan = make_plan(job, out, self.dense, self.gradients)
+        self.plan = make_plan(job, out, self.dense, self.by_gradient)
         say(self.plan.text())
         self._say_what_is_not_asked(settings)
         if settings.by_gradient and not self.by_gradient:
@@ -282,7 +280,7 @@ class Compression:
             self.loop.importance = known.get("importance") or job.world.share(
                 lambda: layer_importance(job.streamed, job.batches), "importance of the layers"
             )
-        if self.dense is not None and self.gradients:
+        if self.dense is not None and self.by_gradient:
             coded = self.dense.modules()
             self.dense_scores = known.get("dense_scores") or job.world.share(
                 lambda: dense_sensitivity(job.streamed, job.batches, coded),
