@@ -8,7 +8,7 @@ text. Sources are read only as far as the windows need.
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -23,17 +23,31 @@ SUFFIXES = (".txt", ".text", ".md", *TABLES)
 BEGINNINGS = ("auto", "on", "off")
 
 
+class Rows(TypedDict, total=False):
+    """How the rows of a text become windows.
+
+    Attributes:
+        pack: join documents.
+        chat: apply the tokenizer's chat template to each row's messages (or to its text, as one
+            user message); implies `pack`.
+        column: of the text or the messages; by default "text", for `chat` first "messages".
+        bos: "auto" begins every window as the tokenizer begins a text (in a chat: if the template
+            begins so, too); "on" with its begin-of-text token, "off" with nothing.
+    """
+
+    pack: bool
+    chat: bool
+    column: str | None
+    bos: str
+
+
 def windows(
     tokenizer: Any,
     source: str | Path,
     tokens: int,
     ctx: int,
     seed: int = 0,
-    *,
-    pack: bool = False,
-    chat: bool = False,
-    column: str | None = None,
-    bos: str = "auto",
+    **rows: Unpack[Rows],
 ) -> Tensor:
     """The first ``tokens // ctx`` windows of a text.
 
@@ -50,12 +64,7 @@ def windows(
         tokens: how many tokens are wanted; fewer are returned if the source ends.
         ctx: tokens per window, those at its beginning included.
         seed: of the offsets.
-        pack: join documents.
-        chat: apply the tokenizer's chat template to each row's messages (or to its text, as one
-            user message); implies `pack`.
-        column: of the text or the messages; by default "text", for `chat` first "messages".
-        bos: "auto" begins every window as the tokenizer begins a text (in a chat: if the template
-            begins so, too); "on" with its begin-of-text token, "off" with nothing.
+        rows: how they are read, see `Rows`.
 
     Returns:
         int64 [n, ctx], 1 <= n <= tokens // ctx.
@@ -65,6 +74,8 @@ def windows(
             option that does not apply, or less text than one window.
     """
     count = window_count(tokens, ctx)
+    pack, chat = rows.get("pack", False), rows.get("chat", False)
+    column, bos = rows.get("column"), rows.get("bos", "auto")
     start = beginning(tokenizer, bos)
     if len(start) >= ctx:
         raise CalibrationError(
@@ -76,8 +87,8 @@ def windows(
         _check_plain(path, {"chat": chat, "pack": pack, "column": column is not None})
         ids = _plain(tokenizer, path, count * ctx)
     else:
-        rows = documents(path, str(source), column, chat)
-        texts = (_encode(tokenizer, row, chat) for row in rows)
+        found = documents(path, str(source), column, chat)
+        texts = (_encode(tokenizer, row, chat) for row in found)
         if not (pack or chat):
             return _separate(texts, str(source), count, ctx, seed, start)
         ids = _packed(tokenizer, texts, count * ctx)

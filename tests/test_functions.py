@@ -13,13 +13,7 @@ import qmoe
 LINES, PARAMETERS = 60, 7
 COMPILERS = ("triton.jit", "gluon.jit", "_jit", "njit", "numba.njit", "nb.njit")
 # To be cut where others work at the moment; an entry that is short by now has to go.
-PENDING = {
-    ("qmoe.calib.text", "windows"),  # its options are given by name
-    ("qmoe.measure.kernels.static", "kernels"),
-    ("qmoe.measure.kernels.static", "report"),
-    ("qmoe.measure.kernels.static", "run"),
-    ("qmoe.measure.kernels.trace", "trace"),
-}
+PENDING: set[tuple[str, str]] = set()
 
 
 def functions(source):

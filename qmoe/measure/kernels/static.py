@@ -17,6 +17,7 @@ from typing import Any
 from qmoe.codec import encode_group
 from qmoe.kernels import decode, grouped, inputs, matvec, pair_groups, shared, sums
 from qmoe.kernels.launch import PLANS, PORTABLE, LaunchPlan, plan_for
+from qmoe.kernels.pack import PackedProjection
 from qmoe.measure.kernels import latency
 from qmoe.measure.kernels.sample import packed, sample_matrix
 from qmoe.measure.kernels.sass import Compiled, compile_for
@@ -43,18 +44,20 @@ _ROUTING = {
 }
 
 
+# kernel, argument types, constants, options of the compiler
+Kernel = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
+
+
 def target_plan(target: int | str) -> LaunchPlan:
     """LaunchPlan of a target of `kernels`."""
     return plan_for(target) if isinstance(target, int) else PORTABLE
 
 
-def kernels(
-    target: int | str,
-) -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+def kernels(target: int | str) -> dict[str, Kernel]:
     """Everything that is compiled: name -> (kernel, argument types, constants, options)."""
     asm = isinstance(target, int)
     warp = {"num_warps": 1}
-    out: dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = {}
+    out: dict[str, Kernel] = {}
     loop = _DECODER | _ROUTING | {"xs": "*bf16"}
     variants: dict[str, dict[str, Any]] = {
         "matvec 1": {},
@@ -89,84 +92,67 @@ def kernels(
         )
         out[name] = matvec.matvec, types, constants, warp
     if asm and shared.SUPPORTED:
-        for batch, cut in ((1, 1), (1, 4), (4, 1), (8, 1)):
-            constants = {
-                "B": batch,
-                "X_BITS": 16,
-                "L": 7,
-                "S": cut,
-                "W": WARPS,
-                "WIDE": False,
-                "NEG": False,
-                "ASM": asm,
-                "PDL": target_plan(target).pdl,
-                "ROOM": shared.room(WIDTH, batch),
-                "FILL": shared.fill(WIDTH, WARPS),
-                "FAN": 8 if batch == 1 else 0,
-            }
-            out[f"matvec {batch} shared" + f" in {cut} segments" * (cut > 1)] = (
-                shared.matvec_shared,
-                loop | {"x": "*bf16"},
-                constants,
-                {"num_warps": WARPS},
-            )
+        out |= _shared_loops(target, loop, asm)
     options = {"L": 7, "S": 1, "WIDE": False, "NEG": False, "ASM": asm}
-    out["decode"] = (
-        decode.decode_active,
-        _DECODER | {"out": "*bf16", "counts": "*i32"},
-        options,
-        warp,
-    )
-    block, pdl = {"BLOCK": 256}, {"PDL": target_plan(target).pdl}
-    out["inputs"] = (
-        inputs.gather_inputs,
-        _ROUTING | {"x": "*bf16", "xs": "*bf16"},
-        {"B": 8, "OFFSET": 0, "MEMBERS": True} | block | pdl,
-        {},
-    )
-    out["gate"] = (
-        inputs.silu_inputs,
-        _ROUTING | {"xs": "*bf16"},
-        {"SLOTS": 2, "B": 1, "HALF": 1} | block | pdl,
-        {},
-    )
-    out["sum pairs"] = (
-        sums.sum_partials,
-        _ROUTING | {"y": "*bf16"},
-        {"SLOTS": 2, "B": 1, "DIRECT": True} | block,
-        {},
-    )
-    total = {"K": 8, "SLOTS": 1, "B": 1, "DIRECT": True} | block | pdl
-    out["sum tokens"] = sums.sum_tokens, _ROUTING | {"weights": "*bf16", "out": "*bf16"}, total, {}
-    out["groups"] = (
-        pair_groups.group_small,
-        _ROUTING | {"index": "*i64"},
-        {"B": 8, "BLOCK": 256},
-        {},
-    )
-    plan = PLANS[90]
-    dot = {
-        "TOKENS": plan.token_tile,
-        "ROWS": plan.row_tile,
-        "DEPTH": plan.depth_tile,
-        "EXACT": False,
-    }
-    dot_types = {
-        "xs": "*bf16",
-        "codes": "*bf16",
-        "row_scale": "*fp32",
-        "offsets": "*i32",
-        "order": "*i32",
-        "y": "*bf16",
-    }
-    out["grouped dot"] = (
-        grouped.grouped_dot,
-        dot_types,
-        dot,
-        {"num_warps": PLANS[90].dot_warps, "num_stages": PLANS[90].dot_stages},
-    )
-    out["zero"] = decode.zero_active, {"out": "*bf16", "counts": "*i32"}, {"BLOCK": 2048}, {}
+    types = _DECODER | {"out": "*bf16", "counts": "*i32"}
+    out["decode"] = decode.decode_active, types, options, warp
+    return out | _routing(target) | _grouped()
+
+
+def _shared_loops(target: int | str, loop: dict[str, str], asm: bool) -> dict[str, Kernel]:
+    """The batch-1 to batch-8 loops with lookup tables and inputs in shared memory."""
+    out: dict[str, Kernel] = {}
+    for batch, cut in ((1, 1), (1, 4), (4, 1), (8, 1)):
+        constants = {
+            "B": batch,
+            "X_BITS": 16,
+            "L": 7,
+            "S": cut,
+            "W": WARPS,
+            "WIDE": False,
+            "NEG": False,
+            "ASM": asm,
+            "PDL": target_plan(target).pdl,
+            "ROOM": shared.room(WIDTH, batch),
+            "FILL": shared.fill(WIDTH, WARPS),
+            "FAN": 8 if batch == 1 else 0,
+        }
+        name = f"matvec {batch} shared" + f" in {cut} segments" * (cut > 1)
+        types = loop | {"x": "*bf16"}
+        out[name] = shared.matvec_shared, types, constants, {"num_warps": WARPS}
     return out
+
+
+def _routing(target: int | str) -> dict[str, Kernel]:
+    """The kernels around the products: inputs, gate, sums, groups."""
+    block, pdl = {"BLOCK": 256}, {"PDL": target_plan(target).pdl}
+    pairs = {"SLOTS": 2, "B": 1, "DIRECT": True} | block
+    total = {"K": 8, "SLOTS": 1, "B": 1, "DIRECT": True} | block | pdl
+    gathered = {"B": 8, "OFFSET": 0, "MEMBERS": True} | block | pdl
+    gated = {"SLOTS": 2, "B": 1, "HALF": 1} | block | pdl
+    x, y = _ROUTING | {"x": "*bf16", "xs": "*bf16"}, _ROUTING | {"y": "*bf16"}
+    mixed = _ROUTING | {"weights": "*bf16", "out": "*bf16"}
+    return {
+        "inputs": (inputs.gather_inputs, x, gathered, {}),
+        "gate": (inputs.silu_inputs, _ROUTING | {"xs": "*bf16"}, gated, {}),
+        "sum pairs": (sums.sum_partials, y, pairs, {}),
+        "sum tokens": (sums.sum_tokens, mixed, total, {}),
+        "groups": (pair_groups.group_small, _ROUTING | {"index": "*i64"}, {"B": 8} | block, {}),
+    }
+
+
+def _grouped() -> dict[str, Kernel]:
+    """The product of many tokens with decoded experts, and what empties their places."""
+    plan = PLANS[90]
+    tile = {"TOKENS": plan.token_tile, "ROWS": plan.row_tile, "DEPTH": plan.depth_tile}
+    types = dict.fromkeys(("xs", "codes", "y"), "*bf16") | {"row_scale": "*fp32"}
+    types |= {"offsets": "*i32", "order": "*i32"}
+    options = {"num_warps": plan.dot_warps, "num_stages": plan.dot_stages}
+    emptied = {"out": "*bf16", "counts": "*i32"}
+    return {
+        "grouped dot": (grouped.grouped_dot, types, tile | {"EXACT": False}, options),
+        "zero": (decode.zero_active, emptied, {"BLOCK": 2048}, {}),
+    }
 
 
 def shared_listing(cut: int) -> str:
@@ -230,53 +216,28 @@ def run(json: bool = False, matrices: Sequence[QuantizedMatrix] | None = None) -
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1; unset it")
     sample = list(matrices) if matrices is not None else [sample_matrix(1536, 2048)]
+    group, p = encode_group(sample), packed(sample)
     weights = sum(m.codes.numel() for m in sample)
-    group = encode_group(sample)
-    p = packed(sample)
-    touched = {
-        (size, warps): mean(
-            [trace(p, e, input_bytes=size, warps=warps) for e in range(min(8, p.experts))]
-        )
-        for size in (2, 4, 8, 16)
-        for warps in {1, WARPS}
-    }
+    stored = group.tables.numel() + sum(b.numel() for b in group.matrices)
     result: dict[str, Any] = {
         "targets": {},
-        "stored_bits": 8
-        * (group.tables.numel() + sum(b.numel() for b in group.matrices))
-        / weights,
+        "stored_bits": 8 * stored / weights,
         "memory_bits": 8 * p.nbytes() / weights,
         "budget": BUDGET,
         "bf16_weights_per_s": BF16_WEIGHTS,
     }
-    model: dict[str, dict[str, Any]] = {}
+    modelled: dict[str, Compiled] = {}
     for target in TARGETS:
-        rows = {}
-        for name, (kernel, types, constants, options) in kernels(target).items():
-            c = compile_for(kernel, types, constants, target, **options)
-            rows[name] = {
-                "registers": c.registers,
-                "spills": c.spills,
-                "instructions": c.instructions,
-                "alu": c.alu,
-                "code": c.code,
-            }
-            if (
-                target == 90
-                and name.startswith("matvec")
-                and constants["L"] == p.limits[0]
-                and constants["S"] == 1
-            ):
-                size = min(16, constants["B"] * constants["X_BITS"] // 8)
-                model[name] = estimate(
-                    c,
-                    32 // constants["L"],
-                    touched[size, constants["W"]],
-                    table_bytes=32 << constants["L"] if "ROOM" in constants else 0,
-                    input_bytes=size * p.width if constants.get("ROOM") else 0,
-                )
+        compiled = {
+            name: compile_for(kernel, types, constants, target, **options)
+            for name, (kernel, types, constants, options) in kernels(target).items()
+        }
+        kept = ("registers", "spills", "instructions", "alu", "code")
+        rows = {name: {k: getattr(c, k) for k in kept} for name, c in compiled.items()}
         result["targets"][str(target)] = rows
-    result["model"] = model
+        if target == 90:
+            modelled = compiled
+    result["model"] = model = _model(modelled, p)
     if shared.SUPPORTED:
         result["launches"] = latency.table(shared_listing, PLANS[90], BF16_WEIGHTS)
     result["spills"] = sum(k["spills"] for t in result["targets"].values() for k in t.values())
@@ -290,8 +251,40 @@ def run(json: bool = False, matrices: Sequence[QuantizedMatrix] | None = None) -
     return result
 
 
+def _model(compiled: dict[str, Compiled], p: PackedProjection) -> dict[str, dict[str, Any]]:
+    """`estimate` of the loops for sm_90 that the packed experts could run, uncut."""
+    touched = {
+        (size, warps): mean(
+            [trace(p, e, input_bytes=size, warps=warps) for e in range(min(8, p.experts))]
+        )
+        for size in (2, 4, 8, 16)
+        for warps in {1, WARPS}
+    }
+    model = {}
+    for name, (_, _, constants, _) in kernels(90).items():
+        if name.startswith("matvec") and (constants["L"], constants["S"]) == (p.limits[0], 1):
+            size = min(16, constants["B"] * constants["X_BITS"] // 8)
+            model[name] = estimate(
+                compiled[name],
+                32 // constants["L"],
+                touched[size, constants["W"]],
+                table_bytes=32 << constants["L"] if "ROOM" in constants else 0,
+                input_bytes=size * p.width if constants.get("ROOM") else 0,
+            )
+    return model
+
+
 def report(result: dict[str, Any]) -> str:
     """The result of `run` as a table."""
+    end = (
+        f"budget {result['budget']} instructions per weight, no spills: "
+        f"{'kept' if result['within_budget'] else 'EXCEEDED'}; "
+        f'batch 1 runs "{result["default"]}" where shared memory can gather'
+    )
+    return "\n".join([*_registers(result), "", *_rates(result), *_launches(result), end])
+
+
+def _registers(result: dict[str, Any]) -> list[str]:
     lines = ["registers / spilled bytes / instructions of the inner loop (of them integer pipe)"]
     targets = list(result["targets"])
     lines.append(f"{'kernel':26}" + "".join(f"{t:>20}" for t in targets))
@@ -305,50 +298,37 @@ def report(result: dict[str, Any]) -> str:
             loop = f"{c['instructions']} ({c['alu']})" if c["instructions"] else "-"
             line += f"{c['registers']:>4} / {c['spills']} / {loop:>9}"
         lines.append(line)
-    lines.append("")
-    lines.append(
+    return lines
+
+
+def _rates(result: dict[str, Any]) -> list[str]:
+    lines = [
         f"H200 model, class mix of {result['stored_bits']:.3f} stored bits per weight "
         f"({result['memory_bits']:.3f} in kernel form); "
         f"bf16 reads {result['bf16_weights_per_s'] / 1e12:.2f} T weights/s"
-    )
-    head = (
-        "symbols/weight",
-        "instr/symbol",
-        "instr/weight",
-        "issue cycles",
-        "ALU cycles",
-        "line cycles",
-        "binds:",
-        "T weights/s",
-        "x bf16",
-    )
+    ]
+    head = [
+        *("symbols/weight", "instr/symbol", "instr/weight", "issue cycles", "ALU cycles"),
+        *("line cycles", "binds:", "T weights/s", "x bf16"),
+    ]
     lines.append(f"{'loop':26}" + "".join(f"{h:>15}" for h in head))
+    counts = ["symbols_per_weight", "instructions_per_symbol", "instructions_per_weight"]
+    counts += [f"{k}_cycles_per_symbol" for k in ("issue", "alu", "lines")]
     for name, m in result["model"].items():
-        values = (
-            m["symbols_per_weight"],
-            m["instructions_per_symbol"],
-            m["instructions_per_weight"],
-        )
-        values += tuple(m[f"{k}_cycles_per_symbol"] for k in ("issue", "alu", "lines"))
-        rates = m["weights_per_s"] / 1e12, m["over_bf16"]
-        lines.append(
-            f"{name:26}"
-            + "".join(f"{v:15.2f}" for v in values)
-            + f"{m['binds']:>15}"
-            + "".join(f"{v:15.2f}" for v in rates)
-        )
-    if launches := result.get("launches"):
-        lines.append("")
-        lines.append("one token by the model of qmoe.measure.kernels.latency (assumed latencies):")
-        lines.append(f"{'launch':26}{'segments':>10}{'warps/SM':>10}{'us':>8}{'bf16 floor':>12}")
-        for row in launches:
-            lines.append(
-                f"{row['name']:26}{row['segments']:10}{row['warps_per_sm']:10.1f}"
-                f"{row['us']:8.1f}{row['bf16_floor_us']:12.1f}"
-            )
-    lines.append(
-        f"budget {result['budget']} instructions per weight, no spills: "
-        f"{'kept' if result['within_budget'] else 'EXCEEDED'}; "
-        f'batch 1 runs "{result["default"]}" where shared memory can gather'
-    )
-    return "\n".join(lines)
+        values = "".join(f"{m[k]:15.2f}" for k in counts)
+        rates = "".join(f"{v:15.2f}" for v in (m["weights_per_s"] / 1e12, m["over_bf16"]))
+        lines.append(f"{name:26}{values}{m['binds']:>15}{rates}")
+    return lines
+
+
+def _launches(result: dict[str, Any]) -> list[str]:
+    if not result.get("launches"):
+        return []
+    lines = ["", "one token by the model of qmoe.measure.kernels.latency (assumed latencies):"]
+    lines.append(f"{'launch':26}{'segments':>10}{'warps/SM':>10}{'us':>8}{'bf16 floor':>12}")
+    lines += [
+        f"{row['name']:26}{row['segments']:10}{row['warps_per_sm']:10.1f}"
+        f"{row['us']:8.1f}{row['bf16_floor_us']:12.1f}"
+        for row in result["launches"]
+    ]
+    return lines

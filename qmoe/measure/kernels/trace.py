@@ -71,12 +71,7 @@ def trace(
     first, _, steps, limit = p.records[expert, chosen].long()[:, :, None].unbind(1)
     piece = (chosen // p.tiles // p.segments)[:, None]
     if warps > 1:
-        first_tile = chosen - chosen % p.tiles % warps
-        mates = [
-            torch.minimum(first_tile + k, chosen - chosen % p.tiles + p.tiles - 1)
-            for k in range(warps)
-        ]
-        steps = p.records[expert, torch.stack(mates), 2].long().amax(0)[:, None]
+        steps = _longest(p, expert, chosen, warps)
     at = first + torch.arange(LANES)
     words, lut = p.words.long() & 0xFFFFFFFF, p.lut.long() & (0xFFFFFFFF if p.wide else 0xFFFF)
     bits, first_map, first_entry, _ = p.expert_info[expert].tolist()
@@ -97,10 +92,7 @@ def trace(
         column = p.classes[expert, piece, place].long()
         sums["classes"] += _lines(place, live) + _lines((base + column) * 4, live)
         table = first_entry + maps[base + column]
-        low, high = (
-            words[at.clamp(max=words.numel() - 33)],
-            words[(at + 32).clamp(max=words.numel() - 1)],
-        )
+        low, high = words[at.clamp(max=len(words) - 33)], words[(at + 32).clamp(max=len(words) - 1)]
         window = low >> used | (high << (32 - used)) & 0xFFFFFFFF
         for _ in range(32 // bits):
             useful += int((live & (pos < limit) & (row < p.rows) & (left > 0)).sum())
@@ -119,20 +111,28 @@ def trace(
         need = used >= 32
         sums["words"] += _lines((at + 96) * 4, live & need)
         at, used = at + 32 * need, used & 31
-    real = row < p.rows
-    weights = (
-        float((real * (limit - 1)).sum()) / p.segments
-    )  # a segment is its part of a stream, on average
-    share = weights * (
-        p.cols / p.pieces / float((limit - 1).float().mean())
-    )  # columns of zeros are weights, too
     count = running / 32
     return Touched(
         **{name: s / count for name, s in sums.items()},
         steps=count / len(chosen),
-        steps_per_weight=running / share,
-        symbols_per_weight=useful / share,
+        steps_per_weight=running / _weights(p, row, limit),
+        symbols_per_weight=useful / _weights(p, row, limit),
     )
+
+
+def _longest(p: PackedProjection, expert: int, chosen: Tensor, warps: int) -> Tensor:
+    """Steps [programs, 1] of the longest of the `warps` neighbours of each program."""
+    first_tile = chosen - chosen % p.tiles % warps
+    last_tile = chosen - chosen % p.tiles + p.tiles - 1
+    mates = torch.stack([torch.minimum(first_tile + k, last_tile) for k in range(warps)])
+    return p.records[expert, mates, 2].long().amax(0)[:, None]
+
+
+def _weights(p: PackedProjection, row: Tensor, limit: Tensor) -> float:
+    """Weights behind the lanes; columns of zeros are weights, too."""
+    # a segment is its part of a stream, on average
+    coded = float(((row < p.rows) * (limit - 1)).sum()) / p.segments
+    return coded * (p.cols / p.pieces / float((limit - 1).float().mean()))
 
 
 def _lines(address: Tensor, live: Tensor) -> float:
