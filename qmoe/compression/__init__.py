@@ -3,6 +3,7 @@
 pipeline    `compress`: opens the source, makes the plan, goes through the stages, resumes
 settings    what the user chooses
 job         what every part of one compression works with
+identity    what makes two runs the same run
 plan        memory, disk and time, said before the run
 estimate    the time
 probe       bits as a function of the step, learned on a sample

@@ -12,19 +12,14 @@ experts and give the same bytes.
 
 import hashlib
 import os
-import re
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from qmoe.calib import default_text
@@ -37,6 +32,7 @@ from qmoe.compression import apart, unseen
 from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.carried import account, write_carried
 from qmoe.compression.dense import HEAD, DenseCoder
+from qmoe.compression.identity import identity, versions
 from qmoe.compression.job import Job
 from qmoe.compression.plan import make_plan
 from qmoe.compression.probe import probed
@@ -53,9 +49,9 @@ from qmoe.models.streamed import BlockRef, StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
 from qmoe.store.writer import ContainerWriter, carried_files, downloads_of
 from qmoe.system.files import canonical_json
+from qmoe.system.heap import peak_rss_bytes
 from qmoe.system.machine import pick_device
 from qmoe.system.processes import World
-from qmoe.version import __version__
 
 _REST = "rest"  # name of the unit of the container that holds what is outside the blocks
 Say = Callable[[str], object]
@@ -166,16 +162,7 @@ class Compression:
         self._say_what_is_not_asked(settings)
         if settings.by_gradient and not self.by_gradient:
             say("layers count alike: the gradients of the whole model do not fit in --memory")
-        checkpoint = streamed.checkpoint
-        self.source = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
-        self.identity = {
-            **settings.recorded(),
-            "source": self.source,
-            "calib_sha256": _digest(job.batches[: len(job.batches) - job.own]),
-            "versions": _versions(),
-            "device": job.device.type,
-            "layer_weights": "gradient" if self.by_gradient else "equal",
-        }
+        self.identity = identity(job, self.by_gradient)
         self.writer: ContainerWriter | None = None  # in the first process
         self.finished: dict[str, Any] = {}  # notes of finished blocks, by name
         self.dense_scores: dict[str, float] = {}
@@ -339,9 +326,8 @@ class Compression:
             if self.first or self.job.world.apart:
                 for kept in self.kept:
                     kept.settle()
-        if (
-            self.first or self.job.world.apart
-        ):  # neither the block nor activations before it are needed any more
+        if self.first or self.job.world.apart:
+            # neither the block nor activations before it are needed any more
             leave(self.job.streamed, block)
             for kept in self.kept:
                 kept.keep_only(self.loop.last_blocks())
@@ -370,8 +356,8 @@ class Compression:
                 "method": self.job.method.name,
                 "ctx": settings.context(streamed.config),
             },
-            versions=_versions(),
-            source={**streamed.checkpoint.origin, **self.source},
+            versions=versions(),
+            source={**streamed.checkpoint.origin, **self.identity["source"]},
             report=account(streamed),
             files=files,
         )
@@ -396,28 +382,3 @@ def _plain(config: Any) -> dict[str, Any]:
     out = plain_config(config)
     out.pop("_name_or_path", None)
     return out
-
-
-def _digest(batches: Sequence[dict[str, Tensor]]) -> str:
-    """sha256 of the calibration tokens."""
-    h = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            h.update(batch[name].long().numpy().tobytes())
-    return h.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "safetensors", "numpy", "numba")
-    return {"qmoe": __version__, **{n: metadata.version(n) for n in names}}
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says begins with the peak of the process that started us
-        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"), re.M)
-        if found:
-            return int(found.group(1)) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
