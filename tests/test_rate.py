@@ -1,6 +1,8 @@
 """A target in stored bits per expert weight is met, whatever the model looks like."""
 
 import math
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,12 +39,28 @@ def uneven(tiny, tmp_path_factory):
     return source, tiny.save_text(folder / "text.txt", 4000)
 
 
-@pytest.mark.parametrize("bits", [0.7, 1.5, 3.0])
-def test_targets_are_met(uneven, tmp_path, bits):
+@pytest.fixture(scope="module")
+def compressed_to(uneven, tmp_path_factory):
+    """Compresses it to so many bits; once for every number of bits and of threads."""
     source, text = uneven
-    settings = Settings("rd", str(text), 3000, bits=bits, ctx=128)
-    compress(str(source), tmp_path / "out", settings)
-    assert inspect(tmp_path / "out").bits_per_weight == pytest.approx(bits, rel=0.01)
+    folder = tmp_path_factory.mktemp("to")
+
+    @cache
+    def made(bits: float, threads: int = 1) -> Path:
+        out, before = folder / f"{bits}-{threads}", torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            compress(str(source), out, Settings("rd", str(text), 3000, bits=bits, ctx=128))
+        finally:
+            torch.set_num_threads(before)
+        return out
+
+    return made
+
+
+@pytest.mark.parametrize("bits", [0.7, 1.5, 3.0])
+def test_targets_are_met(compressed_to, bits):
+    assert inspect(compressed_to(bits)).bits_per_weight == pytest.approx(bits, rel=0.01)
 
 
 def test_a_target_that_side_data_exceed_is_said_to_be_missed(tiny, tmp_path):
@@ -117,15 +135,7 @@ def test_impossible_targets_are_refused(bits):
         check_target(bits)
 
 
-def test_probe_does_not_depend_on_threads(uneven, tmp_path):
-    source, text = uneven
-    settings = Settings("rd", str(text), 3000, bits=1.5, ctx=128)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            compress(str(source), tmp_path / str(threads), settings)
-    finally:
-        torch.set_num_threads(before)
-    for file in (tmp_path / "1").glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / "2" / file.name).read_bytes()
+def test_probe_does_not_depend_on_threads(compressed_to):
+    one, two = compressed_to(1.5), compressed_to(1.5, threads=2)
+    for file in one.glob("*.safetensors"):
+        assert file.read_bytes() == (two / file.name).read_bytes()
