@@ -1,12 +1,14 @@
 """What the calibration text does not reach: the model's own words, the least use, the report."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
 
 from qmoe.calib.own_words import LENGTH, own_words
 from qmoe.compression.pipeline import compress, open_job
@@ -69,7 +71,8 @@ def _divergence(source, out, low, high):
     return F.kl_div(q, p, reduction="sum", log_target=True).item() / ids.numel()
 
 
-def test_own_words_are_drawn_by_the_models_probabilities():
+@pytest.mark.parametrize("start", [[], [3, 0]])
+def test_own_words_are_drawn_by_the_models_probabilities(start):
     tokenizer = type("T", (), {"all_special_ids": [0, 3], "__len__": lambda self: 9})()
     calls = []
 
@@ -77,6 +80,7 @@ def test_own_words_are_drawn_by_the_models_probabilities():
         calls.append([tuple(b["input_ids"].shape) for b in batches])
         for batch in batches:
             ids = batch["input_ids"]
+            assert ids[:, : len(start)].tolist() == [start] * len(ids)
             p = torch.full((*ids.shape, 12), 1e-9)
             p[..., 9:] = 1.0
             p[..., 0] = 1.0
@@ -84,17 +88,40 @@ def test_own_words_are_drawn_by_the_models_probabilities():
                 p.scatter_(2, ((ids + step) % 9)[..., None], share)
             yield p.log()
 
-    said = own_words(predict, tokenizer, 12, (256, 64), seed=1)
-    assert said.shape == (256, 64)
+    whole = own_words(predict, tokenizer, 12, (256, 64 + len(start)), seed=1, start=start)
+    assert whole.shape == (256, 64 + len(start))
+    assert whole[:, : len(start)].tolist() == [start] * 256
+    said = whole[:, len(start) :]
     assert not torch.isin(said, torch.tensor([0, 3, 9, 10, 11])).any()
-    assert [shapes[0][1] for shapes in calls] == list(range(1, LENGTH))
-    pieces = said.view(-1, LENGTH)
+    assert [shapes[0][1] - len(start) for shapes in calls] == list(range(1, LENGTH))
+    pieces = said.reshape(-1, LENGTH)
     counts = torch.bincount(pieces[:, 0], minlength=9)[[1, 2, 4, 5, 6, 7, 8]]
     assert counts.max() - counts.min() <= 1  # every token begins as often as the next
     after_four = pieces[:, 1][pieces[:, 0] == 4]
     assert abs((after_four == 5).float().mean() - 0.75) < 0.05
-    assert torch.equal(said, own_words(predict, tokenizer, 12, (256, 64), seed=1))
-    assert not torch.equal(said, own_words(predict, tokenizer, 12, (256, 64), seed=2))
+    again = [own_words(predict, tokenizer, 12, whole.shape, s, start) for s in (1, 2)]
+    assert torch.equal(whole, again[0])
+    assert not torch.equal(whole, again[1])
+
+
+@pytest.mark.parametrize("bos", ["auto", "off", "on"])
+def test_own_words_begin_as_the_windows_of_the_text_do(two_halves, tmp_path, bos):
+    source, text, _ = two_halves
+    begun = tmp_path / "source"
+    shutil.copytree(source, begun)
+    tokenizer = read_tokenizer(begun, False)
+    first = tokenizer.convert_ids_to_tokens(1)
+    core = tokenizer.backend_tokenizer
+    core.post_processor = TemplateProcessing(single=f"{first} $A", special_tokens=[(first, 1)])
+    tokenizer.bos_token = first
+    tokenizer.save_pretrained(begun)
+    job = open_job(str(begun), tmp_path / "x", _settings(text, calib_rows={"bos": bos}), World())
+    job.streamed.load_rest()
+    said = torch.tensor(of(with_own_words(job, None)))
+    assert said.shape[1] == job.batches[0]["input_ids"].shape[1]
+    ours = {int(t) for t in job.batches[0]["input_ids"][:, 0]}
+    assert (set(said[:, 0].tolist()) == {1}) == (ours == {1}) == (bos != "off")
+    assert not (said[:, 1:] == 1).any()
 
 
 def test_own_words_do_not_depend_on_threads(two_halves, tmp_path):
