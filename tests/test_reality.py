@@ -19,6 +19,7 @@ from checkpoints import (
 )
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from shrunk import config_of, make
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -75,8 +76,8 @@ def test_experts_of_any_width(tmp_path, tiny, width):
         )
 
 
-def test_eval_with_a_reference_of_a_composite_configuration(tmp_path, tiny, generic):
-    generic.make("qwen3_vl_moe").save_pretrained(tmp_path / "source")
+def test_eval_with_a_reference_of_a_composite_configuration(tmp_path, tiny):
+    make("qwen3_vl_moe").save_pretrained(tmp_path / "source")
     tiny.save_tokenizer(tmp_path / "source")
     compressed(tiny, tmp_path / "source", tmp_path / "q")
     text = str(tmp_path / "text.txt")
@@ -212,7 +213,7 @@ def test_no_special_token_teaches_experts_that_get_ordered_rows(tmp_path, tiny):
 @pytest.mark.parametrize("kind", ["qwen3_5_moe", "llama4"])
 def test_the_published_class_is_compressed_and_loaded(tmp_path, tiny, generic, kind):
     name = generic.PUBLISHED[kind]
-    model = generic.make(kind, auto="AutoModelForImageTextToText")
+    model = make(kind, auto="AutoModelForImageTextToText")
     assert type(model).__name__ == name
     model.save_pretrained(tmp_path / "source")
     tiny.save_tokenizer(tmp_path / "source")
@@ -225,11 +226,11 @@ def test_the_published_class_is_compressed_and_loaded(tmp_path, tiny, generic, k
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")
 
 
-def test_the_text_only_class_of_a_composite_configuration(tmp_path, tiny, generic):
+def test_the_text_only_class_of_a_composite_configuration(tmp_path, tiny):
     """Named under `architectures`, or by nobody: as AutoModelForCausalLM has it."""
-    model = generic.make("qwen3_5_moe")
+    model = make("qwen3_5_moe")
     model.save_pretrained(tmp_path / "source")
-    config = generic.config_of("qwen3_5_moe")
+    config = config_of("qwen3_5_moe")
     for names in (None, ["Qwen3_5MoeForCausalLM"], ["MixtralForCausalLM"]):
         config.architectures = names
         config.save_pretrained(tmp_path / "source")
