@@ -187,9 +187,10 @@ OPTIONS = {
     "--calib-bos": ("on", "off", "x"),
     "--device": ("x", "cuda:99", "meta", ""),
     "--seed": ("-1", "99999999999999999999", "x"),
-    "--dense-bits": ("8", "5"),
+    "--dense-bits": ("8", "5", "nan", "-inf"),
+    "--model-bits": ("nan", "inf", "0", "x"),
     "--method": ("rtn", "x"),
-    "--unseen": ("0", "-1", "1e9", "x"),
+    "--unseen": ("0", "-1", "1e9", "x", "nan", "inf"),
     "--source-cache": ("drop",),
     "--calib": ("/nowhere", "", ".", "a" * 5000, "\x00", "a:b:c:d"),
 }

@@ -196,7 +196,8 @@ class Mutator:
         for path in (out, out.with_name("out.partial")):
             shutil.rmtree(path, ignore_errors=True)
         line = ["compress", str(source), str(out), "--calib", str(self.text)]
-        given = options[:1] + ["--method"] * ("--bits" in options or "--delta" in options)
+        of_rd = {"--bits", "--delta", "--model-bits"} & set(options)
+        given = options[:1] + ["--method"] * bool(of_rd)
         fixed = {"--method": "rtn", "--ctx": "32", "--calib-tokens": "64"}
         line += [x for k, v in fixed.items() if k not in given for x in (k, v)]
         done = CliRunner().invoke(qmoe_command, [*line, *options])

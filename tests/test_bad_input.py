@@ -145,6 +145,23 @@ def test_one_expert_of_another_shape(source, refused):
     assert "expert 2 of model.layers.1.mlp.experts has a down matrix" in message
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (64,), (0, 32), (64, 0), (2, 64, 32)])
+@pytest.mark.parametrize("name", [EXPERT, EXPERT.replace("down", "up")])
+def test_one_expert_of_no_matrix(source, refused, name, shape):
+    _tensors(source, lambda t: t.update({name: torch.zeros(shape)}))
+    assert "config" in refused(source)
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "jetmoe", "dbrx", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 0, 0)])
+def test_experts_of_no_tensor(tmp_path, tiny, refused, family, shape):
+    source = tiny.save(family, tmp_path / "source")
+    tiny.save_tokenizer(source)
+    names = [n for n in tiny.load_all(source) if "experts" in n or "linear.weight" in n]
+    _tensors(source, lambda t: t.update({names[-1]: torch.zeros(shape)}))
+    assert "config" in refused(source)
+
+
 def test_a_mixture_of_layouts(source, refused):
     fused = {"model.layers.1.mlp.experts.down_proj": torch.zeros(4, 64, 32)}
     _tensors(source, lambda t: t.update(fused))
@@ -162,6 +179,17 @@ def test_weights_that_are_not_finite(source, refused, name, value):
 
 def test_a_text_shorter_than_one_window(source, refused):
     assert "window" in refused(source, words=8)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "option", ["--delta", "--bits", "--dense-bits", "--model-bits", "--unseen"]
+)
+def test_numbers_that_are_not_finite(source, refused, option, value):
+    said = CliRunner().invoke(main, ["compress", str(source), str(source) + "-q", option, value])
+    assert said.exit_code == 2, said.exception
+    assert len(said.stderr.splitlines()) <= 4
+    assert option.strip("-").replace("-", "_") in said.stderr.replace("-", "_")
 
 
 def test_no_such_text(source, refused, tmp_path):

@@ -2,8 +2,8 @@
 
 A walk through the model reads its blocks in order, and everything else is read before or after it.
 So a file can go as soon as no block ahead needs it, and one that only a block far ahead needs (that
-of the head, which the last block shares with it) goes and comes again. Local sources and the hub's own cache are never
-touched: for them all this does nothing.
+of the head, which the last block shares with it) goes and comes again. Local sources and the hub's
+own cache are never touched: for them all this does nothing.
 """
 
 from collections.abc import Iterable
