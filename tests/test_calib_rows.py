@@ -270,3 +270,20 @@ def test_a_column_that_is_named_is_the_only_one_for_chat(tmp_path, tokenizer):
             windows(tokenizer, path, 100, 5, chat=True, column="nope")
     finally:
         tokenizer.chat_template = None
+
+
+@pytest.mark.parametrize("name", ["rows", "rows.txt", "rows.json.bak"])
+def test_rows_under_the_name_of_plain_text_are_refused(tmp_path, tokenizer, name):
+    path = jsonl(tmp_path / name, *({"text": " ".join(WORDS[i : i + 8])} for i in range(9)))
+    with pytest.raises(CalibrationError, match=r"holds JSON lines .* rename it to \.jsonl"):
+        windows(tokenizer, path, 40, 4)
+    path.write_text('{"body": 1}\n{"body": 2}\n' * 9)  # JSON as a text about something else
+    assert windows(tokenizer, path, 40, 4).shape == (9, 4)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_marks_and_line_ends_of_other_systems(tmp_path, tokenizer, mark, end):
+    path = tmp_path / "a.txt"
+    path.write_bytes(mark + end.join(WORDS[:9]).encode())
+    assert windows(tokenizer, path, 8, 4).flatten().tolist() == number(tokenizer, *WORDS[:8])
