@@ -7,8 +7,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qmoe.cli import main
+from qmoe.models.classes import check_generation
 
 
 @pytest.fixture
@@ -216,6 +218,25 @@ def test_a_truncated_shard(source, refused, tiny):
     file = source / "model-00002-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert "model-00002-of-00003.safetensors" in refused(source)
+
+
+UNUSABLE = ["[]", "3", "null", '{"cache_implementation": "x"}', '{"max_new_tokens": -3}']
+
+
+@pytest.mark.parametrize("text", UNUSABLE)
+def test_a_generation_config_with_which_no_model_loads(source, refused, text):
+    """What transformers refuses is refused before any work, and not when the result is loaded."""
+    (source / "generation_config.json").write_text(text)
+    with pytest.raises((TypeError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(source)
+    assert "generation_config.json cannot be used" in refused(source)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"temperature": 0.5, "do_sample": false}', '{"x": 1}'])
+def test_a_generation_config_that_is_passed_over(source, text):
+    (source / "generation_config.json").write_text(text)
+    AutoModelForCausalLM.from_pretrained(source)
+    check_generation(source)
 
 
 def test_no_tokenizer(source, refused):
