@@ -88,16 +88,22 @@ def check_tokens(batch: dict[str, Tensor], tokenizer: Any, rows: int) -> None:
 def described(batch: dict[str, Tensor], tokenizer: Any, bos: str = "auto") -> str:
     """What samples look like, for people: how they begin, and the first line of the first."""
     ids = batch["input_ids"]
-    start = beginning(tokenizer, bos)
-    begins = bool(start) and ids[0, : len(start)].tolist() == start
-    if begins:
+    start = begun(ids, tokenizer, bos)
+    if start:
         said = " beginning with " + repr("".join(tokenizer.convert_ids_to_tokens(start)))
     else:
         said = " beginning with no special token"
-    text = tokenizer.decode(ids[0].tolist()[len(start) if begins else 0 :])
+    text = tokenizer.decode(ids[0].tolist()[len(start) :])
     line = next((s for s in text.splitlines() if s.strip()), "")
     shown = line if len(line) <= _SHOWN else line[:_SHOWN] + "…"
     return f"text: {len(ids)} windows of {ids.shape[1]} tokens, each{said}; the first: {shown!r}"
+
+
+def begun(ids: Tensor, tokenizer: Any, bos: str = "auto") -> list[int]:
+    """The tokens with which windows int64 [n, ctx] begin, of those that may stand there; none in
+    chats whose template begins otherwise."""
+    start = beginning(tokenizer, bos)
+    return start if ids[0, : len(start)].tolist() == start else []
 
 
 def inputs_only(batch: dict[str, Tensor]) -> dict[str, Tensor]:

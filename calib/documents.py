@@ -6,6 +6,7 @@ JSON array, which is read whole. Knows no tokenizer.
 
 import csv
 import importlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,39 @@ from qmoe.errors import CalibrationError
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 MESSAGES, TEXT = "messages", "text"  # columns that are looked for where none is named
 _LONGEST = 2**31 - 1  # characters of one field of CSV
+_LOOKED_AT = 2**20  # characters at the beginning of plain text
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
 def is_table(path: Path) -> bool:
     """Whether a file holds rows rather than plain text."""
     return path.suffix.lower() in TABLES
+
+
+def refuse_rows(path: Path) -> None:
+    """Refuses rows under the name of plain text: brackets and keys would be calibrated on.
+
+    Raises:
+        CalibrationError: the file begins with two lines of JSON that have a text or messages.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as f:
+            lines = (line for line in f.read(_LOOKED_AT).split("\n") if line.strip())
+            first = list(itertools.islice(lines, 2))
+    except (OSError, UnicodeDecodeError):
+        return  # whoever reads it says so
+    if len(first) == 2 and all(_is_row(line) for line in first):
+        raise CalibrationError(
+            f"{path} holds JSON lines under a name that stands for plain text; rename it to .jsonl"
+        )
+
+
+def _is_row(line: str) -> bool:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and not row.keys().isdisjoint((TEXT, MESSAGES))
 
 
 def documents(path: Path, source: str, column: str | None, chat: bool) -> Iterator[Any]:

@@ -25,10 +25,15 @@ Predict = Callable[[Sequence[dict[str, Tensor]]], Iterator[Tensor]]
 
 
 def own_words(
-    predict: Predict, tokenizer: Any, vocabulary: int, windows: tuple[int, int], seed: int
+    predict: Predict,
+    tokenizer: Any,
+    vocabulary: int,
+    windows: tuple[int, int],
+    seed: int,
+    start: Sequence[int] = (),
 ) -> Tensor:
     """Windows of pieces that a model says: one token drawn at random, and what follows by the
-    model's own probabilities. Special tokens do not occur.
+    model's own probabilities. Special tokens do not occur but at the beginning.
 
     Args:
         predict: from batches ``{"input_ids": int64 [rows, tokens]}`` to logits, in order; called
@@ -37,23 +42,29 @@ def own_words(
         vocabulary: number of logits.
         windows: how many, and tokens of each.
         seed: of all draws.
+        start: tokens with which every window begins, and every piece while it is said.
 
     Returns:
         int64 [windows, tokens].
     """
     generator = torch.Generator().manual_seed(seed)
     allowed = _ordinary(tokenizer, vocabulary)
-    count, ctx = windows
-    rows = max(1, min(_ROWS, _LOGITS // (LENGTH * vocabulary)))
-    pieces = -(-count * ctx // (LENGTH * rows)) * rows  # batches of few rows are summed otherwise
+    count, room = windows[0], windows[1] - len(start)
+    rows = max(1, min(_ROWS, _LOGITS // ((len(start) + LENGTH) * vocabulary)))
+    pieces = -(-count * room // (LENGTH * rows)) * rows  # batches of few rows are summed otherwise
     rounds = -(-pieces // len(allowed))  # every token is drawn once before any is drawn again
     first = torch.cat([torch.randperm(len(allowed), generator=generator) for _ in range(rounds)])
     said = allowed[first[:pieces], None]
     for _ in range(LENGTH - 1):
-        batches = [{"input_ids": part} for part in said.split(rows)]
+        batches = [{"input_ids": _behind(start, part)} for part in said.split(rows)]
         following = [_drawn(logits[:, -1], allowed, generator) for logits in predict(batches)]
         said = torch.cat([said, torch.cat(following)], 1)
-    return said.flatten()[: count * ctx].view(count, ctx)
+    return _behind(start, said.flatten()[: count * room].view(count, room))
+
+
+def _behind(start: Sequence[int], ids: Tensor) -> Tensor:
+    """Rows [n, tokens] with the same tokens before each."""
+    return torch.cat([torch.tensor([start], dtype=torch.long).expand(len(ids), -1), ids], 1)
 
 
 def _ordinary(tokenizer: Any, vocabulary: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from qmoe.calib.documents import TABLES, documents, is_table, optional
+from qmoe.calib.documents import TABLES, documents, is_table, optional, refuse_rows
 from qmoe.errors import CalibrationError, reason
 
 CHARACTERS_PER_TOKEN = (
@@ -154,6 +154,7 @@ def _is_plain(path: Path, source: str) -> bool:
 
 
 def _check_plain(path: Path, options: dict[str, bool]) -> None:
+    refuse_rows(path)
     why = {
         "chat": "a chat template needs rows with messages",
         "pack": "it is one document, and packing joins several",
@@ -270,7 +271,7 @@ def _plain(tokenizer: Any, path: Path, need: int) -> list[int]:
         # a reader sizes its buffer by what it is asked for, so never ask for more than there is
         characters = min(need * CHARACTERS_PER_TOKEN, path.stat().st_size + 1)
         while True:
-            with path.open(encoding="utf-8") as f:
+            with path.open(encoding="utf-8-sig") as f:
                 text = f.read(characters)
                 at_end = not f.read(1)
             ids = token_ids(tokenizer, text)

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 import transformers
+from changes import OPTIONS, change_files, change_json, change_tensor, change_text
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
 
 import qmoe
 from qmoe.calib.batches import check_tokens, prepare
@@ -36,185 +36,13 @@ FAMILIES = (
     *("llama4_text", "dbrx", "jamba", "switch_transformers", "jetmoe"),
 )
 SECONDS = 120  # a single change that takes longer hangs
-VALUES = (None, True, "nonesuch", "", -1, 0, 1, 3, 1.5, 10**6, [], [1], {}, {"a": 1}, float("nan"))
-DTYPES = (torch.int8, torch.uint8, torch.int64, torch.float16, torch.float64, torch.bool)
+ALONE = "result, theirs fails"
 CPU = torch.device("cpu")
 IDS = torch.randint(16, 50, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
 class HangError(BaseException):
     """A change took longer than `SECONDS`."""
-
-
-# ---- what is changed -----------------------------------------------------------------------------
-
-
-def _json(path: Path, change: Callable[[Any], str]) -> str:
-    value = json.loads(path.read_text())
-    said = change(value)
-    path.write_text(json.dumps(value))
-    return f"{path.name}: {said}"
-
-
-def _somewhere(rng: random.Random, value: Any) -> tuple[Any, Any]:
-    """A container inside a JSON value, and a key of it."""
-    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
-    inner = value[key]
-    if isinstance(inner, dict | list) and inner and rng.random() < 0.7:
-        return _somewhere(rng, inner)
-    return value, key
-
-
-def change_json(rng: random.Random, path: Path) -> str:
-    """One key removed, of another value, doubled under another name; or the text damaged."""
-    if rng.random() < 0.1:
-        text = path.read_text()
-        at = rng.randrange(len(text))
-        path.write_text(rng.choice([text[:at], text[:at] + "\x00" + text[at:], "", "[]", "null"]))
-        return f"{path.name}: text damaged at {at}"
-
-    def change(value: Any) -> str:
-        owner, key = _somewhere(rng, value)
-        what = rng.choice(["removed", "value", "value", "value", "renamed"])
-        if what == "removed":
-            del owner[key]
-        elif what == "value" or isinstance(owner, list):
-            new = rng.choice([*VALUES, str(owner[key]), [owner[key]]])
-            if isinstance(owner[key], int) and rng.random() < 0.4:
-                new = owner[key] * 2
-            owner[key] = new
-            what = f"is now {new!r}"
-        else:
-            owner[f"{key}_"] = owner.pop(key)
-        return f"{key} {what}"
-
-    return _json(path, change)
-
-
-def change_tensor(rng: random.Random, source: Path) -> str:
-    """One tensor renamed, reshaped, of another type, with other values, missing, or doubled."""
-    file = rng.choice(sorted(source.glob("*.safetensors")))
-    tensors = load_file(file)
-    name = rng.choice(sorted(tensors))
-    t = tensors[name]
-    what = rng.choice(["missing", "renamed", "dtype", "shape", "transposed", "nan", "doubled", "0"])
-    if what in ("missing", "renamed"):
-        del tensors[name]
-    if what == "renamed":
-        tensors[rng.choice(["model." + name, name + "_", name.replace("0", "7"), "x"])] = t
-    elif what == "dtype":
-        kind = rng.choice(DTYPES)
-        tensors[name], what = t.to(kind), f"is {kind}"
-    elif what == "shape":
-        tensors[name] = t[:-1].clone() if rng.random() < 0.5 else torch.cat([t, t[:1]])
-    elif what == "transposed" and t.ndim > 1:
-        tensors[name] = t.transpose(-1, -2).contiguous()
-    elif what == "nan":
-        tensors[name] = t.clone()
-        tensors[name].view(-1)[0] = rng.choice([float("nan"), float("inf"), 1e38])
-    elif what == "doubled":
-        tensors["lm_head.weight"] = t.clone()
-    elif what == "0":
-        tensors[name] = t.new_zeros(rng.choice([(0,), (), (0, *t.shape[1:])]))
-    save_file(tensors, file, {"format": "pt"})
-    return f"{file.name}: {name} {what}"
-
-
-def change_files(rng: random.Random, source: Path) -> str:
-    """Other files beside the weights, an index that says something else, a file cut off."""
-    file = source / "model.safetensors"
-    tensors = load_file(file)
-    names = sorted(tensors)
-    what = rng.choice(["stale", "shards", "bin", "cut", "header", "subfolder", "other", "index"])
-    if what == "stale":
-        where = {n: f"model-{i % 2}.safetensors" for i, n in enumerate(names)}
-        _write_index(source, where)
-    elif what == "bin":
-        torch.save(tensors, source / "pytorch_model.bin")
-        if rng.random() < 0.7:
-            file.unlink()
-    elif what == "cut":
-        data = file.read_bytes()
-        file.write_bytes(data[: rng.randrange(len(data))])
-    elif what == "header":
-        data = bytearray(file.read_bytes())
-        data[rng.randrange(200)] ^= 1 << rng.randrange(8)
-        file.write_bytes(bytes(data))
-    elif what == "other":
-        file.rename(source / rng.choice(["weights.safetensors", "model.pt", "consolidated.pth"]))
-    else:
-        folder = "sub/" if what == "subfolder" else ""
-        (source / "sub").mkdir()
-        parts = {f"{folder}model-{i}.safetensors": names[i::2] for i in range(2)}
-        for name, some in parts.items():
-            save_file({n: tensors[n] for n in some}, source / name, {"format": "pt"})
-        where = {n: name for name, some in parts.items() for n in some}
-        if what == "index":
-            what += " " + _lie(rng, where)
-        if rng.random() < 0.8:
-            file.unlink()
-        _write_index(source, where)
-    return f"files: {what}"
-
-
-def _write_index(source: Path, where: dict[str, Any]) -> None:
-    index = {"metadata": {}, "weight_map": where}
-    (source / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def _lie(rng: random.Random, where: dict[str, Any]) -> str:
-    name = rng.choice(sorted(where))
-    new = rng.choice(["removed", "ghost.safetensors", "model-1.safetensors", 3, None, "../x", "/x"])
-    if new == "removed":
-        del where[name]
-    else:
-        where[name] = new
-    return f"{name} {new}"
-
-
-def change_text(rng: random.Random, text: Path) -> tuple[Path, str]:
-    """A file of rows, one of which is malformed, or plain text with odd characters."""
-    words = text.read_text()
-    rows = [{"text": " ".join(words.split()[40 * i : 40 * i + 40])} for i in range(8)]
-    kind = rng.choice(["json", "JSONL", "csv", "tsv", "txt", "jsonl", "md"])
-    path = text.with_name(f"rows.{kind}")
-    bad = rng.choice([None, 3, "", [], {}, "w1", {"text": 3}, {"body": "w1"}, {"text": None}])
-    at = rng.randrange(len(rows))
-    mixed: list[Any] = [*rows[:at], bad, *rows[at:]]
-    if kind == "json":
-        path.write_text(json.dumps(rng.choice([mixed, rows, {"data": rows}, {"text": words}, bad])))
-    elif kind.lower() == "jsonl":
-        path.write_text("\n".join(map(json.dumps, mixed)))
-    elif kind in ("csv", "tsv"):
-        cut = "," if kind == "csv" else "\t"
-        lines = [f"text{cut}n", *(f'"{r["text"]}"{cut}1' for r in rows)]
-        lines.insert(at + 1, rng.choice(['"open', "a,b,c,d", "", '"a\nb",1', "\x00"]))
-        path.write_text("\n".join(lines))
-    else:
-        odd = rng.choice(["\x00", "\ud800", "\ufeff", "é" * 100, "<s>", "</s>" * 50, "w99999"])
-        path.write_text(words[:100] + odd + words[100:], "utf-8", "surrogatepass")
-    return path, f"{path.name}, row {at}: {bad!r}"
-
-
-OPTIONS = {
-    "--ctx": ("0", "1", "2", "3", "10000000", "x", "-5"),
-    "--calib-tokens": ("0", "1", "63", "10000000000", "x"),
-    "--bits": ("0", "-1", "0.0001", "100", "nan", "inf"),
-    "--delta": ("0", "-1", "nan", "inf", "1e-30", "1e30"),
-    "--memory": ("0", "1", "1KB", "10ZB", "x", "1e400", "99999999999999TiB"),
-    "--calib-column": ("", "x"),
-    "--calib-bos": ("on", "off", "x"),
-    "--device": ("x", "cuda:99", "meta", ""),
-    "--seed": ("-1", "99999999999999999999", "x"),
-    "--dense-bits": ("8", "5"),
-    "--method": ("rtn", "x"),
-    "--unseen": ("0", "-1", "1e9", "x"),
-    "--source-cache": ("drop",),
-    "--calib": ("/nowhere", "", ".", "a" * 5000, "\x00", "a:b:c:d"),
-}
-
-
-# ---- what comes of it ----------------------------------------------------------------------------
 
 
 @contextmanager
@@ -270,6 +98,7 @@ class Mutator:
         self.classes: dict[str, Any] = {}
         self.outcomes: Counter[str] = Counter()
         self.refused: list[str] = []  # what transformers reads and we refuse
+        self.alone: list[str] = []  # what we read and transformers does not
         for family in FAMILIES:
             model = tiny.make(family)
             self.classes[family] = type(model)
@@ -294,8 +123,9 @@ class Mutator:
         try:
             with limited():
                 if what == "text":
-                    path, said = change_text(rng, self.text)
-                    return self._text(source, path)
+                    path, said, fine = change_text(rng, self.text)
+                    wrong = self._text(source, path, 10**6)
+                    return wrong if fine else f"{seed} {said}: read as if it were text"
                 if what == "option":
                     name = rng.choice(sorted(OPTIONS))
                     value = rng.choice(OPTIONS[name])
@@ -311,7 +141,10 @@ class Mutator:
                     said = change_tensor(rng, source)
                 else:
                     said = change_files(rng, source)
+                alone = self.outcomes[ALONE]
                 wrong = self._weights(source, family, compress=rng.random() < 0.1)
+                if self.outcomes[ALONE] > alone:
+                    self.alone.append(f"{seed} {family}, {said}")
                 return wrong and f"{seed} {family}, {said}: {wrong}"
         except QmoeError as e:
             readable = what in ("config", "tensor", "files") and self._readable(source, family)
@@ -340,7 +173,7 @@ class Mutator:
         with building(str(source), what="run"):
             got = logits_of(model, IDS)
         expected = theirs(source, self.classes[family], IDS)
-        self.outcomes["result" if expected is not None else "result, theirs fails"] += 1
+        self.outcomes["result" if expected is not None else ALONE] += 1
         if expected is None:
             return None
         if got.shape == expected.shape and not torch.isfinite(expected).all():
@@ -350,10 +183,10 @@ class Mutator:
             return None
         return f"logits differ by {worst} from transformers'"
 
-    def _text(self, source: Path, text: Path) -> str | None:
+    def _text(self, source: Path, text: Path, tokens: int = 128) -> str | None:
         tokenizer = read_tokenizer(source, False)
         config = transformers.AutoConfig.from_pretrained(source)
-        data = prepare(tokenizer, config, str(text), 128, 32, 0)
+        data = prepare(tokenizer, config, str(text), tokens, 32, 0)
         check_tokens(data, tokenizer, 128)
         self.outcomes["result"] += 1
         return None
@@ -363,7 +196,8 @@ class Mutator:
         for path in (out, out.with_name("out.partial")):
             shutil.rmtree(path, ignore_errors=True)
         line = ["compress", str(source), str(out), "--calib", str(self.text)]
-        given = options[:1] + ["--method"] * ("--bits" in options or "--delta" in options)
+        of_rd = {"--bits", "--delta", "--model-bits"} & set(options)
+        given = options[:1] + ["--method"] * bool(of_rd)
         fixed = {"--method": "rtn", "--ctx": "32", "--calib-tokens": "64"}
         line += [x for k, v in fixed.items() if k not in given for x in (k, v)]
         done = CliRunner().invoke(qmoe_command, [*line, *options])
@@ -401,6 +235,7 @@ def main() -> int:
         seeds = range(options.first, options.first + options.count)
         done = run(tiny, Path(folder), seeds, lambda text: print(text, flush=True))
     print("\n".join(["refused, though transformers reads it:", *done.refused]))
+    print("\n".join(["read, though transformers fails:", *done.alone]))
     print(json.dumps({"changes": options.count, **done.outcomes}))
     return int(done.outcomes["failure"] > 0)
 

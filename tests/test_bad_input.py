@@ -7,8 +7,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qmoe.cli import main
+from qmoe.models.classes import check_generation
 
 
 @pytest.fixture
@@ -145,6 +147,23 @@ def test_one_expert_of_another_shape(source, refused):
     assert "expert 2 of model.layers.1.mlp.experts has a down matrix" in message
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (64,), (0, 32), (64, 0), (2, 64, 32)])
+@pytest.mark.parametrize("name", [EXPERT, EXPERT.replace("down", "up")])
+def test_one_expert_of_no_matrix(source, refused, name, shape):
+    _tensors(source, lambda t: t.update({name: torch.zeros(shape)}))
+    assert "config" in refused(source)
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "jetmoe", "dbrx", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 0, 0)])
+def test_experts_of_no_tensor(tmp_path, tiny, refused, family, shape):
+    source = tiny.save(family, tmp_path / "source")
+    tiny.save_tokenizer(source)
+    names = [n for n in tiny.load_all(source) if "experts" in n or "linear.weight" in n]
+    _tensors(source, lambda t: t.update({names[-1]: torch.zeros(shape)}))
+    assert "config" in refused(source)
+
+
 def test_a_mixture_of_layouts(source, refused):
     fused = {"model.layers.1.mlp.experts.down_proj": torch.zeros(4, 64, 32)}
     _tensors(source, lambda t: t.update(fused))
@@ -162,6 +181,17 @@ def test_weights_that_are_not_finite(source, refused, name, value):
 
 def test_a_text_shorter_than_one_window(source, refused):
     assert "window" in refused(source, words=8)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "option", ["--delta", "--bits", "--dense-bits", "--model-bits", "--unseen"]
+)
+def test_numbers_that_are_not_finite(source, refused, option, value):
+    said = CliRunner().invoke(main, ["compress", str(source), str(source) + "-q", option, value])
+    assert said.exit_code == 2, said.exception
+    assert len(said.stderr.splitlines()) <= 4
+    assert option.strip("-").replace("-", "_") in said.stderr.replace("-", "_")
 
 
 def test_no_such_text(source, refused, tmp_path):
@@ -188,6 +218,25 @@ def test_a_truncated_shard(source, refused, tiny):
     file = source / "model-00002-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert "model-00002-of-00003.safetensors" in refused(source)
+
+
+UNUSABLE = ["[]", "3", "null", '{"cache_implementation": "x"}', '{"max_new_tokens": -3}']
+
+
+@pytest.mark.parametrize("text", UNUSABLE)
+def test_a_generation_config_with_which_no_model_loads(source, refused, text):
+    """What transformers refuses is refused before any work, and not when the result is loaded."""
+    (source / "generation_config.json").write_text(text)
+    with pytest.raises((TypeError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(source)
+    assert "generation_config.json cannot be used" in refused(source)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"temperature": 0.5, "do_sample": false}', '{"x": 1}'])
+def test_a_generation_config_that_is_passed_over(source, text):
+    (source / "generation_config.json").write_text(text)
+    AutoModelForCausalLM.from_pretrained(source)
+    check_generation(source)
 
 
 def test_no_tokenizer(source, refused):

@@ -3,35 +3,22 @@
 docs/families.md is written by the same code (scripts/families).
 """
 
-import importlib.util
-import sys
 from pathlib import Path
 
+import generic
 import pytest
 import torch
 from safetensors.torch import save_file
+from shrunk import CHANGES, config_of, discover, several_classes
 
 from qmoe.errors import UnsupportedModelError
 from qmoe.models.streamed import StreamedModel
 from qmoe.source.checkpoint import open_checkpoint
 
-
-def _generic():
-    """tests/generic.py by path, since tests are no package."""
-    name = "qmoe_tests_generic"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("generic.py"))
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-generic = _generic()
 # one of every shape: no gate, transposed, own gate function, text inside a multimodal model,
 # experts between linear-attention blocks, layers that differ in width
 FAST = ("nemotron_h", "aria", "deepseek_v4", "gemma4_text", "qwen3_5_moe", "lfm2_moe", "jamba")
-PASSING = [kind for kind in generic.discover() if kind not in generic.REASONS]
+PASSING = [kind for kind in discover() if kind not in generic.REASONS]
 
 
 def _row(kind, tmp_path, tiny, table_row):
@@ -73,7 +60,7 @@ NO_TEXT = {  # the class that published checkpoints name
 def test_what_cannot_be_compressed(kind, tmp_path, tiny, table_row):
     """It is refused by its class, before any weight is read."""
     table_row("fused", generic.attempt(kind, tmp_path, tiny))
-    config = generic.config_of(kind)
+    config = config_of(kind)
     config.architectures = [NO_TEXT[kind]]
     config.save_pretrained(tmp_path / "source")
     save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "source" / "model.safetensors")
@@ -85,12 +72,13 @@ def test_discovery_finds_the_interface():
     """What is listed is what transformers has; nothing that is excused has gone."""
     assert len(PASSING) > 60
     assert set(FAST) <= set(PASSING)
-    assert set(generic.REASONS) <= set(generic.discover())
-    assert set(generic.CHANGES) <= set(generic.discover())
+    assert set(generic.REASONS) <= set(discover())
+    assert set(CHANGES) <= set(discover())
+    assert set(several_classes()) <= set(generic.PUBLISHED)
 
 
 def test_the_table_is_complete():
     """docs/families.md has a row for every type, and nothing failed in it."""
     text = (Path(__file__).parents[1] / "docs" / "families.md").read_text("utf-8")
-    for kind in generic.discover():
+    for kind in discover():
         assert f"| `{kind}` |" in text, f"run scripts/families: {kind} is not in docs/families.md"

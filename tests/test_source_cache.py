@@ -20,9 +20,7 @@ from qmoe.measure.score import evaluate
 
 REPO = "owner/model"
 BLOCKS, SHARDS = 6, 9
-# shards on the disk at any moment: those of a block, of the next that is read ahead, and in the
-# first walk the one that holds what is outside the blocks, if the last block needs it too
-PEAK = 5
+PEAK = 4  # shards on the disk at any moment: those of a block, and of the next that is read ahead
 
 
 def _order(name):

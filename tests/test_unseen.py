@@ -1,12 +1,14 @@
 """What the calibration text does not reach: the model's own words, the least use, the report."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
 
 from qmoe.calib.own_words import LENGTH, own_words
 from qmoe.compression.pipeline import compress, open_job
@@ -16,6 +18,7 @@ from qmoe.compression.unseen import of, with_own_words
 from qmoe.inference.load import load
 from qmoe.measure.score import load_any
 from qmoe.models.classes import read_tokenizer
+from qmoe.publish.export import export
 from qmoe.store.coverage import coverage, expert_bits
 from qmoe.store.inspect import inspect
 from qmoe.store.reader import Container
@@ -69,7 +72,8 @@ def _divergence(source, out, low, high):
     return F.kl_div(q, p, reduction="sum", log_target=True).item() / ids.numel()
 
 
-def test_own_words_are_drawn_by_the_models_probabilities():
+@pytest.mark.parametrize("start", [[], [3, 0]])
+def test_own_words_are_drawn_by_the_models_probabilities(start):
     tokenizer = type("T", (), {"all_special_ids": [0, 3], "__len__": lambda self: 9})()
     calls = []
 
@@ -77,6 +81,7 @@ def test_own_words_are_drawn_by_the_models_probabilities():
         calls.append([tuple(b["input_ids"].shape) for b in batches])
         for batch in batches:
             ids = batch["input_ids"]
+            assert ids[:, : len(start)].tolist() == [start] * len(ids)
             p = torch.full((*ids.shape, 12), 1e-9)
             p[..., 9:] = 1.0
             p[..., 0] = 1.0
@@ -84,17 +89,40 @@ def test_own_words_are_drawn_by_the_models_probabilities():
                 p.scatter_(2, ((ids + step) % 9)[..., None], share)
             yield p.log()
 
-    said = own_words(predict, tokenizer, 12, (256, 64), seed=1)
-    assert said.shape == (256, 64)
+    whole = own_words(predict, tokenizer, 12, (256, 64 + len(start)), seed=1, start=start)
+    assert whole.shape == (256, 64 + len(start))
+    assert whole[:, : len(start)].tolist() == [start] * 256
+    said = whole[:, len(start) :]
     assert not torch.isin(said, torch.tensor([0, 3, 9, 10, 11])).any()
-    assert [shapes[0][1] for shapes in calls] == list(range(1, LENGTH))
-    pieces = said.view(-1, LENGTH)
+    assert [shapes[0][1] - len(start) for shapes in calls] == list(range(1, LENGTH))
+    pieces = said.reshape(-1, LENGTH)
     counts = torch.bincount(pieces[:, 0], minlength=9)[[1, 2, 4, 5, 6, 7, 8]]
     assert counts.max() - counts.min() <= 1  # every token begins as often as the next
     after_four = pieces[:, 1][pieces[:, 0] == 4]
     assert abs((after_four == 5).float().mean() - 0.75) < 0.05
-    assert torch.equal(said, own_words(predict, tokenizer, 12, (256, 64), seed=1))
-    assert not torch.equal(said, own_words(predict, tokenizer, 12, (256, 64), seed=2))
+    again = [own_words(predict, tokenizer, 12, whole.shape, s, start) for s in (1, 2)]
+    assert torch.equal(whole, again[0])
+    assert not torch.equal(whole, again[1])
+
+
+@pytest.mark.parametrize("bos", ["auto", "off", "on"])
+def test_own_words_begin_as_the_windows_of_the_text_do(two_halves, tmp_path, bos):
+    source, text, _ = two_halves
+    begun = tmp_path / "source"
+    shutil.copytree(source, begun)
+    tokenizer = read_tokenizer(begun, False)
+    first = tokenizer.convert_ids_to_tokens(1)
+    core = tokenizer.backend_tokenizer
+    core.post_processor = TemplateProcessing(single=f"{first} $A", special_tokens=[(first, 1)])
+    tokenizer.bos_token = first
+    tokenizer.save_pretrained(begun)
+    job = open_job(str(begun), tmp_path / "x", _settings(text, calib_rows={"bos": bos}), World())
+    job.streamed.load_rest()
+    said = torch.tensor(of(with_own_words(job, None)))
+    assert said.shape[1] == job.batches[0]["input_ids"].shape[1]
+    ours = {int(t) for t in job.batches[0]["input_ids"][:, 0]}
+    assert (set(said[:, 0].tolist()) == {1}) == (ours == {1}) == (bos != "off")
+    assert not (said[:, 1:] == 1).any()
 
 
 def test_own_words_do_not_depend_on_threads(two_halves, tmp_path):
@@ -116,7 +144,12 @@ def test_own_words_do_not_depend_on_threads(two_halves, tmp_path):
     assert 0.3 < share < 0.7  # of the half that the text never shows
 
 
-def test_unseen_experts_survive_calibration_on_half_of_the_vocabulary(two_halves, tmp_path):
+def _weights(tiny, out):
+    export(out, out.with_name(f"{out.name}-dense"), "float32")
+    return tiny.load_all(out.with_name(f"{out.name}-dense"))
+
+
+def test_unseen_experts_survive_calibration_on_half_of_the_vocabulary(two_halves, tmp_path, tiny):
     source, text, half = two_halves
     sentences = []
     kl = {}
@@ -133,8 +166,14 @@ def test_unseen_experts_survive_calibration_on_half_of_the_vocabulary(two_halves
     assert kl[0.0, 0.2] < 0.2 * kl[0.0, 0.0]
     lifted = bits[0.0, 0.2] - bits[0.0, 0.0]
     assert lifted[2:].min() > 1
-    # experts with evidence share tables with those that were lifted, and nothing else
-    assert (lifted[:2] / bits[0.0, 0.0][:2]).abs().max() < 0.1
+    # experts with evidence share tables with those that were lifted, and pay nothing for it
+    assert lifted[:2].max() <= 0
+    plain, least = (_weights(tiny, tmp_path / name) for name in ("0-0", "0-0.2"))
+    for name in ("w1", "w3", "w2"):
+        path = f"model.layers.0.block_sparse_moe.experts.0.{name}.weight"
+        error = float((least[path] - plain[path]).norm() / plain[path].norm())
+        # the Hessian of down is shrunk towards that of all experts together
+        assert error <= (0 if name != "w2" else 0.01)
     for sentence in sentences:
         assert "of 8 experts got less than 0.1 of an equal share" in sentence
     assert "will suffer" in sentences[0]

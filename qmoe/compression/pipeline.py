@@ -42,7 +42,7 @@ from qmoe.compression.settings import Settings
 from qmoe.compression.target import settle_model_bits
 from qmoe.compression.unseen import BATCH_TOKENS
 from qmoe.errors import InterruptedRunError
-from qmoe.models.classes import embeddings, plain_config, read_tokenizer
+from qmoe.models.classes import check_generation, embeddings, plain_config, read_tokenizer
 from qmoe.models.code import loading_code
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.models.streamed import BlockRef, StreamedModel
@@ -123,6 +123,7 @@ def open_job(
     streamed = StreamedModel(checkpoint, trust_remote_code=trusted, device=device)
     if settings.with_code:
         loading_code(streamed.config, type(streamed.model))  # refused now, not after hours
+    check_generation(checkpoint.directory)
     tokenizer = read_tokenizer(checkpoint.directory, trusted)
     text = (settings.calib, settings.calib_tokens, settings.context(streamed.config))
     data = prepare(tokenizer, streamed.config, *text, settings.seed, **settings.calib_rows)

@@ -1,5 +1,6 @@
 """What a user chooses for a compression: `Settings`, and what follows from them alone."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from qmoe.errors import QmoeError
 from qmoe.quantize import Method, get_method
 
 DEFAULT_BITS = 0.8
+MOST_UNSEEN = 16  # tokens that a model says for each of the text
 DENSE_BITS = (3, 8)  # range of --dense-bits
 # no byte of a weight depends on these
 _MACHINE = ("memory", "source_cache", "device", "trust_remote_code", "fresh", "with_code")
@@ -106,6 +108,7 @@ class Settings:
         Raises:
             QmoeError: settings that exclude each other or that the method does not know.
         """
+        self._check_numbers()
         self._check_dense()
         name, params = self.method, self._solver_params()
         if name.startswith("gptq"):
@@ -114,6 +117,16 @@ class Settings:
             return get_method(name, **params)
         except (TypeError, ValueError) as e:
             raise QmoeError(f"{name} does not take {params}: {e}") from e
+
+    def _check_numbers(self) -> None:
+        given = {n: v for n, v in vars(self).items() if isinstance(v, int | float)}
+        for name, value in {**given, **self.solver_options}.items():
+            if not math.isfinite(value):
+                raise QmoeError(f"{name} is {value}; give a number that is finite")
+        if not 0 <= self.unseen <= MOST_UNSEEN:
+            raise QmoeError(f"--unseen {self.unseen:g}: choose between 0 and {MOST_UNSEEN}")
+        if not 0 <= self.seed < 2**63:
+            raise QmoeError(f"--seed {self.seed}: choose between 0 and 2^63 - 1")
 
     def _check_dense(self) -> None:
         low, high = DENSE_BITS

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qmoe.calib.batches import split_batches
+from qmoe.calib.batches import begun, split_batches
 from qmoe.calib.outputs import Resident
 from qmoe.calib.own_words import own_words
 from qmoe.compression.blocks import BlockLoop
@@ -63,13 +63,15 @@ def _behind(job: Job, ids: Tensor) -> Job:
 
 def _say(job: Job) -> Tensor:
     own = [batch["input_ids"] for batch in job.batches[len(job.batches) - job.own :]]
+    bos = job.settings.calib_rows.get("bos", "auto")
+    start = begun(job.batches[0]["input_ids"], job.tokenizer, bos)
     windows = (sum(len(ids) for ids in own), own[0].shape[1])
     head = job.streamed.model.get_output_embeddings()
     text = job.streamed.config.get_text_config()
     vocabulary = int(text.vocab_size if head is None else head.weight.shape[0])
     alone = replace(job, world=World())
     predict = partial(_predict, alone)
-    return own_words(predict, job.tokenizer, vocabulary, windows, job.settings.seed)
+    return own_words(predict, job.tokenizer, vocabulary, windows, job.settings.seed, start)
 
 
 def _predict(job: Job, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GenerationMixin
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GenerationMixin
 
 from qmoe.errors import SourceError, UnsupportedModelError, reason
 from qmoe.models.auto import auto_class, building
@@ -161,6 +161,24 @@ def read_tokenizer(directory: str | Path, trust_remote_code: bool) -> Any:
     except Exception as e:  # tokenizers raises nothing more special
         hint = "" if trust_remote_code else "; if it needs code of its own, --trust-remote-code"
         raise SourceError(f"{directory}: no tokenizer can be read ({reason(e)}){hint}") from e
+
+
+def check_generation(directory: str | Path) -> None:
+    """Refuses a generation_config.json with which transformers loads no model; one that it passes
+    over, or none, is no error.
+
+    Raises:
+        SourceError: with what transformers says.
+    """
+    try:
+        GenerationConfig.from_pretrained(directory)
+    except OSError:
+        return
+    except Exception as e:  # whatever its values lead to
+        raise SourceError(
+            f"{directory}/generation_config.json cannot be used ({reason(e)}); correct it, or "
+            "remove it for the defaults of transformers"
+        ) from e
 
 
 def plain_config(config: Any) -> dict[str, Any]:

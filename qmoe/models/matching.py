@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qmoe.errors import SourceError
 from qmoe.models.families.find import KINDS
@@ -137,3 +137,35 @@ def check_experts(
                         f"the {count} experts of {target}; the checkpoint does not match "
                         "config.json"
                     )
+
+
+def read_part(
+    where: str, layout: ExpertsLayout, expert: int, read: Callable[[], Mapping[str, Tensor]]
+) -> Mapping[str, Tensor]:
+    """One expert's matrices, as wide and high as its module has them.
+
+    Args:
+        where: the checkpoint, for messages.
+        layout: of the experts module.
+        expert: index.
+        read: cuts the matrices, by projection, out of what is on disk.
+
+    Raises:
+        SourceError: they have other shapes.
+    """
+    unlike = "the checkpoint does not match its config"
+    try:
+        matrices = read()
+    except (LookupError, RuntimeError, ValueError) as e:
+        raise SourceError(
+            f"{where}: expert {expert} of {layout.path} cannot be cut out of the tensors on disk "
+            f"({e}); {unlike}"
+        ) from e
+    for p in layout.projections:
+        shape = tuple(matrices[p.name].shape)
+        if shape != (p.rows, p.cols):
+            raise SourceError(
+                f"{where}: expert {expert} of {layout.path} has a {p.name} matrix of shape "
+                f"{shape}, config.json asks for {(p.rows, p.cols)}; {unlike}"
+            )
+    return matrices

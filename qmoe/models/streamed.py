@@ -37,6 +37,7 @@ from qmoe.models.matching import (
     check_complete,
     check_dtypes,
     check_experts,
+    read_part,
     shared_lists,
 )
 from qmoe.models.one_expert import PartOf, StandIn
@@ -294,14 +295,8 @@ class StreamedModel:
             else:
                 rows = module.get_parameter(name).shape[0] // layout.experts
                 stand_in.put(name, self._rows(target, expert, rows, layout.experts))
-        read = kind.read(stand_in, position)
-        for p in layout.projections:
-            if tuple(read[p.name].shape) != (p.rows, p.cols):
-                raise SourceError(
-                    f"{self.checkpoint.directory}: expert {expert} of {layout.path} has a {p.name} "
-                    f"matrix of shape {tuple(read[p.name].shape)}, config.json asks for "
-                    f"{(p.rows, p.cols)}; the checkpoint does not match its config"
-                )
+        where = str(self.checkpoint.directory)
+        read = read_part(where, layout, expert, lambda: kind.read(stand_in, position))
         return {k: w.contiguous() for k, w in read.items()}
 
     def _whole(self, target: str) -> Tensor:
@@ -337,7 +332,8 @@ class StreamedModel:
         for pattern, tensors in collected.items():
             converter.collected_tensors[pattern] = tensors
         part = PartOf(self.model, rows)
-        made = converter.convert(target, model=part, config=self.config, hf_quantizer=None)
+        with building(str(self.checkpoint.directory), what="load"):
+            made = converter.convert(target, model=part, config=self.config, hf_quantizer=None)
         result: Any = made[target] if target in made else next(iter(made.values()))
         found: Tensor = result[0] if isinstance(result, list) else result
         return found

@@ -217,7 +217,9 @@ class Checkpoint:
         place = {shard: i for i, shard in enumerate(self._stored.shards)}
         return sorted(names, key=lambda n: (place[self._stored.where[self._parts(n)[0]]], n))
 
-    def expect(self, names: Iterable[str], delete: bool = True) -> None:
+    def expect(
+        self, names: Iterable[str], delete: bool = True, first: Iterable[str] | None = None
+    ) -> None:
         """Say which tensors will be read from now on: downloaded files without any of them are
         deleted from the run's `cache`. Others can still be read; their files come again.
 
@@ -227,13 +229,17 @@ class Checkpoint:
             names: of dense tensors or of those in the files.
             delete: False in all but one of several processes that share the directory; meanwhile
                 the others read nothing that is not among `names`.
+            first: those that are read before any other; a file that is here and holds none of
+                them is deleted, too, and comes again when it is needed. None: all of `names`.
         """
-        self._expected = {part for name in names for part in self._parts(name)}
+        expected = {part for name in names for part in self._parts(name)}
+        soon = expected if first is None else {p for name in first for p in self._parts(name)}
         for shard in self._stored.shards:
             if isinstance(shard, HubShard) and shard.temporary:
                 shard.forget()
-        self._deletes = delete
+        self._deletes, self._expected = delete, soon
         self._sweep()
+        self._expected = expected
 
     def finished(self, names: Iterable[str]) -> None:
         """Say that no process expects these tensors any more, see `expect`."""
