@@ -1,5 +1,6 @@
 """peft on a compressed model: LoRA on attention trains and merges; on experts it is refused."""
 
+import peft
 import pytest
 import torch
 
@@ -8,8 +9,6 @@ from qmoe.errors import UnsupportedModelError
 from qmoe.inference import experts
 from qmoe.inference.cuda import run_kernels
 from qmoe.inference.experts import EncodedExperts
-
-peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(params=["cpu", "gpu operators"])

@@ -93,7 +93,6 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(model):
-    pytest.importorskip("fastapi")
     found = Server(str(model), "--port", "0", "--dtype", "float32")
     yield found
     found.process.kill()
@@ -137,7 +136,6 @@ def test_a_model_without_a_chat_template_says_so(server):
 
 
 def test_a_model_with_a_chat_template_talks_and_ctrl_c_ends_it(model, tmp_path):
-    pytest.importorskip("fastapi")
     out = _with_template(model, tmp_path / "q")
     server = Server(str(out), "--port", "0", "--no-batching", "--dtype", "float32")
     body = {"messages": [{"role": "user", "content": "w1 w2 w3"}], "max_tokens": 8}
@@ -149,7 +147,6 @@ def test_a_model_with_a_chat_template_talks_and_ctrl_c_ends_it(model, tmp_path):
 
 
 def test_a_damaged_file_and_a_taken_port_are_refused(model, tmp_path):
-    pytest.importorskip("fastapi")
     out = tmp_path / "q"
     shutil.copytree(model, out)
     file = sorted(out.glob("*.safetensors"))[0]

@@ -35,14 +35,15 @@ def fresh_verdict(monkeypatch):
 
 
 def _ranks(container):
-    """(module of a layer's experts, its numbers of the experts and -1 for strangers) of each rank."""
+    """Of each rank: a layer's experts, and their local numbers (-1: another's, or none)."""
     path, layout = next(iter(container.modules.items()))
     host = skeleton_of(container).get_submodule(path)
     for rank in range(RANKS):
         index = dealt(layout.experts, rank, RANKS)
-        yield build(
-            container, copy.deepcopy(host), path, owned(index), Caches(), torch.bfloat16
-        ), torch.cat([index, index.new_full((1,), -1)])
+        yield (
+            build(container, copy.deepcopy(host), path, owned(index), Caches(), torch.bfloat16),
+            torch.cat([index, index.new_full((1,), -1)]),
+        )
 
 
 def _inputs(tokens, experts):
