@@ -166,7 +166,7 @@ def test_what_would_be_left_out_or_end_the_server_is_refused(server, model, want
 
 def test_a_client_that_goes_away_leaves_the_others_their_answers(server, model, wanted):
     connection = http.client.HTTPConnection("localhost", server.port)
-    body = {"model": str(model), "prompt": PROMPTS[1], "max_tokens": 400, "temperature": 1.0}
+    body = {"model": str(model), "prompt": PROMPTS[1], "max_tokens": 200, "temperature": 1.0}
     connection.request(
         "POST",
         "/v1/completions",
