@@ -14,8 +14,8 @@ def option(*names: str, default: str, help: str = "", **more: Any) -> Callable[.
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the user wrote."""
-    return {name: value for name, value in options.items() if value not in (None, False)}
+    """The options that the user wrote; a number 0 is one."""
+    return {n: v for n, v in options.items() if v is not None and v is not False}
 
 
 device = option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")

@@ -1,13 +1,21 @@
 """peft on a compressed model: LoRA on attention trains and merges; on experts it is refused."""
 
+import peft
 import pytest
 import torch
 
 import qmoe
 from qmoe.errors import UnsupportedModelError
+from qmoe.inference import experts
+from qmoe.inference.cuda import run_kernels
 from qmoe.inference.experts import EncodedExperts
 
-peft = pytest.importorskip("peft")
+
+@pytest.fixture(params=["cpu", "gpu operators"])
+def backend(request, monkeypatch):
+    """What runs the experts: the compiled loops, or the operators of a GPU as torch twins."""
+    if request.param != "cpu":
+        monkeypatch.setitem(experts.BACKENDS, "cpu", run_kernels)
 
 
 def _batch(model):
@@ -28,7 +36,7 @@ def _losses(model, ids, steps):
     return found
 
 
-def test_lora_on_attention_trains_saves_and_merges(compressed, tmp_path):
+def test_lora_on_attention_trains_saves_and_merges(compressed, tmp_path, backend):
     out, _ = compressed
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=True)
     model = peft.get_peft_model(qmoe.load(out), config)
@@ -47,7 +55,7 @@ def test_lora_on_attention_trains_saves_and_merges(compressed, tmp_path):
         assert torch.allclose(merged(ids).logits, trained, atol=1e-4)
 
 
-def test_gradients_pass_through_the_experts(compressed):
+def test_gradients_pass_through_the_experts(compressed, backend):
     """A layer below the last learns only through the experts above it."""
     out, _ = compressed
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0])

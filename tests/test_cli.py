@@ -5,15 +5,18 @@ import re
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from qmoe.cli import main
 from qmoe.compression.settings import DEFAULT_BITS, Settings
 from qmoe.engines import chat
 from qmoe.engines.chat import model_and_tokenizer
 from qmoe.engines.serve import serve
+from qmoe.errors import QmoeError
 from qmoe.measure.points import Points
 from qmoe.measure.score import evaluate
 from qmoe.measure.sweep import METHODS, TARGETS
+from qmoe.options import given
 from qmoe.publish.export import export
 
 ROWS = {"column": "text", "bos": "auto"}
@@ -70,3 +73,18 @@ def test_no_option_is_passed_on_that_was_not_given(name, command):
     for option in command.params:
         if isinstance(option, click.Option):
             assert option.default in (None, False) or not isinstance(option.default, str | int)
+
+
+def test_a_zero_is_given(tmp_path, monkeypatch):
+    """0 equals False, and --unseen 0 is not the default."""
+    assert given({"a": 0, "b": 0.0, "c": "", "d": None, "e": False}) == {"a": 0, "b": 0.0, "c": ""}
+    seen = {}
+
+    def stop(source, out, settings, *more):
+        seen["unseen"] = settings.unseen
+        raise QmoeError("far enough")
+
+    monkeypatch.setattr("qmoe.compression.pipeline.compress", stop)
+    done = CliRunner().invoke(main, ["compress", "SOURCE", str(tmp_path / "q"), "--unseen", "0"])
+    assert "far enough" in done.output
+    assert seen == {"unseen": 0}

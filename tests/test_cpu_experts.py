@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import qmoe
+from qmoe.inference import experts
 from qmoe.inference.experts import Caches, EncodedExperts
 from qmoe.store.stored_experts import StoredExperts
 
@@ -107,6 +108,35 @@ def test_a_cache_that_is_too_small_keeps_what_fits(written, monkeypatch):
         module.run_plain(x, index[None], None)
     every = 2 * module.num_experts
     assert every < len(calls) < 2 * every  # the second time some are there
+
+
+@pytest.mark.parametrize(
+    "family", ["mixtral", "gpt_oss", "jetmoe", "switch_transformers", "llama4_text"]
+)
+@pytest.mark.parametrize("again", [-1, 1 << 62, None])
+def test_a_few_tokens_in_few_calls_change_no_bit(
+    family, again, build_model, write_compressed, tmp_path, monkeypatch
+):
+    """Each expert in a call of its own, all pairs in one, and what is chosen; strangers of both
+    signs, a token of them alone, one expert twice."""
+    write_compressed(build_model(family), tmp_path / "m")
+    module = layers(qmoe.load(tmp_path / "m", dtype=torch.bfloat16))[0]
+    if again is not None:
+        monkeypatch.setattr(experts, "_AGAIN", again)
+    g = torch.Generator().manual_seed(0)
+    count, cols = module.num_experts, module.layout.projections[0].cols
+    for tokens in (0, 1, 7):
+        hidden = torch.randn(tokens, cols, generator=g).bfloat16()
+        index = torch.randint(-1, count + 1, (tokens, 3), generator=g)
+        index[-1:] = torch.tensor([-1, count, 1 << 40])
+        index[:1] = torch.tensor([1, 0, 1])
+        for weights in (None, torch.rand(tokens, 3, generator=g)):
+            found = experts.run_on_cpu(module, hidden, index, weights)
+            with monkeypatch.context() as patch:
+                patch.setattr(experts, "_FEW", -1)
+                want = experts.run_on_cpu(module, hidden, index, weights)
+            assert torch.equal(found, want)
+            assert found.dtype == torch.bfloat16
 
 
 def _half(module):

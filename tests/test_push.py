@@ -143,6 +143,28 @@ def test_code_in_the_checkpoint_makes_the_import_needless(out, hub, tmp_path):
     assert plain.returncode != 0  # off by default
 
 
+def test_compress_writes_the_same_code(tiny, tmp_path):
+    source = tiny.save("mixtral", tmp_path / "source")
+    tiny.save_tokenizer(source)
+    text = tiny.save_text(tmp_path / "text.txt", 400)
+    made = tmp_path / "q"
+    options = ["--method", "rtn", "--calib", text, "--calib-tokens", 256, "--ctx", 32]
+    command = ["compress", source, made, *options, "--with-code"]
+    done = CliRunner().invoke(main, [str(c) for c in command])
+    assert done.exit_code == 0, (done.output, done.exception)
+    verify(made)  # the manifest has the file and its checksum
+    assert "modeling_qmoe.py" in json.loads((made / "qmoe_manifest.json").read_text())["files"]
+    env = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = _without_import(made, tmp_path / "again", env)
+    assert done.returncode == 0, done.stderr
+    name, modules = done.stdout.split()
+    assert (name, int(modules)) == ("MixtralForCausalLM", len(qmoe.inspect(made).layers) // 2)
+    file = made / "modeling_qmoe.py"
+    file.write_text(file.read_text() + "print('changed')\n")
+    with pytest.raises(qmoe.CorruptError, match=re.escape("modeling_qmoe.py")):
+        verify(made)
+
+
 def test_a_second_push_replaces_the_first(out, hub, build_model, write_compressed, tmp_path):
     _push(out)
     large = dict(hub.objects)

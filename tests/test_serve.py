@@ -14,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 import qmoe
+from qmoe.cli import main
 from qmoe.engines import chat as chats
 from qmoe.engines.serve import cache_blocks
 from qmoe.store.manifest import MANIFEST, read_sealed, write_sealed
@@ -93,7 +95,6 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(model):
-    pytest.importorskip("fastapi")
     found = Server(str(model), "--port", "0", "--dtype", "float32")
     yield found
     found.process.kill()
@@ -128,6 +129,60 @@ def test_a_stream_has_the_same_text(server, model, wanted):
     assert "".join(e["choices"][0].get("text") or "" for e in events) == wanted[0]
 
 
+def test_requests_keep_their_own_sampling(server, model, wanted):
+    """transformers' batches would all sample as the first request did."""
+
+    def one(temperature):
+        text = server.complete(model, PROMPTS[0], temperature=temperature)
+        return json.loads(text)["choices"][0]["text"]
+
+    with ThreadPoolExecutor(6) as pool:
+        found = [*pool.map(one, [0, 0, 1.5, 1.5, 0, 0])]
+    assert [found[i] for i in (0, 1, 4, 5)] == [wanted[0]] * 4
+    assert wanted[0] not in found[2:4]
+    assert found[2] != found[3]
+
+
+REFUSED = [
+    ({"prompt": ""}, "prompt is empty"),
+    ({"prompt": ["w1", "w2"]}, "prompt must be one text"),
+    ({"prompt": "w1 " * 900}, "the prompt has 900 tokens"),
+    ({"max_tokens": 100_000}, "max_tokens is 100000"),
+    ({"max_tokens": 0}, "from 1 on"),
+    ({"stop": ["w3"]}, "stop=['w3'] is not supported"),
+    ({"n": 2}, "n=2 is not supported"),
+    ({"model": "another"}, "another"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_what_would_be_left_out_or_end_the_server_is_refused(server, model, wanted, change, words):
+    body = {"model": str(model), "prompt": PROMPTS[0], "max_tokens": 8, "temperature": 0}
+    status, text = server.ask("POST", "/v1/completions", body | change)
+    assert status == 400
+    assert words in json.loads(text)["error"]["message"]
+    assert json.loads(server.complete(model, PROMPTS[0]))["choices"][0]["text"] == wanted[0]
+
+
+def test_a_client_that_goes_away_leaves_the_others_their_answers(server, model, wanted):
+    connection = http.client.HTTPConnection("localhost", server.port)
+    body = {"model": str(model), "prompt": PROMPTS[1], "max_tokens": 200, "temperature": 1.0}
+    connection.request(
+        "POST",
+        "/v1/completions",
+        json.dumps(body | {"stream": True}),
+        {"content-type": "application/json"},
+    )
+    assert connection.getresponse().read(20)
+    connection.close()
+    assert json.loads(server.complete(model, PROMPTS[0]))["choices"][0]["text"] == wanted[0]
+
+
+@pytest.mark.parametrize("path", ["/reset", "/load_model"])
+def test_no_client_unloads_the_model(server, path):
+    assert server.ask("POST", path, {"model": "another"})[0] == 404
+
+
 def test_a_model_without_a_chat_template_says_so(server):
     body = {"messages": [{"role": "user", "content": "w1"}]}
     for path in ("/v1/chat/completions", "/v1/responses"):
@@ -137,7 +192,6 @@ def test_a_model_without_a_chat_template_says_so(server):
 
 
 def test_a_model_with_a_chat_template_talks_and_ctrl_c_ends_it(model, tmp_path):
-    pytest.importorskip("fastapi")
     out = _with_template(model, tmp_path / "q")
     server = Server(str(out), "--port", "0", "--no-batching", "--dtype", "float32")
     body = {"messages": [{"role": "user", "content": "w1 w2 w3"}], "max_tokens": 8}
@@ -148,8 +202,27 @@ def test_a_model_with_a_chat_template_talks_and_ctrl_c_ends_it(model, tmp_path):
     assert server.process.wait() == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cuda:9"], "CUDA devices"),
+        (["--max-model-len", "64"], "unknown arguments --max-model-len 64"),
+        (["--engine", "vllm", "--device", "cpu"], "vLLM chooses the device itself"),
+    ],
+)
+def test_what_cannot_be_served_is_said(model, arguments, words):
+    found = CliRunner().invoke(main, ["serve", str(model), *arguments])
+    assert found.exit_code == 2
+    assert words in found.output
+
+
+def test_a_file_is_no_model(model):
+    found = CliRunner().invoke(main, ["chat", str(model / "config.json")])
+    assert found.exit_code == 2
+    assert "is a file; give the directory" in found.output
+
+
 def test_a_damaged_file_and_a_taken_port_are_refused(model, tmp_path):
-    pytest.importorskip("fastapi")
     out = tmp_path / "q"
     shutil.copytree(model, out)
     file = sorted(out.glob("*.safetensors"))[0]
@@ -203,11 +276,31 @@ def test_text_is_continued_where_there_is_no_template(model, wanted):
     assert chat.text == ""
 
 
-def test_a_conversation_longer_than_the_model_reads(model):
-    chat, written = _chat(model), []
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_a_line_longer_than_the_model_reads_is_not_said(model, wanted, template):
+    chat, written = _chat(model, template), []
     limit = chat.model.config.max_position_embeddings
     chats.talk(chat, iter(["w1 " * (limit + 1)]), written.append)
     assert f"the model reads {limit}" in "".join(written)
+    assert (chat.messages, chat.text) == ([], "")
+    chats.talk(chat, iter(["w1 w2 w3"]), written.append)
+    assert wanted[0] in "".join(written)
+
+
+def test_nothing_is_no_text_to_continue(model):
+    chat, written = _chat(model), []
+    chats.talk(chat, iter(["", "w1 w2", "", "/clear", ""]), written.append)
+    text = "".join(written)
+    assert text.count("no text to continue yet") == 2
+    assert text.count("[8 tokens") == 2
+
+
+def test_what_a_template_refuses_is_said(model):
+    chat, written = _chat(model, "{{ raise_exception('only one message') }}"), []
+    chats.talk(chat, iter(["w1"]), written.append)
+    assert "chat template does not take this" in "".join(written)
+    assert "only one message" in "".join(written)
+    assert chat.messages == []
 
 
 SCRIPT = """

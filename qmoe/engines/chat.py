@@ -5,10 +5,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qmoe.errors import QmoeError, UnsupportedModelError
+from qmoe.errors import QmoeError, UnsupportedModelError, reason
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 512}  # of `generate`
-HELP = "an empty line is sent as it is; /clear forgets the conversation, /exit or ctrl-D ends it"
+HELP = (
+    "/clear forgets the conversation, /exit or ctrl-D ends it, ctrl-C stops an answer; "
+    "an empty line lets a text go on"
+)
 
 
 class Chat:
@@ -34,13 +37,23 @@ class Chat:
         self.messages, self.text = [], ""
 
     def _inputs(self, line: str) -> Any:
-        if self.template:
-            self.messages.append({"role": "user", "content": line})
+        """Tokens of the conversation with a line more, which is not said yet."""
+        if not self.template:
+            return self.tokenizer(self.text + line, return_tensors="pt")
+        said = [*self.messages, {"role": "user", "content": line}]
+        try:
             return self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                said, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        self.text += line
-        return self.tokenizer(self.text, return_tensors="pt")
+        except Exception as e:  # whatever a model's template refuses
+            raise QmoeError(f"the model's chat template does not take this: {reason(e)}") from e
+
+    def _note(self, line: str, answer: str) -> None:
+        if not self.template:
+            self.text += line + answer
+            return
+        said = (("user", line), ("assistant", answer))
+        self.messages += [{"role": role, "content": text} for role, text in said]
 
     def say(self, line: str, write: Callable[[str], object]) -> tuple[int, float, float]:
         """Answers.
@@ -53,12 +66,15 @@ class Chat:
             Tokens of the answer, seconds to the first of them, seconds for the others.
 
         Raises:
-            QmoeError: the conversation is longer than the model can read.
+            QmoeError: there is nothing to continue, or the conversation is longer than the model
+                can read; the line is not said.
         """
         from transformers import TextStreamer
 
         inputs = self._inputs(line)
         ids = inputs["input_ids"]
+        if ids.shape[1] == 0:
+            raise QmoeError("there is no text to continue yet; write some")
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and ids.shape[1] >= limit:
             raise QmoeError(
@@ -88,11 +104,7 @@ class Chat:
                 streamer=streamer,
             )
         finally:  # also what was said before ctrl-C
-            answer = "".join(pieces)
-            if self.template:
-                self.messages.append({"role": "assistant", "content": answer})
-            else:
-                self.text += answer
+            self._note(line, "".join(pieces))
         count = len(times) - 1
         first = times[1] - times[0] if count else 0.0
         return count, first, times[-1] - times[1] if count else 0.0
@@ -132,6 +144,8 @@ def lines() -> Iterator[str]:
         try:
             yield input("> " if sys.stdin.isatty() else "")
         except EOFError:
+            if sys.stdin.isatty():
+                print()  # the shell's prompt gets a line of its own
             return
 
 

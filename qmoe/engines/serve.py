@@ -1,9 +1,8 @@
 """``qmoe serve``: an OpenAI-compatible server in one command.
 
 The embedded default is transformers' own server (extra ``qmoe[serve]``) with what it lacks for a
-local compressed model: ``/v1/models`` names it, a tokenizer without a chat template is told to the
-client in a sentence, continuous batching is sized for the machine and tried before it is trusted.
-Read from transformers 5.23.
+local compressed model: ``/v1/models`` names it, continuous batching is sized for the machine and
+tried before it is trusted, and requests are checked first (`gate`). Read from transformers 5.23.
 """
 
 import importlib.util
@@ -14,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qmoe.engines.gate import Gate, Served
 from qmoe.errors import QmoeError, reason
+from qmoe.system.machine import pick_device
 
 PAGE = 256  # tokens of a page of transformers' paged cache
 REQUESTS = 16  # that shall fit side by side
@@ -63,16 +64,18 @@ def serve(
         trust_remote_code: run code that the checkpoint brings along.
 
     Raises:
-        QmoeError: a package is missing, the port is taken, or the checkpoint is not sound.
+        QmoeError: a package or the device is missing, the port is taken, or the checkpoint is not
+            sound.
     """
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise QmoeError(f"serving needs {', '.join(missing)}: pip install 'qmoe[serve]'")
     if os.path.isdir(model) and "@" in model:
         raise QmoeError(f"transformers' server reads {model!r} as name@revision; rename it")
+    pick_device(device)  # refused before anything is loaded
     with listening(host, port) as place:
         server = _server(model, device, dtype, trust_remote_code)
-        if batching and _batches(server):
-            server._generation_state._continuous_batching = True
+        shared = _batches(server) if batching else None
+        _complete(server, model, shared)
         port = place.getsockname()[1]
         print(f"qmoe: {model} at http://{host}:{port}/v1, ctrl-C ends it", file=sys.stderr)
         try:
@@ -104,7 +107,6 @@ def _server(model: str, device: str, dtype: str, trust: bool) -> Any:
         )
     config = made.server.config
     config.timeout_graceful_shutdown = 2  # open streams do not keep ctrl-C waiting
-    _complete(config.app, model, _processor(made))
     return made
 
 
@@ -117,12 +119,21 @@ def _processor(server: Any) -> Any:
     return getattr(found, "tokenizer", found)
 
 
-def _complete(app: Any, model: str, tokenizer: Any) -> None:
-    """Adds to transformers' application what it does not answer for a local model."""
-    from fastapi import Request
-    from fastapi.responses import JSONResponse
+def _complete(server: Any, model: str, cache: Any) -> None:
+    """Adds to transformers' application what it does not answer for a local model, takes away what
+    would let a client unload it, and checks requests first.
 
-    app.router.routes[:] = [r for r in app.router.routes if r.path != "/v1/models"]
+    Args:
+        server: with the model loaded.
+        model: its name.
+        cache: settings of continuous batching, or None for one request at a time.
+    """
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse
+
+    app, state = server.server.config.app, server._generation_state
+    gone = ("/v1/models", "/reset", "/load_model")
+    app.router.routes[:] = [r for r in app.router.routes if r.path not in gone]
     created = int(Path(model).stat().st_mtime) if os.path.isdir(model) else 0
     entry = {"id": model, "object": "model", "created": created, "owned_by": "qmoe"}
 
@@ -130,19 +141,41 @@ def _complete(app: Any, model: str, tokenizer: Any) -> None:
     def models() -> Any:
         return {"object": "list", "data": [entry]}
 
-    if getattr(tokenizer, "chat_template", None):
-        return
-    sentence = (
-        f"{model} has no chat template: it continues text and holds no conversations; "
-        "use /v1/completions"
-    )
+    @app.exception_handler(HTTPException)
+    async def said(_: Any, error: Any) -> Any:
+        """In the form that OpenAI's clients show."""
+        found = {"message": str(error.detail), "code": error.status_code}
+        return JSONResponse({"error": found}, status_code=error.status_code)
 
-    @app.middleware("http")
-    async def no_chat(request: Request, call_next: Any) -> Any:
-        if request.url.path in ("/v1/chat/completions", "/v1/responses"):
-            error = {"message": sentence, "type": "invalid_request_error", "code": 400}
-            return JSONResponse({"error": error}, status_code=400)
-        return await call_next(request)
+    for handler in (server._chat_handler, server._completion_handler, server._response_handler):
+        _samples_if_asked(handler)
+    if cache is not None:
+        state._continuous_batching, state._cb_config = True, cache
+    longest = getattr(_loaded(server).model.config.get_text_config(), "max_position_embeddings", 0)
+    limits = (longest, PAGE * (getattr(cache, "num_blocks", None) or 0))
+    served = Served(
+        name=model,
+        tokenizer=_processor(server),
+        most_tokens=min((n for n in limits if n), default=None),
+        batching=cache is not None,
+        alive=state.is_cb_alive,
+        restart=state.shutdown,
+    )
+    app.add_middleware(Gate, served=served)
+
+
+def _samples_if_asked(handler: Any) -> None:
+    """A temperature above 0 means sampling, as everywhere; transformers' server follows it only for
+    models that sample by default."""
+    plain = handler._build_generation_config
+
+    def build(body: dict[str, Any], *arguments: Any, **more: Any) -> Any:
+        made = plain(body, *arguments, **more)
+        if body.get("temperature"):
+            made.do_sample = True
+        return made
+
+    handler._build_generation_config = build
 
 
 def cache_blocks(config: Any, bytes_free: int, itemsize: int) -> int:
@@ -165,9 +198,9 @@ def cache_blocks(config: Any, bytes_free: int, itemsize: int) -> int:
     return max(tokens, 1024) // PAGE
 
 
-def _batches(server: Any) -> bool:
-    """Sizes continuous batching for the machine and tries it: whether the loaded model answers as
-    `generate` does. Families with recurrent or latent attention do not."""
+def _batches(server: Any) -> Any:
+    """Sizes continuous batching for the machine and tries it: its settings if the loaded model
+    answers as `generate` does, else None. Families with recurrent or latent attention do not."""
     import psutil  # accelerate brings it
     import torch
     from transformers import ContinuousBatchingConfig
@@ -190,12 +223,11 @@ def _batches(server: Any) -> bool:
             raise ValueError("its tokens differ")
     except Exception as e:  # whatever it is, one request at a time still works
         print(f"qmoe: one request at a time, no continuous batching ({reason(e)})", file=sys.stderr)
-        return False
+        return None
     finally:
         if model.config._attn_implementation != before:
             model.set_attn_implementation(before)
-    server._generation_state._cb_config = ContinuousBatchingConfig(**settings)
-    return True
+    return ContinuousBatchingConfig(**settings)
 
 
 def serve_with_vllm(

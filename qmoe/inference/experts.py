@@ -9,6 +9,7 @@ What runs on a device is a *backend* in `BACKENDS`, by device type. The CPU back
 every device that has none of its own.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
@@ -28,6 +29,11 @@ from qmoe.types import ExpertsLayout
 # Bound of all parsed side data of one model: so much, and a share of the bytes of its streams. Side
 # data takes about a tenth of them, so that all of it is kept.
 PARSED_BYTES, PARSED_SHARE = 64 << 20, 0.25
+
+_FEW = 64  # tokens up to which pairs of a token and an expert are looked at one by one
+# Weights that are decoded once more rather than multiplied in calls of their own, which take a
+# tenth of a millisecond for an expert
+_AGAIN = 3 << 18
 
 # (module, hidden [n, cols], index [n, slots], weights [n, slots] or None) -> [n, width]
 Backend = Callable[["EncodedExperts", Tensor, Tensor, Tensor | None], Tensor]
@@ -263,38 +269,67 @@ def run_on_cpu(
         [n, width], dtype and device of `hidden`.
     """
     streams = module.encoded()
-    kind, host = module.kind, module.host
-    experts: list[int] = index[0].tolist() if len(hidden) == 1 else []
-    if _distinct(experts, module.num_experts):
-        own = [kind.biases(host, module, e) for e in experts]
-        y = kind.ffn(
-            host,
-            partial(module.linear_each, streams, experts),
-            {name: torch.stack([b[name] for b in own]) for name in own[0]},
-            hidden.expand(len(experts), -1),
-            None,
-        )
-        rows = (y if weights is None else y * weights.reshape(-1, 1)).float().unbind()
-        total, *others = [rows[i] for i in sorted(range(len(experts)), key=experts.__getitem__)]
-        for row in others:  # in the order of `Routed.run`
-            total = total + row
-        return total.to(hidden.dtype)[None]
+    if len(hidden) <= _FEW and module._decodes_inside(hidden):
+        return _run_few(module, streams, hidden, index, weights)
 
     def one(expert: int, x: Tensor) -> Tensor:
-        biases = kind.biases(host, module, expert)
-        return kind.ffn(host, partial(module.linear, streams, expert), biases, x, None)
+        return _one(module, streams, expert, x)
 
     return Routed(hidden, index, weights, (len(hidden),)).run(module.num_experts, one)
 
 
-def _distinct(experts: list[int], count: int) -> bool:
-    """Whether these are experts of 0..count - 1, at least one, and none twice."""
-    return (
-        bool(experts)
-        and min(experts) >= 0
-        and max(experts) < count
-        and len({*experts}) == len(experts)
-    )
+def _one(module: EncodedExperts, streams: StoredExperts, expert: int, x: Tensor) -> Tensor:
+    biases = module.kind.biases(module.host, module, expert)
+    product = partial(module.linear, streams, expert)
+    return module.kind.ffn(module.host, product, biases, x, None)
+
+
+def _run_few(
+    module: EncodedExperts,
+    streams: StoredExperts,
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor | None,
+) -> Tensor:
+    """`run_on_cpu` for a few tokens: most time would go to calls, so pairs of a token and an expert
+    share one, except those of an expert that is better decoded once for several tokens. Bit for bit
+    `Routed.run`, which adds up in the order of the experts.
+    """
+    experts: list[int] = index.reshape(-1).tolist()
+    slots, counts = index.shape[1], Counter(experts)
+    size = sum(p.rows * p.cols for p in module.layout.projections)
+    used = sorted(e for e in counts if 0 <= e < module.num_experts)
+    shared = [e for e in used if (counts[e] - 1) * size > _AGAIN]
+    order = [i for i, e in enumerate(experts) if e in used and e not in shared]
+    runs = [(partial(_each, module, streams, [experts[i] for i in order]), len(order))]
+    for expert in shared:
+        order += [i for i, e in enumerate(experts) if e == expert]
+        runs.append((partial(_one, module, streams, expert), counts[expert]))
+    y = torch.zeros(len(experts), module.width, dtype=torch.float32, device=hidden.device)
+    if order:
+        at = torch.tensor(order, device=hidden.device)
+        inputs = hidden[at // slots].split([n for _, n in runs])
+        found = torch.cat([run(x) for (run, n), x in zip(runs, inputs, strict=True) if n])
+        if weights is not None:
+            found = found * weights.reshape(-1, 1)[at]
+        y[at] = found.float()
+    by_slot = y.view(len(hidden), slots, module.width)
+    if slots > 1:
+        by_slot = by_slot.gather(
+            1, index.argsort(dim=1, stable=True)[:, :, None].expand_as(by_slot)
+        )
+    total, *others = by_slot.unbind(1)
+    for part in others:
+        total = total + part
+    return total.to(hidden.dtype)
+
+
+def _each(module: EncodedExperts, streams: StoredExperts, experts: list[int], x: Tensor) -> Tensor:
+    """Row i of x through expert ``experts[i]``."""
+    own = [module.kind.biases(module.host, module, e) for e in experts]
+    biases = {name: torch.stack([b[name] for b in own]) for name in own[0]}
+    product = partial(module.linear_each, streams, experts)
+    return module.kind.ffn(module.host, product, biases, x, None)
 
 
 def _forget(module: nn.Module, _: Any) -> None:

@@ -1,5 +1,6 @@
 """Names of models on the hub, and what its library raises."""
 
+import os
 from typing import cast
 
 from huggingface_hub.errors import (
@@ -45,6 +46,8 @@ def download(name: str, revision: str | None) -> str:
     """
     from huggingface_hub import snapshot_download
 
+    if os.path.isfile(name):
+        raise QmoeError(f"{name} is a file; give the directory that it is in")
     repo, at = split_revision(name)
     try:
         return str(snapshot_download(repo, revision=revision or at))

@@ -1,9 +1,9 @@
-"""A model in vLLM, in a process of its own, since parallel workers want a fresh one.
+"""Models in vLLM, one after another, in a process of its own: parallel workers want a fresh one.
 
-    python run_model.py OUT '{"prompts": [[5, 9]], "tokens": 8, "engine": {...}}'
+    python run_model.py '[{"model": "OUT", "prompts": [[5, 9]], "tokens": 8, "engine": {...}}, ...]'
 
-A line "RESULT " and JSON: the greedy tokens of every prompt, and the bytes of experts that each
-rank keeps.
+A line "RESULT " and JSON for each: the greedy tokens of every prompt, and the bytes of experts that
+each rank keeps; or the error that ended it. "forget": part of a tensor's name that is not loaded.
 """
 
 import json
@@ -11,22 +11,49 @@ import os
 import sys
 
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions go to the workers by pickle
+SETTINGS = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True}
 
 
-def main() -> None:
+def run(task):
     import vllm
 
     from qmoe.engines.vllm.ranks import expert_bytes
 
-    task = json.loads(sys.argv[2])
-    settings = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True}
-    llm = vllm.LLM(sys.argv[1], **(settings | task.get("engine", {})))
+    llm = vllm.LLM(task["model"], **(SETTINGS | task["engine"]))
     params = vllm.SamplingParams(temperature=0, max_tokens=task["tokens"], ignore_eos=True)
     prompts = [{"prompt_token_ids": p} for p in task["prompts"]]
-    found = llm.generate(prompts, params, use_tqdm=False)
-    tokens = [list(r.outputs[0].token_ids) for r in found]
-    found = {"tokens": tokens, "bytes": llm.apply_model(expert_bytes)}
-    print("\nRESULT " + json.dumps(found), flush=True)  # vLLM's processes print as well
+    answers = llm.generate(prompts, params, use_tqdm=False)
+    found = {"bytes": llm.apply_model(expert_bytes)}
+    found["tokens"] = [list(r.outputs[0].token_ids) for r in answers]
+    llm.llm_engine.engine_core.shutdown()
+    return found
+
+
+def forgetting(part):
+    """As if a tensor were missing."""
+    import qmoe.engines.vllm as plug
+
+    plug.register()
+    from qmoe.engines.vllm.loader import QmoeLoader
+
+    plain = QmoeLoader.get_all_weights
+
+    def get_all_weights(*arguments):
+        return (pair for pair in plain(*arguments) if part is None or part not in pair[0])
+
+    QmoeLoader.get_all_weights = get_all_weights
+    return lambda: setattr(QmoeLoader, "get_all_weights", plain)
+
+
+def main():
+    for task in json.loads(sys.argv[1]):
+        remember = forgetting(task.get("forget"))
+        try:
+            found = run(task)
+        except Exception as e:
+            found = {"error": f"{type(e).__name__}: {e}"}
+        remember()
+        print("\nRESULT " + json.dumps(found), flush=True)  # vLLM's processes print as well
 
 
 if __name__ == "__main__":  # workers import this file again

@@ -44,22 +44,20 @@ def environment():
     }
 
 
-def started(out, **engine):
-    """A finished process of run_model.py."""
-    one = (
-        {} if engine.get("tensor_parallel_size", 1) > 1 else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    )
-    task = json.dumps({"prompts": PROMPTS, "tokens": TOKENS, "engine": engine})
-    command = [sys.executable, str(HERE / "run_model.py"), str(out), task]
-    return subprocess.run(command, env=environment() | one, capture_output=True, text=True)
-
-
-def in_vllm(out, **engine):
-    """{"tokens": ..., "bytes": ...} of a run that must succeed."""
-    done = started(out, **engine)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    [line] = [s for s in done.stdout.splitlines() if s.startswith("RESULT ")]
-    return json.loads(line.removeprefix("RESULT "))
+def in_vllm(*tasks):
+    """What run_model.py says of (model, engine's settings[, more of the task])."""
+    every = [
+        {"model": str(model), "prompts": PROMPTS, "tokens": TOKENS, "engine": engine, **more}
+        for model, engine, *rest in tasks
+        for more in (rest or [{}])
+    ]
+    alone = all(t["engine"].get("tensor_parallel_size", 1) == 1 for t in every)
+    one = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if alone else {}
+    command = [sys.executable, str(HERE / "run_model.py"), json.dumps(every)]
+    done = subprocess.run(command, env=environment() | one, capture_output=True, text=True)
+    lines = [s for s in done.stdout.splitlines() if s.startswith("RESULT ")]
+    assert len(lines) == len(every), done.stdout[-3000:] + done.stderr[-6000:]
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
 
 def in_transformers(out):
@@ -95,111 +93,110 @@ def qwen(tmp_path_factory, tiny):
     return compressed(source, folder / "q", tiny.save_text(folder / "text.txt", 400))
 
 
-def streams(out):
-    """Bytes of all experts of a checkpoint: streams and where matrices lie in them."""
-    found = Container.open(out, check=False).tensors
-    leaves = (".stream", ".offsets")
-    return sum(e.end - e.begin for n, (_, _, e) in found.items() if n.endswith(leaves))
+def kept(out):
+    """Bytes of all experts of a checkpoint: streams, where matrices lie in them, biases."""
+    container = Container.open(out, check=False)
+    experts = tuple(f"{path}." for path in container.modules)
+    entries = [e for n, (_, _, e) in container.tensors.items() if n.startswith(experts)]
+    return sum(e.end - e.begin for e in entries)
 
 
-def test_one_process(mixtral):
-    found = in_vllm(mixtral)
-    assert found["tokens"] == in_transformers(mixtral)
-    assert found["bytes"] == [streams(mixtral)]
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory, tiny):
+    """Experts with biases."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    source = tiny.save("gpt_oss", folder / "source", **heads)
+    tiny.save_tokenizer(source)
+    return compressed(source, folder / "q", tiny.save_text(folder / "text.txt", 400))
+
+
+def coded_dense(folder, tiny):
+    """A Qwen3-MoE whose dense matrices are coded too."""
+    source = tiny.save("qwen3_moe", folder / "source", **HEADS)
+    tiny.save_tokenizer(source)
+    return compressed(source, folder / "dense", tiny.save_text(folder / "t.txt", 400), dense_bits=8)
+
+
+def on_the_hub(model, cache):
+    """Puts a model into the cache of the hub as owner/name."""
+    folder = cache / "models--owner--name"
+    commit = "0" * 39 + "1"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    shutil.copytree(model, folder / "snapshots" / commit)
+    return "owner/name"
+
+
+def of_another_version(model, out):
+    shutil.copytree(model, out)
+    manifest = read_sealed(out / MANIFEST)
+    write_sealed(out / MANIFEST, {**manifest, "format_version": 99})
+    return out
+
+
+def test_one_process(mixtral, qwen, tmp_path, tiny, monkeypatch):
+    """The bundled model; coded dense matrices; an id of the hub, without a network; what cannot be
+    served; a tensor that is missing, where vLLM itself would serve what lay in memory."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    dense = coded_dense(tmp_path, tiny)
+    gone = {"forget": "layers.1.self_attn.k_proj"}
+    wrong = of_another_version(qwen, tmp_path / "wrong")
+    plain, coded, hub, *refused = in_vllm(
+        (mixtral, {}),
+        (dense, {}),
+        (on_the_hub(qwen, tmp_path / "hub"), {}),
+        (qwen, {"enable_lora": True}),
+        (qwen, {"load_format": "dummy"}),
+        (qwen, {"load_format": "safetensors"}),
+        (wrong, {}),
+        (qwen, {}, gone),
+    )
+    assert plain == {"tokens": in_transformers(mixtral), "bytes": [kept(mixtral)]}
+    assert coded["tokens"] == in_transformers(dense)
+    assert hub["tokens"] == in_transformers(qwen)
+    sentences = (
+        "--enable-lora cannot be used",
+        "--load-format dummy cannot be used",
+        "--load-format safetensors cannot be used",
+        "format version 99",
+        "layers.1.self_attn.qkv_proj.weight",
+    )
+    for found, sentence in zip(refused, sentences, strict=True):
+        assert sentence in found["error"]
+    assert refused[-1]["error"].startswith("CorruptError")
 
 
 def test_compiled(mixtral, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    assert in_vllm(mixtral, enforce_eager=False)["tokens"] == in_transformers(mixtral)
+    [found] = in_vllm((mixtral, {"enforce_eager": False}))
+    assert found["tokens"] == in_transformers(mixtral)
 
 
-@pytest.mark.parametrize("parallel", ["experts", "tensors"])
-def test_two_ranks_keep_half_of_the_experts_each(qwen, parallel):
-    found = in_vllm(qwen, tensor_parallel_size=2, enable_expert_parallel=parallel == "experts")
-    assert found["tokens"] == in_transformers(qwen)
-    whole, ranks = streams(qwen), found["bytes"]
+@pytest.mark.parametrize(("model", "parallel"), [("qwen", "experts"), ("gpt_oss", "tensors")])
+def test_two_ranks_keep_half_of_the_experts_each(request, model, parallel):
+    model = request.getfixturevalue(model)
+    engine = {"tensor_parallel_size": 2, "enable_expert_parallel": parallel == "experts"}
+    [found] = in_vllm((model, engine))
+    assert found["tokens"] == in_transformers(model)
+    whole, ranks = kept(model), found["bytes"]
+    print(f"bytes of the experts: {whole}, of the ranks: {ranks}")
     assert len(ranks) == 2
     assert sum(ranks) >= whole  # tables that both use are on both
     assert max(ranks) < 0.65 * whole
 
 
-def test_coded_dense_matrices(tmp_path, tiny):
-    source = tiny.save("qwen3_moe", tmp_path / "source", **HEADS)
-    tiny.save_tokenizer(source)
-    text = tiny.save_text(tmp_path / "text.txt", 400)
-    out = compressed(source, tmp_path / "q", text, dense_bits=8)
-    assert in_vllm(out)["tokens"] == in_transformers(out)
-
-
-def test_experts_with_biases(tmp_path, tiny):
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    source = tiny.save("gpt_oss", tmp_path / "source", **heads)
-    tiny.save_tokenizer(source)
-    out = compressed(source, tmp_path / "q", tiny.save_text(tmp_path / "text.txt", 400))
-    assert in_vllm(out, tensor_parallel_size=2)["tokens"] == in_transformers(out)
-
-
-def test_a_model_of_the_hub(qwen, tmp_path, monkeypatch):
-    """An id is found in the hub's cache, without a network."""
-    folder = tmp_path / "hub" / "models--owner--name"
-    commit = "0" * 39 + "1"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(commit)
-    shutil.copytree(qwen, folder / "snapshots" / commit)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert in_vllm("owner/name")["tokens"] == in_transformers(qwen)
-
-
-@pytest.mark.parametrize(
-    ("engine", "words"),
-    [
-        ({"enable_lora": True}, "--enable-lora cannot be used"),
-        ({"load_format": "dummy"}, "--load-format dummy cannot be used"),
-        ({"load_format": "safetensors"}, "--load-format safetensors cannot be used"),
-    ],
-)
-def test_what_encoded_experts_cannot_do_is_refused(qwen, engine, words):
-    done = started(qwen, **engine)
-    assert done.returncode != 0
-    assert words in done.stderr
-
-
-def test_a_parameter_that_nothing_filled_is_an_error(qwen, tmp_path):
-    """vLLM itself would serve the model with what lay in memory."""
-    code = (
-        "import vllm, qmoe.engines.vllm as plug\n"
-        "plug.register()\n"
-        "from qmoe.engines.vllm.loader import QmoeLoader as L\n"
-        "plain = L.get_all_weights\n"
-        "gone = 'layers.1.self_attn.k_proj'\n"
-        "L.get_all_weights = lambda *a: (p for p in plain(*a) if gone not in p[0])\n"
-        f"vllm.LLM({str(qwen)!r}, enforce_eager=True, max_model_len=64)\n"
-    )
-    one = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment() | one, capture_output=True, text=True
-    )
-    assert done.returncode != 0
-    assert "CorruptError" in done.stderr
-    assert "layers.1.self_attn.qkv_proj.weight" in done.stderr
-
-
-@pytest.mark.parametrize("fault", ["version", "bit"])
-def test_a_wrong_file_is_refused_before_the_port_opens(qwen, tmp_path, fault):
+def test_a_damaged_file_is_refused_before_the_port_opens(qwen, tmp_path):
     out = tmp_path / "q"
     shutil.copytree(qwen, out)
-    if fault == "version":
-        manifest = read_sealed(out / MANIFEST)
-        write_sealed(out / MANIFEST, {**manifest, "format_version": 99})
-    else:
-        file = sorted(out.glob("*.safetensors"))[0]
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
-        file.write_bytes(data)
+    file = sorted(out.glob("*.safetensors"))[0]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
     command = [sys.executable, "-m", "qmoe", "serve", "--engine", "vllm", str(out), "--port", "0"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode != 0
-    assert {"version": "format version 99", "bit": "is corrupt: sha256"}[fault] in done.stderr
+    assert "is corrupt: sha256" in done.stderr
     assert "Uvicorn running" not in done.stderr + done.stdout
 
 

@@ -41,14 +41,8 @@ def experts(hidden: Tensor, index: Tensor, weights: Tensor, layer: str) -> Tenso
     module: EncodedExperts | None = runner.routed_experts.encoded
     if module is None:  # more ranks than experts
         return torch.zeros_like(hidden)
-    if hidden.device.type != "cpu":
-        return BACKENDS[hidden.device.type](module, hidden, index, weights)
-    if len(hidden) == 1:  # one token's experts are decoded side by side if all are here
-        here = index[0] >= 0
-        index, weights = index[:, here], weights[:, here]
-    if index.numel() == 0 or not bool((index >= 0).any()):
-        return torch.zeros_like(hidden)
-    return run_on_cpu(module, hidden, index, weights)
+    backend = BACKENDS.get(hidden.device.type, run_on_cpu)
+    return backend(module, hidden, index, weights)
 
 
 @experts.register_fake
@@ -112,7 +106,7 @@ class QmoeMoEMethod(FusedMoEMethodBase):
             host = copy.deepcopy(config.skeleton.get_submodule(path))  # loses its parameters
             module = build(config.container, host, path, own, config.caches, layer.params_dtype)
         device = torch.device(current_platform.device_type)
-        if device.type == "cuda" and module is not None:
+        if module is not None and not current_platform.is_cpu():
             _to_gpu(module, device, layer.moe_config.experts_per_token)
         layer.register_module("encoded", module)
         # one more for every id that is no expert: it and all above are nobody's
