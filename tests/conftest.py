@@ -1,16 +1,17 @@
 """Fixtures that several test files share."""
 
 import copy
-import importlib.util
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import generic as generic_checks
+import hub
 import pytest
+import tiny as tiny_models
 import torch
 from transformers import PreTrainedModel
 
@@ -25,21 +26,6 @@ torch.set_num_threads(1)  # several workers share the cores
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _by_path(file: str) -> ModuleType:
-    """A module of tests/ by path: with importlib mode, test files cannot import each other."""
-    name = f"qmoe_tests_{file}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{file}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-def _tiny() -> ModuleType:
-    return _by_path("tiny")
-
-
 def pytest_generate_tests(metafunc) -> None:
     """A test that takes `family` without parametrizing it runs for every family."""
     named = {
@@ -48,19 +34,19 @@ def pytest_generate_tests(metafunc) -> None:
         for n in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
     }
     if "family" in metafunc.fixturenames and "family" not in named:
-        metafunc.parametrize("family", _by_path("tiny").FAMILIES)
+        metafunc.parametrize("family", tiny_models.FAMILIES)
 
 
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """Tiny models of every family and source format: tests/tiny.py."""
-    return _by_path("tiny")
+    return tiny_models
 
 
 @pytest.fixture(scope="session")
 def generic() -> ModuleType:
     """The whole path, and tiny models of every type with the fused interface: tests/generic.py."""
-    return _by_path("generic")
+    return generic_checks
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +71,7 @@ def serve_hub() -> Iterator[Callable[..., object]]:
     running = []
 
     def start(files: dict[str, bytes], **options: object) -> object:
-        running.append(_by_path("hub").start(files, **options))
+        running.append(hub.start(files, **options))
         return running[-1]
 
     yield start
@@ -104,7 +90,7 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
 
     def get(family: str) -> Path:
         if family not in made:
-            made[family] = _by_path("tiny").save(family, tmp_path_factory.mktemp("tiny") / family)
+            made[family] = tiny_models.save(family, tmp_path_factory.mktemp("tiny") / family)
         return made[family]
 
     return get
@@ -113,7 +99,7 @@ def tiny_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def build_model() -> Callable[..., object]:
     """``build(family, seed=0, **changes)``: a tiny random float32 model in eval mode."""
-    return lambda family, seed=0, **changes: _by_path("tiny").make(family, seed=seed, **changes)
+    return lambda family, seed=0, **changes: tiny_models.make(family, seed=seed, **changes)
 
 
 @pytest.fixture(scope="session")

@@ -1,27 +1,11 @@
 """Single changes of what a user brings end in transformers' own result or in one sentence."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import mutations
 import pytest
 import transformers
 
 
-@pytest.fixture(scope="module")
-def mutations():
-    """tests/mutations.py by path, since tests are no package."""
-    name = "qmoe_tests_mutations"
-    if name not in sys.modules:
-        path = Path(__file__).with_name("mutations.py")
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-def _run(mutations, tiny, folder, seeds):
+def _run(tiny, folder, seeds):
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     failures = []
@@ -34,16 +18,16 @@ def _run(mutations, tiny, folder, seeds):
     assert done.outcomes["sentence"] > 0
 
 
-def test_a_sample_of_single_changes(mutations, tiny, tmp_path):
-    _run(mutations, tiny, tmp_path, range(150))
+def test_a_sample_of_single_changes(tiny, tmp_path):
+    _run(tiny, tmp_path, range(150))
 
 
 @pytest.mark.slow
-def test_five_thousand_single_changes(mutations, tiny, tmp_path):
-    _run(mutations, tiny, tmp_path, range(150, 5150))
+def test_five_thousand_single_changes(tiny, tmp_path):
+    _run(tiny, tmp_path, range(150, 5150))
 
 
-def test_a_traceback_a_hang_and_another_result_are_seen(mutations, tiny, tmp_path, monkeypatch):
+def test_a_traceback_a_hang_and_another_result_are_seen(tiny, tmp_path, monkeypatch):
     mutator = mutations.Mutator(tiny, tmp_path)
 
     def outcome(load):

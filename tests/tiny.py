@@ -1,17 +1,16 @@
 """Tiny random models of every family, written as their publishers write them; and rewritten in
 low-precision source formats.
 
-Tests take it from the fixture `tiny` (conftest.py), since tests are no package.
+Tests take it from the fixture `tiny` (conftest.py).
 """
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import encoders
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -23,18 +22,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-
-def _encoders() -> ModuleType:
-    """tests/encoders.py by path, since this module itself may have been taken so."""
-    spec = importlib.util.spec_from_file_location(
-        "qmoe_tests_encoders", Path(__file__).with_name("encoders.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-encoders = _encoders()
 BASE = {
     "vocab_size": 128,
     "hidden_size": 64,
