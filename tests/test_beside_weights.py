@@ -186,3 +186,16 @@ def test_more_rows_than_the_tokenizer_has_tokens(tmp_path, tiny):
         edit(source, vocab_size=rows)
         with pytest.raises(qmoe.SourceError, match=r"config\.json asks for"):
             compressed(tiny, source, tmp_path / f"r{rows}")
+
+
+@pytest.mark.parametrize("stated", [None, 3, "int8", "float8_e4m3fn", "half", {"": "bfloat16"}])
+def test_a_dtype_in_which_no_model_can_be(tmp_path, tiny, stated):
+    """The tensors' own takes its place, as a quantizer may have written that of its words."""
+    source = tmp_path / "source"
+    source_of(tiny, source, "mixtral", torch.bfloat16)
+    edit(source, dtype=stated)
+    compressed(tiny, source, tmp_path / "q")
+    dtype = torch.float16 if stated == "half" else torch.bfloat16
+    assert qmoe.load(tmp_path / "q").dtype == dtype
+    export(tmp_path / "q", tmp_path / "dense")
+    assert _mixtral().from_pretrained(tmp_path / "dense").dtype == torch.bfloat16

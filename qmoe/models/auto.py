@@ -84,9 +84,13 @@ def _named(config: Any) -> Any:
     names = config.architectures
     for name in names if isinstance(names, list | tuple) else ():
         cls = getattr(transformers, name, None) if isinstance(name, str) else None
-        takes = getattr(cls, "config_class", None)
+        takes: Any = getattr(cls, "config_class", None)
         fits = takes is not None and takes in (type(config), config.sub_configs.get("text_config"))
-        if fits and (issubclass(cls, GenerationMixin) or cls is not _body(takes)):
+        if (
+            cls is not None
+            and fits
+            and (issubclass(cls, GenerationMixin) or cls is not _body(takes))
+        ):
             return cls
     return None
 
