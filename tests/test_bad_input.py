@@ -165,6 +165,18 @@ def test_experts_of_no_tensor(tmp_path, tiny, refused, family, shape):
     assert "config" in refused(source)
 
 
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [("granitemoe", "num_local_experts"), ("jetmoe", "num_local_experts"), ("dbrx", "ffn_config")],
+)
+def test_no_experts_at_all(tmp_path, tiny, refused, family, setting):
+    source = tiny.save(family, tmp_path / "source")
+    tiny.save_tokenizer(source)
+    none = {"ffn_hidden_size": 32, "moe_num_experts": 0, "moe_top_k": 2}
+    _config(source, **{setting: none if setting == "ffn_config" else 0})
+    assert "config" in refused(source)
+
+
 def test_a_mixture_of_layouts(source, refused):
     fused = {"model.layers.1.mlp.experts.down_proj": torch.zeros(4, 64, 32)}
     _tensors(source, lambda t: t.update(fused))
