@@ -167,7 +167,12 @@ def test_experts_of_no_tensor(tmp_path, tiny, refused, family, shape):
 
 @pytest.mark.parametrize(
     ("family", "setting"),
-    [("granitemoe", "num_local_experts"), ("jetmoe", "num_local_experts"), ("dbrx", "ffn_config")],
+    [
+        ("granitemoe", "num_local_experts"),
+        ("jetmoe", "num_local_experts"),
+        ("qwen3_moe", "moe_intermediate_size"),
+        ("dbrx", "ffn_config"),
+    ],
 )
 def test_no_experts_at_all(tmp_path, tiny, refused, family, setting):
     source = tiny.save(family, tmp_path / "source")
