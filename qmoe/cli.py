@@ -26,7 +26,7 @@ from qmoe.options import option as _option
 
 
 class _Group(click.Group):
-    """Turns every QmoeError into one sentence and exit code 2."""
+    """Turns every QmoeError, and what the system refuses, into one sentence and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -34,6 +34,12 @@ class _Group(click.Group):
         except QmoeError as error:
             click.echo(f"qmoe: {error}", err=True)
             sys.exit(error.exit_code)
+        except BrokenPipeError:  # whoever read our output has gone; click ends quietly
+            raise
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            click.echo(f"qmoe: {place}{error.strerror or error}", err=True)
+            sys.exit(QmoeError.exit_code)
         except KeyboardInterrupt:
             click.echo("qmoe: interrupted", err=True)
             sys.exit(130)

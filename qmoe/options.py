@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -21,7 +21,13 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 device = option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 
 
-class Bytes(click.ParamType[int]):
+if TYPE_CHECKING:  # in newer versions of click alone it takes a parameter
+    _Type = click.ParamType[int]
+else:
+    _Type = click.ParamType
+
+
+class Bytes(_Type):
     """A size such as 8GiB, 500MB or a plain number of bytes."""
 
     name = "size"

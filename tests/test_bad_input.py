@@ -1,6 +1,7 @@
 """What a user gets for input that cannot work: one sentence on stderr, exit code 2, no output."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -28,14 +29,14 @@ def refused(tmp_path, tiny):
     def run(directory, *options, words=400, out=None):
         text = tiny.save_text(tmp_path / "text.txt", words)
         out = out or tmp_path / "out"
-        before = sorted(p.name for p in out.iterdir()) if out.is_dir() else None
+        before = sorted(os.listdir(out)) if os.path.isdir(out) else None
         line = ["compress", str(directory), str(out), "--calib", str(text), "--method", "rtn"]
         done = CliRunner().invoke(main, [*line, "--calib-tokens", "128", "--ctx", "32", *options])
         assert done.exit_code == 2, (done.output, done.exception)
         said = [s for s in done.stderr.splitlines() if s.startswith("qmoe: ")]
         assert len(said) == 1, done.stderr
         assert "Traceback" not in done.output
-        after = sorted(p.name for p in out.iterdir()) if out.is_dir() else None
+        after = sorted(os.listdir(out)) if os.path.isdir(out) else None
         assert before == after
         return said[0]
 
@@ -164,6 +165,23 @@ def test_experts_of_no_tensor(tmp_path, tiny, refused, family, shape):
     assert "config" in refused(source)
 
 
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [
+        ("granitemoe", "num_local_experts"),
+        ("jetmoe", "num_local_experts"),
+        ("qwen3_moe", "moe_intermediate_size"),
+        ("dbrx", "ffn_config"),
+    ],
+)
+def test_no_experts_at_all(tmp_path, tiny, refused, family, setting):
+    source = tiny.save(family, tmp_path / "source")
+    tiny.save_tokenizer(source)
+    none = {"ffn_hidden_size": 32, "moe_num_experts": 0, "moe_top_k": 2}
+    _config(source, **{setting: none if setting == "ffn_config" else 0})
+    assert "config" in refused(source)
+
+
 def test_a_mixture_of_layouts(source, refused):
     fused = {"model.layers.1.mlp.experts.down_proj": torch.zeros(4, 64, 32)}
     _tensors(source, lambda t: t.update(fused))
@@ -192,6 +210,23 @@ def test_numbers_that_are_not_finite(source, refused, option, value):
     assert said.exit_code == 2, said.exception
     assert len(said.stderr.splitlines()) <= 4
     assert option.strip("-").replace("-", "_") in said.stderr.replace("-", "_")
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq4", "qmoe"])
+def test_own_words_belong_to_rd(source, refused, method):
+    assert "--unseen belongs to --method rd" in refused(source, "--unseen", "2", "--method", method)
+
+
+def test_an_encoder_decoder_says_no_words_of_its_own(tmp_path, tiny, refused):
+    source = tiny.save("switch_transformers", tmp_path / "source")
+    tiny.save_tokenizer(source)
+    assert "leave it out" in refused(source, "--unseen", "2", "--method", "rd")
+
+
+def test_names_that_no_file_can_have(source, refused, tmp_path):
+    long = "x" * 300
+    assert "File name too long" in refused(tmp_path / long)
+    assert "File name too long" in refused(source, out=tmp_path / long)
 
 
 def test_no_such_text(source, refused, tmp_path):

@@ -11,12 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoints import (
-    compressed,
-    exported,
-    logits_of,
-    source_of,
-)
+from checkpoints import compressed, edit, exported, logits_of, same, source_of
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from shrunk import config_of, make
@@ -26,7 +21,7 @@ from transformers import AutoTokenizer
 import qmoe
 from qmoe.calib.routing import Parked
 from qmoe.cli import main
-from qmoe.errors import CalibrationError
+from qmoe.errors import CalibrationError, SourceError, UnsupportedModelError
 from qmoe.measure.score import evaluate, load_any
 from qmoe.models.streamed import StreamedModel
 from qmoe.publish.export import export
@@ -231,9 +226,31 @@ def test_the_text_only_class_of_a_composite_configuration(tmp_path, tiny):
     model = make("qwen3_5_moe")
     model.save_pretrained(tmp_path / "source")
     config = config_of("qwen3_5_moe")
-    for names in (None, ["Qwen3_5MoeForCausalLM"], ["MixtralForCausalLM"]):
+    for names in (None, ["Qwen3_5MoeForCausalLM"], ["MixtralForCausalLM"], ["Qwen3_5MoeTextModel"]):
         config.architectures = names
         config.save_pretrained(tmp_path / "source")
         streamed = StreamedModel(open_checkpoint(tmp_path / "source"))
         assert type(streamed.model) is type(model)
         assert streamed.config.model_type == "qwen3_5_moe_text"
+
+
+@pytest.mark.parametrize("names", [["MixtralModel"], ["MixtralModel", "MixtralForCausalLM"]])
+def test_the_body_under_architectures_is_read_with_its_head(tmp_path, tiny, names):
+    """As AutoModelForCausalLM reads it; without a head on the disk it is refused."""
+    source = tmp_path / "source"
+    cls = source_of(tiny, source, "mixtral")
+    edit(source, architectures=names)
+    same(source, cls)
+    compressed(tiny, source, tmp_path / "q")
+    assert type(qmoe.load(tmp_path / "q")) is cls
+    tensors = load_file(source / "model.safetensors")
+    tiny.rewrite(source, {k: v for k, v in tensors.items() if "lm_head" not in k})
+    with pytest.raises(SourceError, match=r"no tensor on disk for lm_head\.weight"):
+        StreamedModel(open_checkpoint(source))
+
+
+def test_a_class_without_text_under_architectures_is_refused(tmp_path, tiny):
+    source_of(tiny, tmp_path / "source", "mixtral")
+    edit(tmp_path / "source", architectures=["MixtralForSequenceClassification"])
+    with pytest.raises(UnsupportedModelError, match="is not a language model"):
+        StreamedModel(open_checkpoint(tmp_path / "source"))

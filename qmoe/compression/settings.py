@@ -125,6 +125,8 @@ class Settings:
                 raise QmoeError(f"{name} is {value}; give a number that is finite")
         if not 0 <= self.unseen <= MOST_UNSEEN:
             raise QmoeError(f"--unseen {self.unseen:g}: choose between 0 and {MOST_UNSEEN}")
+        if self.method != "rd" and self.unseen not in (0, Settings.unseen):
+            raise QmoeError(f"--unseen belongs to --method rd, not to {self.method}")
         if not 0 <= self.seed < 2**63:
             raise QmoeError(f"--seed {self.seed}: choose between 0 and 2^63 - 1")
 

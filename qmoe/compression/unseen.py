@@ -15,6 +15,8 @@ from qmoe.calib.outputs import Resident
 from qmoe.calib.own_words import own_words
 from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.job import Job
+from qmoe.compression.settings import Settings
+from qmoe.errors import QmoeError
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.system.processes import World
 
@@ -25,7 +27,13 @@ def with_room(job: Job) -> Job:
     """The job with batches of zeros behind its own, as many as the model's own words will fill:
     for rd alone, other methods learn from the text as their authors have it; encoder-decoder
     models say none.
+
+    Raises:
+        QmoeError: it was asked for where it cannot be.
     """
+    decides = job.settings.unseen not in (0, Settings.unseen)
+    if job.streamed.config.is_encoder_decoder and decides:
+        raise QmoeError("--unseen: an encoder-decoder model says no text of its own; leave it out")
     if job.settings.method != "rd" or job.streamed.config.is_encoder_decoder:
         return job
     text = [batch["input_ids"] for batch in job.batches]

@@ -2,8 +2,8 @@
 
 The class that config.json names under `architectures` decides, as its publisher meant it: Llama 4
 and Qwen3.5-MoE have a text-only class and one with a vision tower, and their tensors bear other
-names in each. Only where none is named, or one that belongs to another type of configuration, do
-transformers' Auto classes decide.
+names in each. Only where none is named, one that belongs to another type of configuration, or the
+body without a head, do transformers' Auto classes decide.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationMixin
 
 from qmoe.errors import QmoeError, SourceError
 
@@ -78,14 +79,25 @@ def _autos(config: Any) -> list[Any]:
 
 
 def _named(config: Any) -> Any:
-    """The class under `architectures`, if transformers has it and it is for such a
-    configuration."""
+    """The first class under `architectures` that transformers has, that is for such a
+    configuration, and that is no mere body without a head."""
     names = config.architectures
-    first = names[0] if isinstance(names, list | tuple) and names else None
-    cls = getattr(transformers, first, None) if isinstance(first, str) else None
-    takes = getattr(cls, "config_class", None)
-    fits = takes is not None and takes in (type(config), config.sub_configs.get("text_config"))
-    return cls if fits else None
+    for name in names if isinstance(names, list | tuple) else ():
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        takes: Any = getattr(cls, "config_class", None)
+        fits = takes is not None and takes in (type(config), config.sub_configs.get("text_config"))
+        if (
+            cls is not None
+            and fits
+            and (issubclass(cls, GenerationMixin) or cls is not _body(takes))
+        ):
+            return cls
+    return None
+
+
+def _body(takes: type) -> Any:
+    """The class of the model without a head for a class of configurations."""
+    return transformers.AutoModel._model_mapping.get(takes, None)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from qmoe.models.matching import (
 )
 from qmoe.models.one_expert import PartOf, StandIn
 from qmoe.models.plain_loading import plain_loading
+from qmoe.models.precision import settle_dtype
 from qmoe.models.ties import settle_ties, stand_ins, tied_names
 from qmoe.source.checkpoint import Checkpoint
 from qmoe.types import ExpertsLayout
@@ -106,8 +107,7 @@ class StreamedModel:
         with building(checkpoint.directory):
             self._build(*model_class(config, checkpoint, trust_remote_code))
         self._map_names()
-        if self.config.dtype is None:
-            self.config.dtype = self._usual_dtype()
+        settle_dtype(self.config, self._usual_dtype())
         self._absent = settle_ties(self.model, checkpoint, self.sources)
         for original, stored in stand_ins(self.model, self.sources).items():
             self.sources[original] = self.sources[stored]

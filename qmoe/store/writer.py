@@ -51,6 +51,7 @@ CARRIED = (
     "LICENSE*",
     "NOTICE*",
 )
+TEMPLATES = "additional_chat_templates"
 
 
 class ContainerWriter:
@@ -341,4 +342,19 @@ def carried_files(source: str | os.PathLike[str], more: Sequence[str] = ()) -> d
         for path in sorted(Path(source).glob(pattern)):
             if path.is_file() and path.suffix not in (".safetensors", ".bin"):
                 out[path.name] = path.read_bytes()
-    return out
+    return _one_folder(Path(source), out)
+
+
+def _one_folder(source: Path, files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files with the chat templates of a folder of their own put where transformers reads
+    several, too: into tokenizer_config.json. What a checkpoint consists of lies in one folder.
+    """
+    found = {p.stem: p.read_text("utf-8") for p in sorted((source / TEMPLATES).glob("*.jinja"))}
+    if not found:
+        return files
+    default = files.get("chat_template.jinja")
+    named = {"default": default.decode("utf-8"), **found} if default is not None else found
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    config["chat_template"] = [{"name": n, "template": t} for n, t in named.items()]
+    out = {n: data for n, data in files.items() if n != "chat_template.jinja"}
+    return out | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}

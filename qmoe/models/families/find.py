@@ -48,9 +48,15 @@ def find_experts(model: nn.Module) -> list[tuple[ExpertsLayout, nn.Module]]:
     """All experts modules of a model in definition order.
 
     Raises:
-        NoExpertsError: the model has none.
+        NoExpertsError: the model has none, or modules for experts with none or empty ones.
     """
     found = [(layout_of(path, m), m) for path, m in model.named_modules() if kind_of(m) is not None]
+    for layout, module in found:
+        if layout.experts < 1 or not layout.weights:
+            raise NoExpertsError(
+                f"{layout.path}: {type(module).__name__} with {layout.experts} experts of "
+                f"{[(p.rows, p.cols) for p in layout.projections]}; is config.json right?"
+            )
     if not found:
         raise NoExpertsError(
             f"{type(model).__name__} has no mixture-of-experts module that this release knows; "
