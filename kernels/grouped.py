@@ -40,6 +40,7 @@ def grouped_dot(
     m = tl.arange(0, TOKENS)
     real = r < rows - first_row
     scale = tl.load(row_scale + e.to(tl.int64) * rows + first_row + r, mask=real, other=0.0)
+    scale = scale.to(tl.float32)
     codes += (slot.to(tl.int64) * rows + first_row) * depth
     y += first_row
     for tile in range(tl.program_id(2), tl.cdiv(count, TOKENS), tl.num_programs(2)):

@@ -21,7 +21,7 @@ def pair_of(group_pairs, group, b, B: tl.constexpr, MEMBERS: tl.constexpr):
         return group.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "cols", "fan"])
 def gather_inputs(
     x, group_expert, group_pairs, columns, scales, xs, experts, cols, fan, stored, out_width,
     B: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr, MEMBERS: tl.constexpr,
@@ -41,7 +41,7 @@ def gather_inputs(
     at = (tl.maximum(e, 0).to(tl.int64) * pieces + piece) * stored + i + OFFSET
     inside = (i + OFFSET < tl.where(e >= 0, stored, 0)) & (i < out_width)
     column = tl.load(columns + at, mask=inside, other=-1).to(tl.int32)
-    scale = tl.load(scales + at, mask=inside, other=0.0)
+    scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
     to = ((g * pieces + piece) * out_width + i) * B
     for b in tl.static_range(B):
         pair = pair_of(group_pairs, g, b, B, MEMBERS)
@@ -53,7 +53,7 @@ def gather_inputs(
         tl.store(xs + to + b, v.to(xs.dtype.element_ty), mask=i < out_width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "inner"])
 def silu_inputs(
     partial, group_expert, group_pairs, columns, scales, xs, experts, inner, stored, width,
     SLOTS: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
@@ -73,7 +73,7 @@ def silu_inputs(
     at = (tl.maximum(e, 0).to(tl.int64) * pieces + tl.program_id(1)) * stored + i
     inside = i < tl.where(e >= 0, stored, 0)
     column = tl.load(columns + at, mask=inside, other=-1).to(tl.int32)
-    scale = tl.load(scales + at, mask=inside, other=0.0)
+    scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
     to = ((g * pieces + tl.program_id(1)) * width + i) * B
     if PDL:
         gdc_wait()

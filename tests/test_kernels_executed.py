@@ -38,25 +38,27 @@ def real(rows, cols):
 def mixed():
     """Experts of 7-bit and of wide 10-bit codes in one projection."""
     first, rest = parsed(several(40, 90), 8), parsed(several(40, 90, 20.0), 10)
-    return pack_projection([*first, *rest], 2)
+    return pack_projection([*first, *rest], 3)
 
 
+# few numbers of segments, as each is a kernel of its own to compile
 CASES = {  # name: (projection, its code limits, wide)
     "ragged": (lambda: packed(several(33, 17, count=3)), (7,), False),
     "one weight": (lambda: packed([matrix(1, 1, 3.0)]), (7,), False),
     "zeros": (lambda: packed([matrix(5, 40, 0.0)], 3), (7,), False),
     "0.8 bit": (
-        lambda: packed([sample_matrix(140, 300, 0.8, s) for s in range(2)], 4),
+        lambda: packed([sample_matrix(140, 200, 0.8, s) for s in range(2)], 3),
         (7,),
         False,
     ),
     "4 bit": (lambda: packed(several(70, 130, 5.0), 1), (7,), False),
-    "10 bits": (lambda: packed(several(40, 200, 0.6), 2, 10), (10,), False),
+    "10 bits": (lambda: packed(several(40, 200, 0.6), 3, 10), (10,), False),
     "12 bits": (lambda: packed(several(40, 200, 0.6), 1, 12), (12,), False),
-    "wide, 10 bits": (lambda: packed(several(40, 60, 20.0), 2, 10), (10,), True),
-    "wide, 12 bits": (lambda: packed(several(40, 60, 20.0), 3, 12), (12,), True),
-    "two row scales": (lambda: packed(several(40, 600, negative=True), 2), (7,), False),
+    "wide, 10 bits": (lambda: packed(several(40, 40, 20.0), 3, 10), (10,), True),
+    "wide, 12 bits": (lambda: packed(several(40, 30, 20.0), 3, 12), (12,), True),
+    "two row scales": (lambda: packed(several(40, 300, negative=True), 3), (7,), False),
     "two pieces": (lambda: packed([matrix(37, 1030, 0.3)], 3), (7,), False),
+    "far starts": (lambda: packed(several(40, 300, 20.0), 3, 8), (7,), False),
     "8 segments": (lambda: packed(several(70, 130, 1.0), 8), (7,), False),
     "mixed limits": (mixed, (7, 10), True),
 }
@@ -101,7 +103,8 @@ def check_projection(p, session, plan, kinds):
             check_partial_sums(p, session, dtype, batch, plan)
         x = torch.randn(5, p.cols).to(dtype)
         want = twins.project_torch(p, x, INDEX, 2)
-        each = [project.project(p, x, INDEX, 2, batch=b) for b in batches]
+        # partial sums of all batches have the same bits by now
+        each = [project.project(p, x, INDEX, 2, batch=b) for b in {batches[0], batches[-1]}]
         for y in each:
             assert bench.relative_rms(y, want) < bench.TOLERANCE[dtype]
             assert torch.equal(y, each[0])
@@ -113,9 +116,9 @@ def test_every_kind_of_matrix(name):
     make, limits, wide = CASES[name]
     p = make()
     assert (p.limits, p.wide) == (limits, wide)  # the case is what its name says
-    kinds = ((torch.bfloat16, (1, 2, 4, 8)), (torch.float16, (1,)), (torch.float32, (1, 8)))
-    if name not in BRIEF:
-        kinds = ((torch.bfloat16, (1, 4)), (torch.float32, (1,)))
+    kinds = ((torch.bfloat16, (1, 4)), (torch.float32, (1,)))
+    if name == "0.8 bit":
+        kinds = ((torch.bfloat16, (1, 2, 4, 8)), (torch.float16, (1,)), (torch.float32, (1, 8)))
     with executed(90) as session:
         check_projection(p, session, launch.PLANS[90], kinds)
 
@@ -140,8 +143,9 @@ def test_real_experts(steps, limit):
 @pytest.mark.parametrize("name", BRIEF)
 def test_every_target(capability, name):
     with executed(capability) as session:
-        kinds = ((torch.bfloat16, (1, 8)),) if name != "0.8 bit" else (
-            (torch.bfloat16, (1, 2)), (torch.float16, (1,)), (torch.float32, (4,)))  # fmt: skip
+        kinds = ((torch.bfloat16, (1,)),)
+        if name == "0.8 bit":
+            kinds = ((torch.bfloat16, (1, 8)), (torch.float16, (1,)), (torch.float32, (4,)))
         check_projection(CASES[name][0](), session, launch.plan_for(capability), kinds)
 
 

@@ -186,6 +186,13 @@ class QmoeQuantizer(HfQuantizer):
             use_kernels(model)
         return model
 
+    @property
+    def is_compileable(self) -> bool:
+        """Yes: experts are operators of fixed shapes. `generate` neither compiles nor captures a
+        model that says no, static cache or not.
+        """
+        return True
+
     def is_serializable(self, **_: Any) -> bool:
         """Saving writes the same format, see `qmoe.inference.save`."""
         return True
