@@ -237,3 +237,18 @@ def test_the_text_only_class_of_a_composite_configuration(tmp_path, tiny):
         streamed = StreamedModel(open_checkpoint(tmp_path / "source"))
         assert type(streamed.model) is type(model)
         assert streamed.config.model_type == "qwen3_5_moe_text"
+
+
+def test_a_class_that_transformers_does_not_have_keeps_its_name(tmp_path, tiny):
+    """Phi-3.5-MoE is PhiMoEForCausalLM for its publisher and for vLLM."""
+    source = tiny.save("phimoe", tmp_path / "source")
+    tiny.save_tokenizer(source)
+    config = json.loads((source / "config.json").read_text())
+    config["architectures"] = ["PhiMoEForCausalLM"]
+    (source / "config.json").write_text(json.dumps(config))
+    _compress(tiny, source, tmp_path / "q")
+    export(tmp_path / "q", tmp_path / "plain")
+    for made in (tmp_path / "q", tmp_path / "plain"):
+        config = json.loads((made / "config.json").read_text())
+        assert config["architectures"] == ["PhiMoEForCausalLM"]
+    assert type(qmoe.load(tmp_path / "q")).__name__ == "PhimoeForCausalLM"
