@@ -254,3 +254,18 @@ def test_a_class_without_text_under_architectures_is_refused(tmp_path, tiny):
     edit(tmp_path / "source", architectures=["MixtralForSequenceClassification"])
     with pytest.raises(UnsupportedModelError, match="is not a language model"):
         StreamedModel(open_checkpoint(tmp_path / "source"))
+
+
+def test_a_class_that_transformers_does_not_have_keeps_its_name(tmp_path, tiny):
+    """Phi-3.5-MoE is PhiMoEForCausalLM for its publisher and for vLLM."""
+    source = tiny.save("phimoe", tmp_path / "source")
+    tiny.save_tokenizer(source)
+    config = json.loads((source / "config.json").read_text())
+    config["architectures"] = ["PhiMoEForCausalLM"]
+    (source / "config.json").write_text(json.dumps(config))
+    compressed(tiny, source, tmp_path / "q")
+    export(tmp_path / "q", tmp_path / "plain")
+    for made in (tmp_path / "q", tmp_path / "plain"):
+        config = json.loads((made / "config.json").read_text())
+        assert config["architectures"] == ["PhiMoEForCausalLM"]
+    assert type(qmoe.load(tmp_path / "q")).__name__ == "PhimoeForCausalLM"

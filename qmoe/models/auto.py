@@ -72,6 +72,20 @@ def model_class(config: Any) -> tuple[Any, Any]:
     return cls, config
 
 
+def foreign_name(config: Any) -> bool:
+    """Whether `architectures` names a class that transformers does not have, such as Phi-3.5-MoE's
+    PhiMoEForCausalLM: the publisher's name, by which other engines know the model."""
+    name = _name(config)
+    return name is not None and not hasattr(transformers, name)
+
+
+def _name(config: Any) -> str | None:
+    """The first under `architectures`."""
+    names = config.architectures
+    first = names[0] if isinstance(names, list | tuple) and names else None
+    return first if isinstance(first, str) else None
+
+
 def _autos(config: Any) -> list[Any]:
     if config.is_encoder_decoder:
         return [transformers.AutoModelForSeq2SeqLM]

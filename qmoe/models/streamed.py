@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qmoe.errors import SourceError
-from qmoe.models.auto import building
+from qmoe.models.auto import building, foreign_name
 from qmoe.models.classes import block_lists, model_class, read_config
 from qmoe.models.families.find import KINDS, find_experts, take_any_width
 from qmoe.models.finite import check_finite
@@ -118,7 +118,8 @@ class StreamedModel:
 
     def _build(self, cls: Any, config: Any) -> None:
         self.config = copy.deepcopy(config)  # the model's own gets the compute dtype
-        self.config.architectures = [cls.__name__]
+        if not foreign_name(config):
+            self.config.architectures = [cls.__name__]
         with torch.device("meta"):
             self.model = cls._from_config(config, dtype=self.dtype)
         self.model.eval()

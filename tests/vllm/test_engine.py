@@ -47,7 +47,7 @@ def environment():
 def in_vllm(*tasks):
     """What run_model.py says of (model, engine's settings[, more of the task])."""
     every = [
-        {"model": str(model), "prompts": PROMPTS, "tokens": TOKENS, "engine": engine, **more}
+        {"model": str(model), "prompts": PROMPTS, "tokens": TOKENS, "engine": engine} | more
         for model, engine, *rest in tasks
         for more in (rest or [{}])
     ]
@@ -136,16 +136,18 @@ def of_another_version(model, out):
 
 
 def test_one_process(mixtral, qwen, tmp_path, tiny, monkeypatch):
-    """The bundled model; coded dense matrices; an id of the hub, without a network; what cannot be
-    served; a tensor that is missing, where vLLM itself would serve what lay in memory."""
+    """The bundled model; coded dense matrices; an id of the hub, without a network; the kernels of
+    a GPU; what cannot be served; a tensor that is missing, where vLLM itself would serve what lay
+    in memory."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     dense = coded_dense(tmp_path, tiny)
     gone = {"forget": "layers.1.self_attn.k_proj"}
     wrong = of_another_version(qwen, tmp_path / "wrong")
-    plain, coded, hub, *refused = in_vllm(
+    plain, coded, hub, kernels, *refused = in_vllm(
         (mixtral, {}),
         (dense, {}),
         (on_the_hub(qwen, tmp_path / "hub"), {}),
+        (qwen, {}, {"kernels": True, "tokens": 3}),
         (qwen, {"enable_lora": True}),
         (qwen, {"load_format": "dummy"}),
         (qwen, {"load_format": "safetensors"}),
@@ -155,6 +157,9 @@ def test_one_process(mixtral, qwen, tmp_path, tiny, monkeypatch):
     assert plain == {"tokens": in_transformers(mixtral), "bytes": [kept(mixtral)]}
     assert coded["tokens"] == in_transformers(dense)
     assert hub["tokens"] == in_transformers(qwen)
+    assert kernels["tokens"] == [t[:3] for t in hub["tokens"]]
+    assert kernels["bytes"] == [0]  # the streams are gone
+    assert {"matvec_shared", "sum_tokens"} <= {*kernels["launches"]}
     sentences = (
         "--enable-lora cannot be used",
         "--load-format dummy cannot be used",
