@@ -21,7 +21,7 @@ from qmoe.codec import (
     parse_matrix,
     parse_tables,
 )
-from qmoe.codec.decoder import lanes
+from qmoe.codec.decoder import registers
 from qmoe.codec.decoder import matvec as pairs
 from qmoe.codec.decoder import threads as decoder_threads
 
@@ -136,11 +136,11 @@ def test_a_forked_process_decodes_on_threads_of_its_own(threads, tmp_path):
     assert (tmp_path / "done").read_text() == "True"
 
 
-@pytest.mark.parametrize("rows", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("rows", [1, 31, 63, 64, 65, 100])
 @pytest.mark.parametrize("limit", [8, 10, 12])
 @pytest.mark.parametrize("negative", [False, True])
 def test_vector_code_equals_the_plain_loops_bit_for_bit(monkeypatch, rows, limit, negative):
-    if not lanes.AVAILABLE:
+    if not registers.AVAILABLE:
         pytest.skip("no AVX-512, or slow gathers")
     dense = [
         random_matrix(rows, c, seed=s, step=0.2 * s, negative=negative)
@@ -160,7 +160,7 @@ def test_vector_code_equals_the_plain_loops_bit_for_bit(monkeypatch, rows, limit
 def test_many_activations_are_each_alone_bit_for_bit(
     threads, monkeypatch, vectors, limit, negative, cols
 ):
-    if vectors and not lanes.AVAILABLE:
+    if vectors and not registers.AVAILABLE:
         pytest.skip("no AVX-512, or slow gathers")
     monkeypatch.setattr(pairs, "VECTORS", vectors)
     ((tables, matrix),) = parsed([random_matrix(71, cols, step=0.4, negative=negative)], limit)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qmoe.codec.decoder import threads
-from qmoe.codec.decoder.lanes import COUNT, fused, load_bytes, load_floats, total, zeros
+from qmoe.codec.decoder.registers import COUNT, fused, load_bytes, load_floats, total, zeros
 from qmoe.codec.format.arrays import F32, I8
 from qmoe.types import QuantizedMatrix, grid_scale
 
