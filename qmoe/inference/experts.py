@@ -182,16 +182,13 @@ class EncodedExperts(nn.Module):
         """
         projection = self._projection[name]
         if self.decodes_inside(x):
-            tables, matrix = self.parsed(streams, expert, projection)
-            if codec.decodes_inside(matrix, len(x), x.dtype):
-                y = codec.matvec(tables, matrix, x.detach().float().cpu().contiguous())
-                return y.to(x.device, x.dtype)
+            return codec.linear(*self.parsed(streams, expert, projection), x)
 
         def decode() -> Tensor:
             exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
             tables, matrix = self.parsed(streams, expert, projection)
-            weights = codec.decode_dense(tables, matrix, exact).to(x.device, x.dtype)
-            return weights.contiguous() if self.caches.decoded.capacity else weights
+            weights = codec.decode_dense(tables, matrix, exact).contiguous()
+            return weights.to(x.device, x.dtype)
 
         key = (*self._key, expert, projection, x.dtype, x.device)
         return F.linear(x, self.caches.decoded.get(key, decode, lambda w: w.nbytes))
@@ -210,9 +207,8 @@ class EncodedExperts(nn.Module):
         return y.to(x.device, x.dtype)
 
     def decodes_inside(self, x: Tensor) -> bool:
-        """Whether a product with x may decode as it goes. It has no gradient; a dense one passes
-        it on to x.
-        """
+        """Whether a product with x may decode as it goes, or for itself alone. That has no
+        gradient; a product with weights that are kept passes it on to x."""
         learns = x.requires_grad and torch.is_grad_enabled()
         return not (learns or self.caches.decoded.capacity)
 

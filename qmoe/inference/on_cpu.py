@@ -5,6 +5,7 @@ own each. A token's result does not depend on the tokens beside it as long as it
 are those of `codec.matvec`.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 
 from qmoe import codec
+from qmoe.inference.combine import add_rows
 from qmoe.models.families.kind import Routed
 
-_MOST = 64 << 20  # bytes of inputs that are gathered at once
+# Weights that are decoded once more rather than multiplied in calls of their own, which take a
+# tenth of a millisecond for an expert
+AGAIN = 3 << 18
 
 
 def run_on_cpu(module: Any, hidden: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
@@ -36,8 +40,7 @@ def run_on_cpu(module: Any, hidden: Tensor, index: Tensor, weights: Tensor | Non
     experts: list[int] = index[0].tolist() if len(hidden) == 1 else []
     if _distinct(experts, module.num_experts):
         return _one_token(module, streams, hidden, experts, weights)
-    gathered = index.numel() * hidden.shape[1] * hidden.element_size()
-    if module.decodes_inside(hidden) and 0 < gathered <= _MOST:
+    if module.decodes_inside(hidden) and index.numel():
         return _sorted(module, streams, hidden, index, weights)
 
     def one(expert: int, x: Tensor) -> Tensor:
@@ -80,30 +83,27 @@ def _one_token(
 def _sorted(
     module: Any, streams: Any, hidden: Tensor, index: Tensor, weights: Tensor | None
 ) -> Tensor:
-    """All slots at once, in the order of their experts, as `Routed.run` goes through them."""
+    """Expert by expert, as `Routed.run` adds up, but those with few tokens computed together."""
     found = torch.sort(index.reshape(-1), stable=True)
     numbers = torch.arange(module.num_experts + 1, device=index.device)
     first = torch.searchsorted(found.values, numbers).tolist()
-    slots = found.indices[first[0] : first[-1]]
-    rows = slots // index.shape[1]
-    ranges = {e: (a - first[0], b - first[0]) for e, (a, b) in enumerate(pairwise(first)) if a < b}
-    few = {e: r for e, r in ranges.items() if r[1] - r[0] <= codec.FEW}
-    x = hidden[rows]
-    y = x.new_empty(len(x), module.width)
+    rows = found.indices // index.shape[1]
+    shares = None if weights is None else weights.reshape(-1)[found.indices]
+    ranges = {e: (a, b) for e, (a, b) in enumerate(pairwise(first)) if a < b}
+    size = sum(p.rows * p.cols for p in module.layout.projections)
+    few = {e: r for e, r in ranges.items() if (r[1] - r[0] - 1) // codec.FEW * size <= AGAIN}
+    together: Iterator[Tensor] = iter(())
     if few:
-        counts = [b - a for a, b in few.values()]
-        if len(few) == len(ranges):
-            y = _few(module, streams, [*few], counts, x)
-        else:
-            at = torch.cat([torch.arange(a, b, device=x.device) for a, b in few.values()])
-            y[at] = _few(module, streams, [*few], counts, x[at])
+        parts = [
+            (e, min(codec.FEW, b - k)) for e, (a, b) in few.items() for k in range(a, b, codec.FEW)
+        ]
+        at = torch.cat([rows[a:b] for a, b in few.values()])
+        y = _few(module, streams, [e for e, _ in parts], [n for _, n in parts], hidden[at])
+        together = iter(y.split([b - a for a, b in few.values()]))
+    out = torch.zeros(len(hidden), module.width, device=hidden.device)
     for e, (a, b) in ranges.items():
-        if e not in few:
-            y[a:b] = _ffn(module, streams, e, x[a:b])
-    if weights is not None:
-        y = y * weights.reshape(-1)[slots][:, None]
-    out = torch.zeros(len(hidden), y.shape[1], device=y.device)
-    out.index_add_(0, rows, y.float())
+        y = next(together) if e in few else _ffn(module, streams, e, hidden[rows[a:b]])
+        add_rows(out, rows[a:b], y, None if shares is None else shares[a:b])
     return out.to(hidden.dtype)
 
 

@@ -319,59 +319,43 @@ def in_tile(context: Any, place: Any, lane: Any) -> Any:
 
 
 @intrinsic
-def scatter(context: Any, array: Any, index: Any, x: Any) -> Any:
-    """array[index] = x, lane by lane, of 32-bit integers."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        base = data(context, builder, signature.args[0], arguments[0], I32)
-        base = builder.bitcast(base, I8.as_pointer())
-        mask = ir.Constant(ir.VectorType(I1, COUNT), [1] * COUNT)
-        parts = (_cut(builder, a, COUNT) for a in arguments[1:])
-        for at, value in zip(*parts, strict=True):
-            name = "llvm.x86.avx512.mask.scatter.dpi.512"
-            call(builder, name, ir.VoidType(), base, mask, at, value, I32(4))
-        return context.get_dummy_value()
-
-    return nb.types.void(array, index, x), code
-
-
-@intrinsic
-def weights_of(
-    context: Any, codes: Any, at: Any, by: Any, above: Any, below: Any, out: Any, to: Any
-) -> Any:
-    """out[to : to + 64] = the bits of ``codes[at : at + 64] * by * above``, of `below` where a code
-    is negative: as float32, or as bfloat16 (the nearest, ties to even) where `out` is of 16 bits.
+def weights_of(context: Any, codes: Any, at: Any, by: Any, rows: Any, out: Any, to: Any) -> Any:
+    """out[to : to + 64] = the bits of ``codes[at : at + 64] * by * rows[:64]``, of ``rows[64:]``
+    where a code is negative: as float32, or as bfloat16 (the nearest, ties to even) where `out` is
+    of 16 bits.
 
     Args:
-        codes: int32; by: float32; above, below: float32 [64]; out: uint16 or uint32.
+        codes: int8; by: float32; rows: float32 [128]; out: uint16 or uint32.
     """
+    narrow = out.dtype.bitwidth == 16
+    kinds = {0: I8, 3: F32, 4: I16 if narrow else I32}
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kinds = {0: I32, 3: F32, 4: F32, 5: I16 if out.dtype.bitwidth == 16 else I32}
-        base = {
-            k: data(context, builder, signature.args[k], arguments[k], t) for k, t in kinds.items()
-        }
+        args = signature.args
+        base = {k: data(context, builder, args[k], arguments[k], kinds[k]) for k in kinds}
         scale = everywhere(builder, arguments[2], COUNT)
-        floats = scale.type
 
         def place(k: int, start: Any, lane: int) -> Any:
-            kind = ir.VectorType(kinds[k], COUNT).as_pointer()
-            where = builder.gep(base[k], [builder.add(start, I64(lane)) if start else I64(lane)])
-            return builder.bitcast(where, kind)
+            where = builder.gep(base[k], [builder.add(start, I64(lane))])
+            return builder.bitcast(where, ir.VectorType(kinds[k], COUNT).as_pointer())
 
         for lane in range(0, STREAMS, COUNT):
-            q = builder.load(place(0, arguments[1], lane), align=4)
-            rows = [builder.load(place(k, None, lane), align=4) for k in (3, 4)]
+            q = builder.sext(builder.load(place(0, arguments[1], lane), align=1), WORDS)
+            above, below = (builder.load(place(3, I64(s), lane), align=4) for s in (0, STREAMS))
             negative = builder.icmp_signed("<", q, _constant(0, COUNT))
-            weight = builder.fmul(builder.sitofp(q, floats), scale)
-            weight = builder.fmul(weight, builder.select(negative, rows[1], rows[0]))
+            row = builder.select(negative, below, above)
+            weight = builder.fmul(builder.fmul(builder.sitofp(q, scale.type), scale), row)
             bits = builder.bitcast(weight, WORDS)
-            if kinds[5] is I16:
-                odd = builder.and_(builder.lshr(bits, _constant(16, COUNT)), _constant(1, COUNT))
-                bits = builder.add(builder.add(bits, _constant(0x7FFF, COUNT)), odd)
-                bits = builder.lshr(bits, _constant(16, COUNT))
-                bits = builder.trunc(bits, ir.VectorType(I16, COUNT))
-            builder.store(bits, place(5, arguments[6], lane), align=2 if kinds[5] is I16 else 4)
+            if narrow:
+                bits = _upper_half(builder, bits)
+            builder.store(bits, place(4, arguments[5], lane), align=2 if narrow else 4)
         return context.get_dummy_value()
 
-    return nb.types.void(codes, at, by, above, below, out, to), code
+    return nb.types.void(codes, at, by, rows, out, to), code
+
+
+def _upper_half(builder: Any, bits: Any) -> Any:
+    """Float32 rounded to bfloat16, as 16-bit integers."""
+    odd = builder.and_(builder.lshr(bits, _constant(16, COUNT)), _constant(1, COUNT))
+    bits = builder.add(builder.add(bits, _constant(0x7FFF, COUNT)), odd)
+    return builder.trunc(builder.lshr(bits, _constant(16, COUNT)), ir.VectorType(I16, COUNT))
