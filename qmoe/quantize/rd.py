@@ -139,7 +139,7 @@ def solve(problem: Problem, options: Options) -> Solution:
 
 
 def at_any_step(
-    problem: Problem, weighted: bool = True, least_use: float = 0.05, **solver_options: float
+    problem: Problem, weighted: float = 1, least_use: float = 0.05, **solver_options: float
 ) -> Callable[[float], Solution]:
     """What `method` solves the problem to, as a function of `delta`: for those who ask for several.
 

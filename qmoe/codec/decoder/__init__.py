@@ -14,5 +14,6 @@ lanes         a block of 64 streams, a lane each
 registers     vectors of 16 floats for compiled loops
 reference     the definition of the format in plain Python
 integers      products with 8-bit integers that stay as they are in memory
+room          memory for weights of one product
 threads       compiled loops on several threads, also after a fork
 """

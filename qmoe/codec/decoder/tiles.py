@@ -4,7 +4,6 @@ The weights are written transposed, [cols, rows]: what the lanes hold of one col
 there. A product takes them as they are, `weights.T` being a view.
 """
 
-import threading
 from typing import Any
 
 import numba as nb
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmoe.codec.decoder import addresses as at
-from qmoe.codec.decoder import threads as decoder_threads
+from qmoe.codec.decoder import threads
 from qmoe.codec.decoder.lanes import (
     add,
     any_less,
@@ -38,12 +37,11 @@ from qmoe.codec.decoder.matrix import ParsedMatrix
 from qmoe.codec.decoder.matvec import put_classes
 from qmoe.codec.decoder.matvec_loops import scale
 from qmoe.codec.decoder.registers import STREAMS
+from qmoe.codec.decoder.room import kept_room
 from qmoe.codec.format.arrays import I8, I32, I64, U16, U32
 from qmoe.codec.format.tables import Tables
 
 BLOCK = STREAMS
-_MOST_KEPT = 64 << 20  # bytes
-_KEPT = threading.local()
 _SHARE = 4  # blocks of a piece of work, which has a tile of its own
 
 
@@ -55,22 +53,21 @@ def dense_vectors(
     Args:
         tables, matrix: of at most MOST_ORDERED rows.
         dtype: float32, or bfloat16 for those rounded to the nearest.
-        room: uint8 [n], where they are put if there is enough of it.
+        room: uint8 [n], where they are put; None takes new memory.
     """
     size = matrix.cols * matrix.rows * dtype.itemsize
-    if room is None or room.numel() < size:
-        room = torch.empty(size, dtype=torch.uint8)
+    room = torch.empty(size, dtype=torch.uint8) if room is None else room
     weights = room[:size].view(dtype).view(matrix.cols, matrix.rows)
     table = np.array(at.addresses(tables, matrix), np.int64)
     classes = np.empty(matrix.pieces * at.positions(tables, matrix), np.int32)
     bits = weights.view(torch.uint16 if dtype == torch.bfloat16 else torch.uint32).numpy()
-    decoder_threads.run(_all, _all_shared, (table, classes, bits), weights.numel())
+    threads.run(_all, _all_shared, (table, classes, bits), weights.numel())
     return weights.T
 
 
 def matmul_dense(tables: Tables, matrix: ParsedMatrix, x: Tensor) -> Tensor:
     """``x @ W.T`` by torch, with W decoded to the dtype of x, float32 or bfloat16, for the time of
-    the call. Its memory is kept for the next one: fresh pages cost as much as decoding.
+    the call.
 
     Args:
         tables, matrix: of at most MOST_ORDERED rows.
@@ -79,10 +76,7 @@ def matmul_dense(tables: Tables, matrix: ParsedMatrix, x: Tensor) -> Tensor:
     Returns:
         [n, rows], of the dtype of x.
     """
-    size = matrix.cols * matrix.rows * x.dtype.itemsize
-    room: Tensor | None = getattr(_KEPT, "room", None)
-    if (room is None or room.numel() < size) and size <= _MOST_KEPT:
-        room = _KEPT.room = torch.empty(size, dtype=torch.uint8)
+    room = kept_room(matrix.cols * matrix.rows * x.dtype.itemsize)
     return F.linear(x, dense_vectors(tables, matrix, x.dtype, room))
 
 
