@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qmoe.compression.coding import encode_experts
+from qmoe.compression.coding import encode_experts, encode_planes
 from qmoe.models.classes import plain_config
 from qmoe.models.families.find import KINDS, find_experts, read_expert
+from qmoe.store.block import BlockWriter
+from qmoe.store.stored_dense import DenseGeometry
 from qmoe.store.writer import ContainerWriter
 from qmoe.types import QuantizedMatrix, grid_index, grid_scale
 
 _TRIES = 12
+BAND, NARROWEST = 1024, 128  # rows of a band; a router stays as it is
 
 
 def rounded(weight: Tensor, step: int) -> QuantizedMatrix:
@@ -34,8 +37,24 @@ def step_for(weight: Tensor, bits: float) -> int:
     return (low + high) // 2
 
 
-def code_uniformly(source: Path, out: Path, bits: float) -> None:
-    """Compresses a model whose experts are fused modules."""
+def add_dense(block: BlockWriter, name: str, weight: Tensor, step: int) -> None:
+    """A dense matrix in bands of one plane, as `--dense-bits 4` codes it."""
+    rows, cols = weight.shape
+    geometry = DenseGeometry(name, rows, cols, min(rows, BAND), 1)
+    bands = (weight[band.start : band.stop] for band in geometry.bands)
+    coded = (encode_planes([rounded(w, step)], tuple(w.shape)) for w in bands)
+    block.add_dense(geometry, coded, delta=1.0, note="")
+
+
+def code_uniformly(source: Path, out: Path, bits: float, dense_bits: float = 16) -> None:
+    """Compresses a model whose experts are fused modules.
+
+    Args:
+        source: a checkpoint of transformers.
+        out: the compressed one.
+        bits: of the experts, stored bits a weight.
+        dense_bits: of the matrices outside of them, up to 5; 16 leaves them as they are.
+    """
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     found = dict((layout.path, (layout, module)) for layout, module in find_experts(model))
     tensors = model.state_dict()
@@ -47,7 +66,10 @@ def code_uniformly(source: Path, out: Path, bits: float) -> None:
     with ContainerWriter(out) as writer:
         with writer.block("all") as block:
             for name, tensor in tensors.items():
-                block.add_tensor(name, tensor)
+                if dense_bits < 16 and tensor.ndim == 2 and min(tensor.shape) >= NARROWEST:
+                    add_dense(block, name, tensor, step_for(tensor[:BAND], dense_bits))
+                else:
+                    block.add_tensor(name, tensor)
             for path, (layout, module) in found.items():
                 experts = block.experts(layout)
                 for projection in layout.projections:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_codec import plain, random_matrix
 
 from qmoe.codec import (
@@ -21,9 +22,11 @@ from qmoe.codec import (
     parse_matrix,
     parse_tables,
 )
-from qmoe.codec.decoder import lanes
 from qmoe.codec.decoder import matvec as pairs
+from qmoe.codec.decoder import registers
 from qmoe.codec.decoder import threads as decoder_threads
+from qmoe.codec.decoder.matmul import matmul_few
+from qmoe.codec.decoder.tiles import dense_vectors, matmul_dense
 
 
 def parsed(matrices, limit=None):
@@ -136,11 +139,11 @@ def test_a_forked_process_decodes_on_threads_of_its_own(threads, tmp_path):
     assert (tmp_path / "done").read_text() == "True"
 
 
-@pytest.mark.parametrize("rows", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("rows", [1, 31, 63, 64, 65, 100])
 @pytest.mark.parametrize("limit", [8, 10, 12])
 @pytest.mark.parametrize("negative", [False, True])
 def test_vector_code_equals_the_plain_loops_bit_for_bit(monkeypatch, rows, limit, negative):
-    if not lanes.AVAILABLE:
+    if not registers.AVAILABLE:
         pytest.skip("no AVX-512, or slow gathers")
     dense = [
         random_matrix(rows, c, seed=s, step=0.2 * s, negative=negative)
@@ -160,7 +163,7 @@ def test_vector_code_equals_the_plain_loops_bit_for_bit(monkeypatch, rows, limit
 def test_many_activations_are_each_alone_bit_for_bit(
     threads, monkeypatch, vectors, limit, negative, cols
 ):
-    if vectors and not lanes.AVAILABLE:
+    if vectors and not registers.AVAILABLE:
         pytest.skip("no AVX-512, or slow gathers")
     monkeypatch.setattr(pairs, "VECTORS", vectors)
     ((tables, matrix),) = parsed([random_matrix(71, cols, step=0.4, negative=negative)], limit)
@@ -171,6 +174,51 @@ def test_many_activations_are_each_alone_bit_for_bit(
         threads(count)
         for n in (0, 1, 2, 5, 16, 17, 33, 64, 100, 300):
             assert torch.equal(matvec(tables, matrix, x[:n]), alone[:n])
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize(
+    ("limit", "negative", "rows", "cols"),
+    [(8, False, 130, 1500), (8, True, 64, 90), (11, False, 3, 70)],
+)
+def test_few_activations_of_several_matrices_are_each_alone_bit_for_bit(
+    threads, monkeypatch, vectors, limit, negative, rows, cols
+):
+    if vectors and not registers.AVAILABLE:
+        pytest.skip("no AVX-512, or slow gathers")
+    monkeypatch.setattr(pairs, "VECTORS", vectors)
+    dense = [
+        random_matrix(rows, cols, seed=s, step=0.3 * s, negative=negative) for s in range(1, 5)
+    ]
+    matrices, counts = parsed(dense, limit), [1, 2, 3, 4]
+    x = torch.randn(10, cols, generator=torch.Generator().manual_seed(7))
+    alone = matvec_pairs([m for m, n in zip(matrices, counts, strict=True) for _ in range(n)], x)
+    for count in (1, 2):
+        threads(count)
+        assert torch.equal(matmul_few(matrices, counts, x), alone)
+
+
+@pytest.mark.parametrize("limit", [8, 10, 12])
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 5), (64, 300), (130, 1500), (700, 1100)])
+def test_dense_weights_in_vector_code_are_the_matrix(threads, limit, negative, rows, cols):
+    if not registers.AVAILABLE:
+        pytest.skip("no AVX-512, or slow gathers")
+    matrix = random_matrix(rows, cols, step=0.4, negative=negative)  # with columns of zeros
+    ((tables, found),) = parsed([matrix], limit)
+    exact = matrix.dequantize()
+    for count in (1, 2):
+        threads(count)
+        for dtype in (torch.float32, torch.bfloat16):
+            room = torch.full((4 * rows * cols + 8,), 0x7F, dtype=torch.uint8)
+            assert torch.equal(dense_vectors(tables, found, dtype), exact.to(dtype))
+            assert torch.equal(dense_vectors(tables, found, dtype, room), exact.to(dtype))
+    x = torch.randn(5, cols, generator=torch.Generator().manual_seed(7))
+    for dtype in (torch.float32, torch.bfloat16):  # twice: the kept memory has been used
+        for _ in range(2):
+            expected = F.linear(x.to(dtype), exact.to(dtype))
+            found_y = matmul_dense(tables, found, x.to(dtype))
+            torch.testing.assert_close(found_y, expected, rtol=0.02, atol=1e-4)
 
 
 def test_payloads_are_views_of_the_blob():

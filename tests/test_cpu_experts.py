@@ -1,5 +1,6 @@
 """Encoded experts on the CPU: what is kept between calls, and torch.compile."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from torch import nn
 
 import qmoe
-from qmoe.inference import experts
+from qmoe.inference import on_cpu
+from qmoe.inference.combine import add_rows
 from qmoe.inference.experts import Caches, EncodedExperts
+from qmoe.models.families.kind import Routed
 from qmoe.store.stored_experts import StoredExperts
 
 
@@ -122,7 +125,7 @@ def test_a_few_tokens_in_few_calls_change_no_bit(
     write_compressed(build_model(family), tmp_path / "m")
     module = layers(qmoe.load(tmp_path / "m", dtype=torch.bfloat16))[0]
     if again is not None:
-        monkeypatch.setattr(experts, "_AGAIN", again)
+        monkeypatch.setattr(on_cpu, "AGAIN", again)
     g = torch.Generator().manual_seed(0)
     count, cols = module.num_experts, module.layout.projections[0].cols
     for tokens in (0, 1, 7):
@@ -131,10 +134,9 @@ def test_a_few_tokens_in_few_calls_change_no_bit(
         index[-1:] = torch.tensor([-1, count, 1 << 40])
         index[:1] = torch.tensor([1, 0, 1])
         for weights in (None, torch.rand(tokens, 3, generator=g)):
-            found = experts.run_on_cpu(module, hidden, index, weights)
-            with monkeypatch.context() as patch:
-                patch.setattr(experts, "_FEW", -1)
-                want = experts.run_on_cpu(module, hidden, index, weights)
+            found = on_cpu.run_on_cpu(module, hidden, index, weights)
+            one = partial(on_cpu._ffn, module, module.encoded())
+            want = Routed(hidden, index, weights, (tokens,)).run(count, one)
             assert torch.equal(found, want)
             assert found.dtype == torch.bfloat16
 
@@ -212,3 +214,37 @@ def test_gradients_of_biases_flow_through_the_compiled_module(
         found.append([p.grad for _, p in module.own_parameters()])
     for plain, traced in zip(*found, strict=True):
         torch.testing.assert_close(plain, traced, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_added_as_torch_adds_them(dtype):
+    g = torch.Generator().manual_seed(3)
+    y, weights = (torch.randn(s, generator=g).to(dtype) for s in ((40, 300), (40,)))
+    rows = torch.randint(0, 7, (40,), generator=g)
+    for share in (weights, None):
+        expected = torch.zeros(9, 300)
+        for i, row in enumerate(rows):
+            expected[row] += (y[i] if share is None else y[i] * share[i]).float()
+        out = torch.zeros(9, 300)
+        add_rows(out, rows, y, share)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tokens_together_are_each_token_alone(written, threads):
+    """Few and many tokens an expert, an expert that is left out, one that a token has twice."""
+    module = layers(qmoe.load(written[0]))[0]
+    g = torch.Generator().manual_seed(5)
+    for tokens in (2, 7, 40):
+        x = torch.randn(tokens, module.layout.projections[0].cols, generator=g)
+        index = torch.randint(0, module.num_experts + 1, (tokens, 3), generator=g)
+        index[0] = 1
+        weights = torch.rand(tokens, 3, generator=g)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        together = module.run_plain(x, index, weights)
+        torch.set_num_threads(before)
+        alone = [
+            module.run_plain(*(t[i : i + 1] for t in (x, index, weights))) for i in range(tokens)
+        ]
+        assert torch.equal(together, torch.cat(alone))

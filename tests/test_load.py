@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe
 from qmoe.errors import CorruptError, OutputError, QmoeError
-from qmoe.inference import experts
+from qmoe.inference import on_cpu
 from qmoe.inference.cache import CACHE_VARIABLE
-from qmoe.inference.experts import EncodedExperts
+from qmoe.inference.experts import BACKENDS, EncodedExperts
 from qmoe.inference.load import set_cache_bytes
 from qmoe.models.families import find as layouts
 from qmoe.models.projects.fairseq_moe import FairseqMoeConfig
@@ -234,7 +234,7 @@ def test_one_token_is_that_token_of_many(compressed):
     for dtype in (torch.float32, torch.bfloat16):
         for w in (weights.to(dtype), None):
             alone = [
-                experts.run_on_cpu(
+                on_cpu.run_on_cpu(
                     module,
                     x[i : i + 1].to(dtype),
                     index[i : i + 1],
@@ -242,7 +242,7 @@ def test_one_token_is_that_token_of_many(compressed):
                 )
                 for i in range(6)
             ]
-            together = experts.run_on_cpu(module, x.to(dtype), index, w)
+            together = on_cpu.run_on_cpu(module, x.to(dtype), index, w)
             torch.testing.assert_close(torch.cat(alone), together, rtol=1e-5, atol=1e-6)
             assert not alone[4].any()
 
@@ -283,9 +283,9 @@ def test_a_registered_backend_gets_the_work(compressed, monkeypatch):
 
     def backend(module, hidden, index, weights):
         calls.append((hidden.shape, index.shape, weights.shape))
-        return experts.run_on_cpu(module, hidden, index, weights)
+        return on_cpu.run_on_cpu(module, hidden, index, weights)
 
-    monkeypatch.setitem(experts.BACKENDS, "cpu", backend)
+    monkeypatch.setitem(BACKENDS, "cpu", backend)
     model(torch.tensor([[5, 6, 7]]))
     assert calls == [((3, 64), (3, 2), (3, 2))] * model.config.num_hidden_layers
 

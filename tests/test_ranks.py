@@ -9,7 +9,8 @@ import qmoe
 from qmoe.engines.vllm.ranks import build, bytes_of, dealt, owned
 from qmoe.errors import CorruptError
 from qmoe.inference.cuda import run_kernels, settle
-from qmoe.inference.experts import Caches, run_on_cpu
+from qmoe.inference.experts import Caches
+from qmoe.inference.on_cpu import run_on_cpu
 from qmoe.inference.structure import build as skeleton_of
 from qmoe.store.reader import Container
 from qmoe.store.stored_experts import used_runs

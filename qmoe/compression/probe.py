@@ -7,8 +7,9 @@ of the samples; they exchange numbers only.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from qmoe.compression.job import Job
 from qmoe.compression.layer import groups
 from qmoe.compression.rate import OFFSETS_BITS, Controller, Curve
 from qmoe.models.downloads import begin_walk, leave
-from qmoe.quantize import Method, Problem, Solution, get_method
+from qmoe.quantize import Method, Problem, Solution, get_method, rd
 from qmoe.system.processes import World
 from qmoe.types import ExpertsLayout, QuantizedMatrix
 
@@ -136,8 +137,8 @@ class Probe:
         self._samples = [n for layout in layouts for n in samples(layout)]
         self._calls = 0
         self.curves: list[Curve] = []
-        rd = get_method("rd", **self._solver_options)
-        self.method = Method("probe", rd.weighted, 0.0, self._solve, rd.least_use)
+        plain = get_method("rd", **self._solver_options)
+        self.method = Method("probe", plain.weighted, 0.0, self._solve, plain.least_use)
 
     def _solve(self, problem: Problem) -> Solution:
         unchanged = cast(list[QuantizedMatrix], [_Unchanged(w) for w in problem.weight])
@@ -154,35 +155,38 @@ class Probe:
             layer_tokens=problem.layer_tokens,
             importance=problem.importance,
         )
+        solved = cache(partial(rd.at_any_step, part, **self._solver_options))
+
+        def cost(delta: float) -> float:
+            matrices = solved()(delta * self._scale).matrices
+            return self._cost(matrices, part.weight.numel(), len(problem.weight))
+
         if self._centre is None:
-            self._centre = self._world.share(
-                lambda: self._bracket(part, len(problem.weight)), "step of the probe"
-            )
+            self._centre = self._world.share(lambda: self._bracket(cost), "step of the probe")
         for i in range(len(STEPS)):
             if (self._calls * len(STEPS) + i) % self._world.size == self._world.rank:
-                cost = self._cost(part, self._centre * STEPS[i], len(problem.weight))
-                self._costs[self._calls, i] = cost * problem.weight.numel()
+                self._costs[self._calls, i] = cost(self._centre * STEPS[i]) * problem.weight.numel()
         self._weights += problem.weight.numel()
         return solution
 
-    def _cost(self, part: Problem, delta: float, group: int) -> float:
-        """Stored bits per weight of a sample that stands for a group of `group` experts."""
-        method = get_method("rd", delta=delta * self._scale, **self._solver_options)
-        header, blobs = trial_bits(method.solve(part).matrices)
-        share = len(part.weight) / group
-        cells = part.weight.numel()
-        return (blobs + header * share + OFFSETS_BITS * len(part.weight)) / cells
+    @staticmethod
+    def _cost(matrices: Sequence[QuantizedMatrix], cells: int, group: int) -> float:
+        """Stored bits per weight of a sample of so many weights that stands for a group of `group`
+        experts."""
+        header, blobs = trial_bits(matrices)
+        share = len(matrices) / group
+        return (blobs + header * share + OFFSETS_BITS * len(matrices)) / cells
 
-    def _bracket(self, part: Problem, group: int) -> float:
+    def _bracket(self, cost: Callable[[float], float]) -> float:
         """The step at which the first projection of the first layer meets the target."""
         low = high = 8.0
-        while self._cost(part, low, group) < self._target and low > 1e-6:
+        while cost(low) < self._target and low > 1e-6:
             low /= 2
-        while self._cost(part, high, group) > self._target and high < 1e6:
+        while cost(high) > self._target and high < 1e6:
             high *= 2
         for _ in range(4):
             middle = math.sqrt(low * high)
-            if self._cost(part, middle, group) > self._target:
+            if cost(middle) > self._target:
                 low = middle
             else:
                 high = middle

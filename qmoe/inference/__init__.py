@@ -5,6 +5,8 @@ registration  what ``import qmoe`` teaches transformers
 quantizer     the quantization method "qmoe" of transformers
 structure     the model that config.json describes, against what is stored
 experts       the module that stands where a model's experts stood
+on_cpu        the backend that needs nothing
+combine       the sum of what a token's experts say
 cache         decoded things, least recently used first out
 operator      experts on the CPU as a custom operator
 cuda          experts through the kernels

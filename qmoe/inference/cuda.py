@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from qmoe.codec import ParsedMatrix, Tables
 from qmoe.errors import QmoeError
-from qmoe.inference.experts import BACKENDS, EncodedExperts, run_on_cpu
+from qmoe.inference.experts import BACKENDS, EncodedExperts
+from qmoe.inference.on_cpu import run_on_cpu
 from qmoe.kernels.launch import plan_of, segments
 from qmoe.kernels.ops import ExpertsPack, experts_forward, project_pairs
 from qmoe.kernels.pack import Map, PackedProjection, pack_projection

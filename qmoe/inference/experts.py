@@ -9,9 +9,7 @@ What runs on a device is a *backend* in `BACKENDS`, by device type. The CPU back
 every device that has none of its own.
 """
 
-from collections import Counter
 from collections.abc import Callable, Hashable
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,19 +19,15 @@ from torch import Tensor, nn
 from qmoe import codec
 from qmoe.inference import operator
 from qmoe.inference.cache import ByteCache
+from qmoe.inference.on_cpu import run_on_cpu
 from qmoe.models.families.find import KINDS
-from qmoe.models.families.kind import Bias, Routed
+from qmoe.models.families.kind import Bias
 from qmoe.store.stored_experts import StoredExperts
 from qmoe.types import ExpertsLayout
 
 # Bound of all parsed side data of one model: so much, and a share of the bytes of its streams. Side
 # data takes about a tenth of them, so that all of it is kept.
 PARSED_BYTES, PARSED_SHARE = 64 << 20, 0.25
-
-_FEW = 64  # tokens up to which pairs of a token and an expert are looked at one by one
-# Weights that are decoded once more rather than multiplied in calls of their own, which take a
-# tenth of a millisecond for an expert
-_AGAIN = 3 << 18
 
 # (module, hidden [n, cols], index [n, slots], weights [n, slots] or None) -> [n, width]
 Backend = Callable[["EncodedExperts", Tensor, Tensor, Tensor | None], Tensor]
@@ -187,35 +181,34 @@ class EncodedExperts(nn.Module):
             [n, rows], dtype and device of `x`.
         """
         projection = self._projection[name]
-        if self._decodes_inside(x):
-            tables, matrix = self.parsed(streams, expert, projection)
-            if codec.decodes_inside(matrix, len(x)):
-                y = codec.matvec(tables, matrix, x.detach().float().cpu().contiguous())
-                return y.to(x.device, x.dtype)
+        if self.decodes_inside(x):
+            return codec.linear(*self.parsed(streams, expert, projection), x)
 
         def decode() -> Tensor:
             exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
             tables, matrix = self.parsed(streams, expert, projection)
-            return codec.decode_dense(tables, matrix, exact).to(x.device, x.dtype)
+            weights = codec.decode_dense(tables, matrix, exact).contiguous()
+            return weights.to(x.device, x.dtype)
 
         key = (*self._key, expert, projection, x.dtype, x.device)
         return F.linear(x, self.caches.decoded.get(key, decode, lambda w: w.nbytes))
 
-    def linear_each(
-        self, streams: StoredExperts, experts: list[int], name: str, x: Tensor
+    def linear_few(
+        self, streams: StoredExperts, experts: list[int], counts: list[int], name: str, x: Tensor
     ) -> Tensor:
-        """``x[i] @ W[experts[i]].T`` for every i: [k, cols] -> [k, rows]; otherwise as `linear`."""
-        if not self._decodes_inside(x):
-            each = zip(experts, x.split(1), strict=True)
-            return torch.cat([self.linear(streams, e, name, row) for e, row in each])
+        """``x[i] @ W[e].T`` for every expert e and its rows i of x, which lie behind each other and
+        are at most `codec.FEW`: [k, cols] -> [k, rows]; otherwise as `linear`."""
+        if not self.decodes_inside(x):
+            each = zip(experts, x.split(counts), strict=True)
+            return torch.cat([self.linear(streams, e, name, rows) for e, rows in each])
         projection = self._projection[name]
         matrices = [self.parsed(streams, e, projection) for e in experts]
-        return codec.matvec_pairs(matrices, x.detach().float().cpu()).to(x.device, x.dtype)
+        y = codec.matmul_few(matrices, counts, x.detach().float().cpu())
+        return y.to(x.device, x.dtype)
 
-    def _decodes_inside(self, x: Tensor) -> bool:
-        """Whether a product with x may decode as it goes. It has no gradient; a dense one passes
-        it on to x.
-        """
+    def decodes_inside(self, x: Tensor) -> bool:
+        """Whether a product with x may decode as it goes, or for itself alone. That has no
+        gradient; a product with weights that are kept passes it on to x."""
         learns = x.requires_grad and torch.is_grad_enabled()
         return not (learns or self.caches.decoded.capacity)
 
@@ -249,87 +242,6 @@ class EncodedExperts(nn.Module):
     def extra_repr(self) -> str:
         matrices = ", ".join(f"{p.name} {p.rows}x{p.cols}" for p in self.layout.projections)
         return f"experts={self.num_experts}, {matrices}, bytes={self.stream.numel()}"
-
-
-def run_on_cpu(
-    module: EncodedExperts, hidden: Tensor, index: Tensor, weights: Tensor | None
-) -> Tensor:
-    """The backend that needs nothing: matrices are decoded on the CPU, dense products run where
-    `hidden` is.
-
-    Replaces ``for e in experts: y[rows(e)] += weight[e] * ffn(hidden[rows(e)], decode(e))``.
-
-    Args:
-        module: supplies streams, gate function and biases.
-        hidden: [n, cols].
-        index: int64 [n, slots], experts; values >= `num_experts` are skipped.
-        weights: [n, slots], or None for 1.
-
-    Returns:
-        [n, width], dtype and device of `hidden`.
-    """
-    streams = module.encoded()
-    if len(hidden) <= _FEW and module._decodes_inside(hidden):
-        return _run_few(module, streams, hidden, index, weights)
-
-    def one(expert: int, x: Tensor) -> Tensor:
-        return _one(module, streams, expert, x)
-
-    return Routed(hidden, index, weights, (len(hidden),)).run(module.num_experts, one)
-
-
-def _one(module: EncodedExperts, streams: StoredExperts, expert: int, x: Tensor) -> Tensor:
-    biases = module.kind.biases(module.host, module, expert)
-    product = partial(module.linear, streams, expert)
-    return module.kind.ffn(module.host, product, biases, x, None)
-
-
-def _run_few(
-    module: EncodedExperts,
-    streams: StoredExperts,
-    hidden: Tensor,
-    index: Tensor,
-    weights: Tensor | None,
-) -> Tensor:
-    """`run_on_cpu` for a few tokens: most time would go to calls, so pairs of a token and an expert
-    share one, except those of an expert that is better decoded once for several tokens. Bit for bit
-    `Routed.run`, which adds up in the order of the experts.
-    """
-    experts: list[int] = index.reshape(-1).tolist()
-    slots, counts = index.shape[1], Counter(experts)
-    size = sum(p.rows * p.cols for p in module.layout.projections)
-    used = sorted(e for e in counts if 0 <= e < module.num_experts)
-    shared = [e for e in used if (counts[e] - 1) * size > _AGAIN]
-    order = [i for i, e in enumerate(experts) if e in used and e not in shared]
-    runs = [(partial(_each, module, streams, [experts[i] for i in order]), len(order))]
-    for expert in shared:
-        order += [i for i, e in enumerate(experts) if e == expert]
-        runs.append((partial(_one, module, streams, expert), counts[expert]))
-    y = torch.zeros(len(experts), module.width, dtype=torch.float32, device=hidden.device)
-    if order:
-        at = torch.tensor(order, device=hidden.device)
-        inputs = hidden[at // slots].split([n for _, n in runs])
-        found = torch.cat([run(x) for (run, n), x in zip(runs, inputs, strict=True) if n])
-        if weights is not None:
-            found = found * weights.reshape(-1, 1)[at]
-        y[at] = found.float()
-    by_slot = y.view(len(hidden), slots, module.width)
-    if slots > 1:
-        by_slot = by_slot.gather(
-            1, index.argsort(dim=1, stable=True)[:, :, None].expand_as(by_slot)
-        )
-    total, *others = by_slot.unbind(1)
-    for part in others:
-        total = total + part
-    return total.to(hidden.dtype)
-
-
-def _each(module: EncodedExperts, streams: StoredExperts, experts: list[int], x: Tensor) -> Tensor:
-    """Row i of x through expert ``experts[i]``."""
-    own = [module.kind.biases(module.host, module, e) for e in experts]
-    biases = {name: torch.stack([b[name] for b in own]) for name in own[0]}
-    product = partial(module.linear_each, streams, experts)
-    return module.kind.ffn(module.host, product, biases, x, None)
 
 
 def _forget(module: nn.Module, _: Any) -> None:

@@ -73,7 +73,8 @@ def _apply(x: Tensor, integers: codec.Integers) -> Tensor:
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     learns = x.requires_grad and torch.is_grad_enabled()
     if rows > FEW or learns or x.device.type != "cpu":
-        return F.linear(x, integers.dense(x.dtype))
+        # a gradient needs the weights after the call
+        return F.linear(x, integers.dense(x.dtype)) if learns else integers.dense_product(x)
     y = integers.product(x.detach().reshape(rows, x.shape[-1]).float())
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 

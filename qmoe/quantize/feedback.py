@@ -75,7 +75,7 @@ def feed_back(
     on_cpu = weight.device.type == "cpu"
     inner = _block_compiled if (on_cpu if compiled is None else compiled) else _block_torch
     u = factor.float().contiguous()
-    w = weight.transpose(1, 2).contiguous()
+    w = weight.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # it changes
     codes = torch.empty(experts, cols, rows, dtype=torch.int8, device=w.device)
     for i in range(0, cols, BLOCK):
         j = min(i + BLOCK, cols)

@@ -14,6 +14,7 @@ Scales are rounded to the grid before integers are chosen, so the integers compe
 docs/log-quant.md has the measurements behind the defaults, and what was tried and lost.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -62,8 +63,59 @@ class Options:
             raise ValueError(f"rd options out of range: {self}")
 
 
-def solve(problem: Problem, options: Options) -> Solution:
-    """Quantizes all experts of a problem; one without tokens is solved with its layer's Hessian.
+@dataclass(frozen=True)
+class Prepared:
+    """What of a problem's solution does not depend on the global step.
+
+    Attributes:
+        problem: to solve.
+        options: their `delta` is not used.
+        evidence: Hessians of the experts, float64 [E, cols, cols], before damping.
+        order: columns in the order in which they are quantized, [E, cols].
+        factor: `inverse_factor` of the damped Hessians in that order.
+        target: float32 [E, rows, cols], in that order.
+        notes: one per expert.
+    """
+
+    problem: Problem
+    options: Options
+    evidence: Tensor
+    order: Tensor
+    factor: Tensor
+    target: Tensor
+    notes: list[str]
+
+    def at(self, step: float) -> Solution:
+        """The solution with a global step."""
+        options, factor, target = self.options, self.factor, self.target
+        delta = step / self.problem.importance**0.5
+        # a heavy column at a high rate must not leave int8
+        fine = factor.diagonal(dim1=-2, dim2=-1)
+        if not options.waterfill:
+            fine = fine.log().mean(1, keepdim=True).exp().expand_as(fine)
+        widths = torch.maximum(delta * fine, target.abs().amax(1) / LARGEST)
+        col_index = grid_index(widths, options.col_step)
+        col = grid_scale(col_index)
+        grid = Grid.symmetric(col, torch.ones_like(target[:, :, 0]))
+        codes = feed_back(target, factor, grid) if options.feedback else round_to_grid(target, grid)
+        back = torch.argsort(self.order, dim=1)
+        codes = _columns(codes, back)
+        col, col_index = col.gather(1, back), col_index.gather(1, back)
+        row_index = torch.zeros(target.shape[:2], dtype=torch.int16, device=target.device)
+        if options.fit_rows:
+            fit = _row_fit(_columns(target, back), self.evidence, codes, col)
+            row_index = grid_index(fit, options.row_step)
+        return Solution(
+            [
+                QuantizedMatrix(q.contiguous(), r.contiguous(), c.contiguous())
+                for q, r, c in zip(codes.cpu(), row_index.cpu(), col_index.cpu(), strict=True)
+            ],
+            self.notes,
+        )
+
+
+def prepare(problem: Problem, options: Options) -> Prepared:
+    """Factors and target of a problem; an expert without tokens gets its layer's Hessian.
 
     Args:
         problem: `hessian` weighted by the squared routing weight; `cross` is needed for drift > 0.
@@ -78,30 +130,24 @@ def solve(problem: Problem, options: Options) -> Solution:
     factor, singular = inverse_factor(_both_ways(h, order))
     notes = [", ".join(filter(None, pair)) for pair in zip(notes, singular, strict=True)]
     target = _target(problem, options, factor, order)
+    return Prepared(problem, options, evidence, order, factor, target, notes)
 
-    delta = options.delta / problem.importance**0.5
-    # a heavy column at a high rate must not leave int8
-    fine = factor.diagonal(dim1=-2, dim2=-1)
-    if not options.waterfill:
-        fine = fine.log().mean(1, keepdim=True).exp().expand_as(fine)
-    step = torch.maximum(delta * fine, target.abs().amax(1) / LARGEST)
-    col_index = grid_index(step, options.col_step)
-    col = grid_scale(col_index)
-    grid = Grid.symmetric(col, torch.ones_like(target[:, :, 0]))
-    codes = feed_back(target, factor, grid) if options.feedback else round_to_grid(target, grid)
-    back = torch.argsort(order, dim=1)
-    codes, target = _columns(codes, back), _columns(target, back)
-    col, col_index = col.gather(1, back), col_index.gather(1, back)
-    row_index = torch.zeros(target.shape[:2], dtype=torch.int16, device=target.device)
-    if options.fit_rows:
-        row_index = grid_index(_row_fit(target, evidence, codes, col), options.row_step)
-    return Solution(
-        [
-            QuantizedMatrix(q.contiguous(), r.contiguous(), c.contiguous())
-            for q, r, c in zip(codes.cpu(), row_index.cpu(), col_index.cpu(), strict=True)
-        ],
-        notes,
-    )
+
+def solve(problem: Problem, options: Options) -> Solution:
+    """Quantizes all experts of a problem; see `prepare`."""
+    return prepare(problem, options).at(options.delta)
+
+
+def at_any_step(
+    problem: Problem, weighted: float = 1, least_use: float = 0.05, **solver_options: float
+) -> Callable[[float], Solution]:
+    """What `method` solves the problem to, as a function of `delta`: for those who ask for several.
+
+    Args:
+        problem: to solve.
+        weighted, least_use, solver_options: as for `method`.
+    """
+    return prepare(problem, Options(1.0, **solver_options)).at  # type: ignore[arg-type]
 
 
 def _evidence(problem: Problem) -> tuple[Tensor, list[str]]:

@@ -12,18 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qmoe.codec.decoder.loops import decode_rows, dense_rows
+from qmoe.codec.decoder.matmul import matmul_few, matmul_vectors
 from qmoe.codec.decoder.matrix import PADDING_WORDS, ParsedMatrix
-from qmoe.codec.decoder.matvec import matmul_vectors, matvec_pairs, vectors_for
+from qmoe.codec.decoder.matvec import vectors_for
 from qmoe.codec.decoder.matvec_loops import matvec_rows_batch
+from qmoe.codec.decoder.registers import MATRIX_UNIT
+from qmoe.codec.decoder.tiles import dense_vectors, matmul_dense
+from qmoe.codec.decoder.vector_loops import FEW
 from qmoe.codec.format.tables import Tables
 from qmoe.types import QuantizedMatrix
 
-# Where products that decode as they go win, measured at 0.3 to 4 bits
+# Where products that decode as they go win: at most so many inputs, by docs/log-codec.md. Measured
+# at five rates from 0.88 to 3.97 stored bits a weight
 _SPARSE = 1.5  # payload bits a weight: below, most weights are in runs of zeros
-_SINGLES, _PLAIN_INPUTS, _VECTOR_INPUTS = 4, 8, 128
+_PLAIN_INPUTS, _VECTOR_INPUTS, _BESIDE_MATRIX_UNIT = 8, 128, 16
 _ROWS_PER_THREAD = 1 << 18  # weights; below this a thread costs more than it saves
 
 
@@ -55,7 +61,11 @@ def decode_codes(tables: Tables, matrix: ParsedMatrix) -> QuantizedMatrix:
 def decode_dense(
     tables: Tables, matrix: ParsedMatrix, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Weights [rows, cols]: `QuantizedMatrix.dequantize` in float32, or rounded from it."""
+    """Weights [rows, cols]: `QuantizedMatrix.dequantize` in float32, or rounded from it. They may
+    lie column by column in memory, which a product takes as they are."""
+    if vectors_for(matrix.rows):
+        exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return dense_vectors(tables, matrix, exact).to(dtype)
     weights = torch.empty(matrix.rows, matrix.cols, dtype=torch.float32)
     col, row, negative = matrix.scales
     out, shared = weights.numpy(), _shared(tables, matrix)
@@ -79,20 +89,45 @@ def matvec(tables: Tables, matrix: ParsedMatrix, x: Tensor) -> Tensor:
     n = len(x)
     if n == 0:
         return torch.empty(0, matrix.rows)
-    if vectors_for(matrix.rows):
-        return matvec_pairs([(tables, matrix)], x) if n == 1 else matmul_vectors(tables, matrix, x)
-    if n <= _SINGLES:
-        return matvec_pairs([(tables, matrix)] * n, x)
-    return _batch(tables, matrix, x)
+    if n <= FEW:
+        return matmul_few([(tables, matrix)], [n], x)
+    return (matmul_vectors if vectors_for(matrix.rows) else _batch)(tables, matrix, x)
 
 
-def decodes_inside(matrix: ParsedMatrix, n: int) -> bool:
+def linear(tables: Tables, matrix: ParsedMatrix, x: Tensor) -> Tensor:
+    """``x @ W.T`` by `matvec` or a dense product of decoded weights, whichever is faster.
+
+    Args:
+        tables, matrix: parsed.
+        x: [n, cols] on any device, of a dtype that torch multiplies.
+
+    Returns:
+        [n, rows], dtype and device of x. No gradient reaches x.
+    """
+    x = x.detach()
+    if decodes_inside(matrix, len(x), x.dtype):
+        return matvec(tables, matrix, x.float().cpu().contiguous()).to(x.device, x.dtype)
+    exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    if x.dtype == exact and x.device.type == "cpu" and vectors_for(matrix.rows):
+        return matmul_dense(tables, matrix, x)
+    return F.linear(x, decode_dense(tables, matrix, exact).to(x.device, x.dtype))
+
+
+def decodes_inside(matrix: ParsedMatrix, n: int, dtype: torch.dtype) -> bool:
     """Whether `matvec` of n inputs is faster than a dense product of decoded weights, as measured
-    (docs/log-codec.md): what counts is the number of symbols, hence of bits, per weight."""
-    bits = int(matrix.stream_start[-1]) / (matrix.rows * matrix.cols)
-    if vectors_for(matrix.rows):
-        return bits < _SPARSE or n <= _VECTOR_INPUTS
-    return n <= (_PLAIN_INPUTS if bits < _SPARSE else _SINGLES)
+    (docs/log-codec.md): what counts is the number of symbols, hence of bits, per weight.
+
+    Args:
+        matrix: of the product.
+        n: inputs.
+        dtype: of the dense product.
+    """
+    sparse = int(matrix.stream_start[-1]) < _SPARSE * matrix.rows * matrix.cols
+    if not vectors_for(matrix.rows):
+        return n <= (_PLAIN_INPUTS if sparse else FEW)
+    if dtype == torch.bfloat16 and MATRIX_UNIT:
+        return n <= _BESIDE_MATRIX_UNIT * (2 if sparse else 1)
+    return sparse or n <= _VECTOR_INPUTS
 
 
 def _batch(tables: Tables, matrix: ParsedMatrix, x: Tensor) -> Tensor:

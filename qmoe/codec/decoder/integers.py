@@ -8,16 +8,20 @@ loop adds ``code * x`` in float32.
 from dataclasses import dataclass
 
 import numba as nb
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qmoe.codec.decoder import threads
-from qmoe.codec.decoder.lanes import COUNT, fused, load_bytes, load_floats, total, zeros
-from qmoe.codec.format.arrays import F32, I8
+from qmoe.codec.decoder.registers import COUNT, fused, load_bytes, load_floats, total, zeros
+from qmoe.codec.decoder.room import kept_room
+from qmoe.codec.format.arrays import F32, I8, U16, U32
 from qmoe.types import QuantizedMatrix, grid_scale
 
 STEP = 2 * COUNT  # columns must be a multiple of it
 _CHUNK = 64  # rows of a piece of work
+_BITS = {torch.float32: torch.uint32, torch.bfloat16: torch.uint16}
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,35 @@ class Integers:
             len(bands[0].codes),
         )
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weights [rows, cols], where the codes are: exact in float32, then rounded."""
+    def dense(self, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
+        """The weights [rows, cols], where the codes are: exact in float32, then rounded.
+
+        Args:
+            dtype: of the weights.
+            room: uint8 [n], where they are put; None takes new memory. Only float32 or bfloat16 on
+                the CPU.
+        """
+        if self.codes.device.type == "cpu" and dtype in _BITS:
+            size = self.codes.numel() * dtype.itemsize
+            room = torch.empty(size, dtype=torch.uint8) if room is None else room
+            out = room[:size].view(dtype).view(self.codes.shape)
+            scales = grid_scale(self.row_index).numpy(), grid_scale(self.col_index).numpy()
+            bits = out.view(_BITS[dtype]).numpy()
+            arguments = (self.codes.numpy(), *scales, self.band, bits)
+            threads.run(_weights_alone, _weights_shared, arguments, self.codes.numel())
+            return out
         out = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         for i, col in enumerate(grid_scale(self.col_index)):
             rows = slice(i * self.band, (i + 1) * self.band)
             row = grid_scale(self.row_index[rows])
             out[rows] = self.codes[rows].float() * col * row[:, None]
         return out
+
+    def dense_product(self, x: Tensor) -> Tensor:
+        """``x @ W.T`` by torch, the weights decoded for the time of the call."""
+        if self.codes.device.type != "cpu" or x.dtype not in _BITS:
+            return F.linear(x, self.dense(x.dtype))
+        return F.linear(x, self.dense(x.dtype, kept_room(self.codes.numel() * x.dtype.itemsize)))
 
     def product(self, x: Tensor) -> Tensor:
         """``x @ W.T``: float32 [n, cols] -> float32 [n, rows], on the CPU; columns are a multiple
@@ -101,3 +126,35 @@ def _rows(codes: I8, x: F32, band: int, first: int, end: int, out: F32) -> None:
                 a = fused(load_bytes(line, j), load_floats(one, j), a)
                 b = fused(load_bytes(line, j + COUNT), load_floats(one, j + COUNT), b)
             out[row, k] = total(a) + total(b)
+
+
+@nb.njit(cache=True, nogil=True)
+def _weights_alone(codes: I8, row: F32, col: F32, band: int, out: U16 | U32) -> None:
+    _weights(codes, row, col, band, 0, len(codes), out)
+
+
+@nb.njit(cache=True, nogil=True, parallel=True)
+def _weights_shared(codes: I8, row: F32, col: F32, band: int, out: U16 | U32) -> None:
+    for c in nb.prange((len(codes) + _CHUNK - 1) // _CHUNK):
+        _weights(codes, row, col, band, c * _CHUNK, min((c + 1) * _CHUNK, len(codes)), out)
+
+
+@nb.njit(cache=True, nogil=True)
+def _weights(
+    codes: I8, row: F32, col: F32, band: int, first: int, end: int, out: U16 | U32
+) -> None:
+    """The bits of float32, or of bfloat16: the nearest, ties to even."""
+    line = np.empty(codes.shape[1], np.uint32)
+    floats = line.view(np.float32)
+    for r in range(first, end):
+        of, by, scale = codes[r], col[r // band], row[r]
+        for j in range(line.size):
+            floats[j] = np.float32(of[j]) * by[j] * scale
+        to = out[r]
+        if out.itemsize == 2:
+            for j in range(line.size):
+                odd = (line[j] >> np.uint32(16)) & np.uint32(1)
+                to[j] = (line[j] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+        else:
+            for j in range(line.size):
+                to[j] = line[j]

@@ -52,6 +52,9 @@ class ParsedMatrix:
         slot_class: uint8 [pieces, span + 1]; class of the column that comes next at a position.
         col_order: int32 [coded]; coded columns by falling class: position k of piece p is
             col_order[(k - 1) * pieces + p].
+        order: uint16 [pieces, rows]; the rows by falling number of groups of their streams in a
+            piece, as streams that are decoded side by side should end together. None of more rows
+            than 16-bit numbers count.
         row_index, row_index_neg, col_index: int16 grid indices of the scales [rows], [rows] or
             None, [cols].
     """
@@ -65,6 +68,7 @@ class ParsedMatrix:
     row_class: Tensor
     slots: Tensor
     slot_class: Tensor
+    order: U16 | None
     row_index: Tensor
     col_index: Tensor
     row_index_neg: Tensor | None
@@ -89,7 +93,7 @@ class ParsedMatrix:
         """Memory of everything but the payload, which belongs to the blob."""
         held = (self.stream_start, self.row_class, self.slots, self.slot_class, self.row_index)
         more = () if self.row_index_neg is None else (self.row_index_neg,)
-        order = 2 * self.rows * self.pieces
+        order = 0 if self.order is None else self.order.nbytes
         return order + sum(int(t.nbytes) for t in (*held, self.col_index, *more))
 
     @cached_property
@@ -104,18 +108,8 @@ class ParsedMatrix:
         row, below = self.row_scale.numpy(), self.row_scale_neg
         return self.col_scale.numpy(), row, row if below is None else below.numpy()
 
-    @cached_property
-    def order(self) -> U16:
-        """uint16 [pieces, rows]: the rows by falling length of their streams in a piece. Streams
-        that are decoded side by side should be of like length."""
-        if self.rows > MOST_ORDERED:
-            raise ValueError(f"{self.rows} rows do not fit in 16-bit numbers")
-        bits = np.diff(self.stream_start.numpy()).reshape(self.rows, self.pieces)
-        order: U16 = np.argsort(-bits.T, axis=1, kind="stable").astype(np.uint16)
-        return order
-
     def __getstate__(self) -> dict[str, Any]:
-        made = ("addresses", "arrays", "order")  # a copy lies elsewhere
+        made = ("addresses", "arrays")  # a copy lies elsewhere
         return {k: v for k, v in vars(self).items() if k not in made}
 
     @cached_property
@@ -126,7 +120,7 @@ class ParsedMatrix:
         below = self.row_index if self.row_index_neg is None else self.row_index_neg
         scales = [t.numpy() for t in (self.col_index, self.row_index, below)]
         places = [a.ctypes.data for a in self.arrays] + [a.ctypes.data for a in scales]
-        order = self.order.ctypes.data if self.rows <= MOST_ORDERED else 0
+        order = 0 if self.order is None else self.order.ctypes.data
         last = self.words.numel() - PADDING_WORDS - 1
         return (last, self.pieces, self.span + 1, *places, order)
 
@@ -217,11 +211,9 @@ def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> ParsedMatr
             f"row classes to {row_class.max()} and column classes to {col_class.max()}"
         )
     row_scale = side.take("row_scale", tables.rows, row_class, SCALE_MIN, SCALE_MAX)
-    row_neg = (
-        side.take("row_scale_neg", tables.rows, row_scale, SCALE_MIN, SCALE_MAX)
-        if negative
-        else None
-    )
+    row_neg = None
+    if negative:
+        row_neg = side.take("row_scale_neg", tables.rows, row_scale, SCALE_MIN, SCALE_MAX)
     col_scale = side.take("col_scale", tables.cols, col_class, SCALE_MIN, SCALE_MAX)
     run_bits = side.take("run_bits", -(-streams // RUN), zeros, 1, 1 << 31)
     payload = _payload(blob, side.finish() + 1)
@@ -232,7 +224,7 @@ def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> ParsedMatr
         raise CorruptError(f"streams of {bits} bits, or set bits behind them")
     shape = geometry(col_class.astype(np.uint8))
     rows8 = row_class.astype(np.uint8)
-    starts = find_starts(tables, payload, run_bits, rows8, shape)
+    starts, groups = find_starts(tables, payload, run_bits, rows8, shape)
 
     def grid(index: I64) -> Tensor:
         return torch.from_numpy(index.astype(np.int16))
@@ -247,10 +239,20 @@ def parse_matrix(tables: Tables, blob: Tensor, check: bool = True) -> ParsedMatr
         row_class=torch.from_numpy(rows8),
         slots=torch.from_numpy(shape.slots),
         slot_class=torch.from_numpy(shape.slot_class),
+        order=_longest_first(groups.reshape(-1, shape.pieces)),
         row_index=grid(row_scale),
         col_index=grid(col_scale),
         row_index_neg=None if row_neg is None else grid(row_neg),
     )
+
+
+def _longest_first(groups: U16) -> U16 | None:
+    """`ParsedMatrix.order` of streams with so many groups of symbols, [rows, pieces]."""
+    if len(groups) > MOST_ORDERED:
+        return None
+    # as they fall if all bits are turned; numpy sorts 16-bit numbers in linear time
+    order: U16 = np.argsort(~groups.T, axis=1, kind="stable").astype(np.uint16)
+    return order
 
 
 def _payload(blob: Tensor, first: int) -> U32:

@@ -7,8 +7,8 @@ from typing import Any
 import numba as nb
 import numpy as np
 
-from qmoe.codec.decoder.lanes import fused
 from qmoe.codec.decoder.loops import ADVANCE, BYTE, LENGTH, ONE, next_bits
+from qmoe.codec.decoder.registers import fused
 from qmoe.codec.format.arrays import F32, I16, I32, U8, U32, U64
 
 # of 64-bit entries: a shift takes six bits of its count as it is, an advance fills a byte

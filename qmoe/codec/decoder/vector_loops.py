@@ -1,38 +1,49 @@
-"""The loop of products over 32 streams at once, as two registers of lanes (`lanes.AVAILABLE`).
+"""The loops of products over the 64 streams of a block at once (`registers.AVAILABLE`).
 
-Two, because a lane is a chain of lookups: while one register waits for its gather the other issues
-its own. Streams of a block are of like length, so few lanes wait parked at `span`.
+Streams of a block have about as many symbols, so few lanes wait parked at `span`.
 """
+
+from typing import Any
 
 import numba as nb
 import numpy as np
 
 from qmoe.codec.decoder.lanes import (
-    COUNT,
-    LIST,
-    accumulate,
     add,
     any_less,
     bits_at,
     both,
+    doubled,
     drop,
-    fused,
     gather,
+    gather_pairs,
     least,
     left8,
     load,
+    no_pairs,
+    no_sums,
     pick64,
-    pointer_to,
     right,
     splat,
     store,
     top_byte,
     where_negative,
-    zeros,
 )
+from qmoe.codec.decoder.registers import COUNT, STREAMS, accumulate, fused, pointer_to
 from qmoe.codec.format.arrays import F32, I32, U8, U16, U32
 
-BLOCK = LIST  # streams in flight: two registers
+BLOCK = STREAMS
+FEW = 4  # inputs that `block_few` takes, as two pairs
+
+
+@nb.njit(inline="always")
+def _begin(starts: I32, row_class: U8, piece: int, pieces: int, order: U16, first: int) -> Any:
+    """Cursors and classes of a block's streams; behind the last row it is repeated."""
+    start, row_at = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
+    for k in range(BLOCK):
+        row = np.int64(order[min(first + k, order.size - 1)])
+        start[k], row_at[k] = starts[row * pieces + piece], row_class[row]
+    return load(start, 0), load(row_at, 0)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -67,18 +78,17 @@ def block_sums(
         order: uint16 [rows], the rows by falling length of their streams.
         classes, x: [span + 1 + 63 * symbols of a group], class and input at each position.
     """
-    rows = min(BLOCK, order.size - first)
-    start, row_at = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
-    for k in range(BLOCK):
-        row = order[first + min(k, rows - 1)]
-        start[k], row_at[k] = starts[row * pieces + piece], row_class[row]
     found, below = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    if bits == 8:  # compiled for itself: the usual width of an index
-        _run(words, limit, bases, entries, 8, start, row_at, classes, x, span, split, found, below)
+    bit, row_at = _begin(starts, row_class, piece, pieces, order, first)
+    arrays = (words, bases, entries, classes, x, found, below)
+    # the usual cases are compiled for themselves: a third faster, by constants and fewer registers
+    if bits == 8 and not split:
+        _run(arrays, limit, 8, bit, row_at, span, False)
+    elif bits == 10 and not split:
+        _run(arrays, limit, 10, bit, row_at, span, False)
     else:
-        _run(
-            words, limit, bases, entries, bits, start, row_at, classes, x, span, split, found, below
-        )
+        _run(arrays, limit, bits, bit, row_at, span, split)
+    rows = min(BLOCK, order.size - first)
     for k in range(rows):
         sums[order[first + k]] = found[k]
     if split:
@@ -88,52 +98,89 @@ def block_sums(
 
 @nb.njit(inline="always")
 def _run(
+    arrays: tuple[Any, ...], limit: int, bits: int, bit: Any, row_at: Any, span: int, split: bool
+) -> None:
+    words, bases, entries, classes, x, found, below = arrays
+    end, furthest = splat(span), splat(32 * limit + 31)
+    mask, byte, position = splat((1 << bits) - 1), splat(255), splat(0xFFFF)
+    at, sums, under = splat(0), no_sums(), no_sums()
+    while any_less(at, end):
+        base = pick64(bases, add(row_at, gather(classes, at)))
+        window = bits_at(words, bit)
+        # low byte: bits taken by the group; from bit 8 on: position. An entry is added as it is
+        total = left8(at)
+        for _ in range(32 // bits):
+            entry = gather(entries, add(base, both(window, mask)))
+            window, total = drop(window, entry), add(total, entry)
+            inputs = gather(x, both(right(total, 8), position))
+            value = top_byte(entry)
+            sums = fused(value, inputs, sums)
+            if split:
+                under = fused(where_negative(entry, value), inputs, under)
+        bit = least(add(bit, both(total, byte)), furthest)
+        at = least(both(right(total, 8), position), end)
+    store(found, 0, sums)
+    store(below, 0, under)
+
+
+@nb.njit(cache=True, nogil=True)
+def block_few(
     words: U32,
     limit: int,
+    starts: I32,
+    row_class: U8,
     bases: I32,
     entries: U32,
     bits: int,
-    start: I32,
-    row_at: I32,
+    piece: int,
+    pieces: int,
+    order: U16,
+    first: int,
     classes: I32,
-    x: F32,
     span: int,
-    split: bool,
-    found: F32,
-    below: F32,
+    x: F32,
+    pairs: int,
+    sums: F32,
 ) -> None:
+    """`block_sums` for one or two pairs of inputs: a gather brings both of a pair.
+
+    Args:
+        x: float32, flat [pairs, positions, 2].
+        sums: float32, flat [2, BLOCK, 2], written: for each pair and stream of the block.
+    """
+    bit, row_at = _begin(starts, row_class, piece, pieces, order, first)
+    arrays = (words, bases, entries, classes, x, sums)
+    if pairs == 1:
+        _run_few(arrays, limit, bits, bit, row_at, span, 1)
+    else:
+        _run_few(arrays, limit, bits, bit, row_at, span, 2)
+
+
+@nb.njit(inline="always")
+def _run_few(
+    arrays: tuple[Any, ...], limit: int, bits: int, bit: Any, row_at: Any, span: int, pairs: int
+) -> None:
+    words, bases, entries, classes, x, found = arrays
     end, furthest = splat(span), splat(32 * limit + 31)
     mask, byte, position = splat((1 << bits) - 1), splat(255), splat(0xFFFF)
-    at0 = at1 = splat(0)
-    bit0, bit1 = load(start, 0), load(start, COUNT)
-    a0, a1 = load(row_at, 0), load(row_at, COUNT)
-    sum0, sum1, neg0, neg1 = zeros(), zeros(), zeros(), zeros()
-    while any_less(least(at0, at1), end):
-        base0 = pick64(bases, add(a0, gather(classes, at0)))
-        base1 = pick64(bases, add(a1, gather(classes, at1)))
-        window0, window1 = bits_at(words, bit0), bits_at(words, bit1)
-        # low byte: bits taken by the group; from bit 8 on: position. An entry is added as it is
-        total0, total1 = left8(at0), left8(at1)
+    at, sums0, sums1 = splat(0), no_pairs(), no_pairs()
+    second = x.size // 2
+    while any_less(at, end):
+        base = pick64(bases, add(row_at, gather(classes, at)))
+        window = bits_at(words, bit)
+        total = left8(at)
         for _ in range(32 // bits):
-            entry0 = gather(entries, add(base0, both(window0, mask)))
-            entry1 = gather(entries, add(base1, both(window1, mask)))
-            window0, window1 = drop(window0, entry0), drop(window1, entry1)
-            total0, total1 = add(total0, entry0), add(total1, entry1)
-            x0 = gather(x, both(right(total0, 8), position))
-            x1 = gather(x, both(right(total1, 8), position))
-            value0, value1 = top_byte(entry0), top_byte(entry1)
-            sum0, sum1 = fused(value0, x0, sum0), fused(value1, x1, sum1)
-            if split:
-                neg0 = fused(where_negative(entry0, value0), x0, neg0)
-                neg1 = fused(where_negative(entry1, value1), x1, neg1)
-        bit0 = least(add(bit0, both(total0, byte)), furthest)
-        bit1 = least(add(bit1, both(total1, byte)), furthest)
-        at0 = least(both(right(total0, 8), position), end)
-        at1 = least(both(right(total1, 8), position), end)
-    store(found, 0, sum0)
-    store(found, COUNT, sum1)
-    store(below, 0, neg0)
-    store(below, COUNT, neg1)
+            entry = gather(entries, add(base, both(window, mask)))
+            window, total = drop(window, entry), add(total, entry)
+            place = both(right(total, 8), position)
+            value = doubled(top_byte(entry))
+            sums0 = fused(value, gather_pairs(x, 0, place), sums0)
+            if pairs == 2:
+                sums1 = fused(value, gather_pairs(x, second, place), sums1)
+        bit = least(add(bit, both(total, byte)), furthest)
+        at = least(both(right(total, 8), position), end)
+    store(found, 0, sums0)
+    store(found, 2 * BLOCK, sums1)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -160,36 +207,22 @@ def block_lists(
     Returns:
         The number of symbols.
     """
-    rows = min(BLOCK, order.size - first)
-    start, row_at = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
-    for k in range(BLOCK):
-        row = order[first + min(k, rows - 1)]
-        start[k], row_at[k] = starts[row * pieces + piece], row_class[row]
+    bit, row_at = _begin(starts, row_class, piece, pieces, order, first)
     end, furthest = splat(span), splat(32 * limit + 31)
     mask, byte, position = splat((1 << bits) - 1), splat(255), splat(0xFFFF)
-    at0 = at1 = splat(0)
-    bit0, bit1 = load(start, 0), load(start, COUNT)
-    a0, a1 = load(row_at, 0), load(row_at, COUNT)
-    to = 0
-    while any_less(least(at0, at1), end):
-        base0 = pick64(bases, add(a0, gather(classes, at0)))
-        base1 = pick64(bases, add(a1, gather(classes, at1)))
-        window0, window1 = bits_at(words, bit0), bits_at(words, bit1)
-        total0, total1 = left8(at0), left8(at1)
+    at, to = splat(0), 0
+    while any_less(at, end):
+        base = pick64(bases, add(row_at, gather(classes, at)))
+        window = bits_at(words, bit)
+        total = left8(at)
         for _ in range(32 // bits):
-            entry0 = gather(entries, add(base0, both(window0, mask)))
-            entry1 = gather(entries, add(base1, both(window1, mask)))
-            window0, window1 = drop(window0, entry0), drop(window1, entry1)
-            total0, total1 = add(total0, entry0), add(total1, entry1)
-            store(places, to, least(both(right(total0, 8), position), end))
-            store(places, to + COUNT, least(both(right(total1, 8), position), end))
-            store(values, to, top_byte(entry0))
-            store(values, to + COUNT, top_byte(entry1))
+            entry = gather(entries, add(base, both(window, mask)))
+            window, total = drop(window, entry), add(total, entry)
+            store(places, to, least(both(right(total, 8), position), end))
+            store(values, to, top_byte(entry))
             to += BLOCK
-        bit0 = least(add(bit0, both(total0, byte)), furthest)
-        bit1 = least(add(bit1, both(total1, byte)), furthest)
-        at0 = least(both(right(total0, 8), position), end)
-        at1 = least(both(right(total1, 8), position), end)
+        bit = least(add(bit, both(total, byte)), furthest)
+        at = least(both(right(total, 8), position), end)
     return to // BLOCK
 
 
