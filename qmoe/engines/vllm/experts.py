@@ -42,8 +42,9 @@ def experts(hidden: Tensor, index: Tensor, weights: Tensor, layer: str) -> Tenso
     module: EncodedExperts | None = runner.routed_experts.encoded
     if module is None:  # more ranks than experts
         return torch.zeros_like(hidden)
-    backend = BACKENDS.get(hidden.device.type, run_on_cpu)
-    return backend(module, hidden, index, weights)
+    backend: Any = BACKENDS.get(hidden.device.type, run_on_cpu)
+    out: Tensor = backend(module, hidden, index, weights)
+    return out
 
 
 @experts.register_fake
