@@ -80,6 +80,19 @@ class Walk:
         if keep:
             self.finished[block.list_name] = block.name
 
+    def returned(self, block: BlockRef, batch: int) -> Any:
+        """What `block`, resident and the next one of its list, returns for one batch; None where
+        text does not come to it."""
+        current: dict[str, Any] = {"out": None}
+        with self._stubs(block, current), torch.no_grad(), suppress(_Stop):
+            self._forward(batch)
+        self._read.clear()
+        return current["out"]
+
+    def before(self, list_name: str, batch: int) -> Any:
+        """What the last finished block of a list returned for one batch."""
+        return self.outputs.get(list_name, self.finished[list_name], batch)
+
     def logits(self) -> Iterator[Tensor]:
         """The model's logits for every batch of this process once all blocks are finished."""
         for n in self.mine:

@@ -1,7 +1,7 @@
 """What each ingredient of the solver is worth on a model of several domains, at equal stored bits.
 
     python scripts/research_ingredients.py examples/tiny-domains --texts examples/text/domains
-        --out DIR [--only "rd;full drift"] [--bits 0.8] [--parts 3]
+        --out DIR [--only "rd;damping 0.3"] [--bits 0.8] [--parts 3]
 
 Every variant is quantized to within 3 % of the bits that are asked for, with three calibration
 texts (parts of the mix, each with words of the model's own); KL of every domain is brought to these
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from research_quant import CTX, Lab, Layer, LayerStep, stored_bits, windows
-from research_tune import distill
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,8 +56,6 @@ class Variant:
         others: share of the error of experts already quantized that a down projection corrects.
         stream: share of the error of the residual stream that a down projection corrects.
         early: the residual stream is taken in front of the layer, not beside its experts.
-        dense: share of the way to the original's inputs for attention and head, in closed form.
-        tune: arguments of `distill`.
     """
 
     solver: dict[str, float] = field(default_factory=dict)
@@ -69,10 +66,8 @@ class Variant:
     order: str = ""
     refit: int = 0
     others: float = 0.0
-    stream: float = 0.0
-    early: bool = False
-    dense: float = 0.0
-    tune: dict[str, Any] = field(default_factory=dict)
+    stream: float = 1.0
+    early: bool = True
 
 
 VARIANTS = {
@@ -84,12 +79,9 @@ VARIANTS = {
     "down projections count half": Variant(down=0.5),
     "down projections count twice": Variant(down=2.0),
     "no drift correction": Variant({"drift": 0.0}),
-    "full drift correction": Variant({"drift": 1.0}),
+    "half drift correction": Variant({"drift": 0.5}),
     "no layer Hessian": Variant({"shrinkage": 0.0}),
-    "no layer Hessian, full drift correction": Variant({"shrinkage": 0.0, "drift": 1.0}),
-    "no layer Hessian, full drift correction, and error in front of the layer": Variant(
-        {"shrinkage": 0.0, "drift": 1.0}, stream=1.0, early=True
-    ),
+    "twice the layer Hessian": Variant({"shrinkage": 2.0}),
     "damping 0.03": Variant({"damping": 0.03}),
     "damping 0.3": Variant({"damping": 0.3}),
     "no own words": Variant(own=0.0),
@@ -97,18 +89,9 @@ VARIANTS = {
     "no own words, twice the text": Variant(own=0.0, text=2.0),
     "column scales by least squares": Variant(refit=16),
     "column scales by least squares, 1/16 octave": Variant(refit=4),
-    "error of the experts before, half": Variant(others=0.5),
-    "error of the experts before, all": Variant(others=1.0),
-    "error of the residual stream, half": Variant(stream=0.5),
-    "error of the residual stream, all": Variant(stream=1.0),
-    "error of the residual stream in front of the layer, all": Variant(stream=1.0, early=True),
-    "errors of the residual stream and of the experts before, all": Variant(others=1.0, stream=1.0),
-    "full drift correction, and error of the residual stream": Variant({"drift": 1.0}, stream=1.0),
-    "full drift correction, and error in front of the layer": Variant(
-        {"drift": 1.0}, stream=1.0, early=True
-    ),
-    "attention and head refitted, half": Variant(dense=0.5),
-    "attention and head refitted, all": Variant(dense=1.0),
+    "no error of the residual stream": Variant(stream=0.0),
+    "error of the residual stream beside the experts": Variant(early=False),
+    "and error of the experts before": Variant(others=1.0),
 }
 
 
@@ -119,7 +102,6 @@ class Domains(Lab):
         self.streams: list[Tensor] = []  # the original's, in front of every layer
         super().__init__(path, calib, torch.cat([*dev.values()]))
         self.domains = {name: len(ids) for name, ids in dev.items()}
-        self.plain = {k: v.clone() for k, v in self.model.state_dict().items() if "expert" not in k}
 
     def enter(self, layer: Any, stream: Tensor) -> Layer:
         """As ever; the first walk is that of the original over the calibration windows."""
@@ -127,20 +109,15 @@ class Domains(Lab):
             self.streams.append(stream.clone())
         return super().enter(layer, stream)
 
-    def restore(self) -> None:
-        """The dense part as it was."""
-        self.model.load_state_dict(self.plain, strict=False)
-
     @torch.no_grad()
     def kl_by_domain(self, final: Tensor) -> dict[str, float]:
         """Nats a token."""
         out, at = {}, 0
-        head0 = self.plain["lm_head.weight"]
         for name, count in self.domains.items():
             total = 0.0
             for _ in range(count):
                 rows = slice(at, at + CTX - 1)
-                p = F.linear(self.dev_final[rows], head0).log_softmax(-1)
+                p = self.model.lm_head(self.dev_final[rows]).log_softmax(-1)
                 q = self.model.lm_head(final[rows]).log_softmax(-1)
                 total += (p.exp() * (p - q)).sum().item()
                 at += CTX
@@ -267,8 +244,8 @@ def _refitted(
 
 
 @torch.no_grad()
-def quantized(lab: Domains, variant: Variant, delta: float) -> tuple[list, list, Tensor]:
-    """Weights and matrices of every layer, and the stream behind the last."""
+def quantized(lab: Domains, variant: Variant, delta: float) -> tuple[list, list]:
+    """Weights and matrices of every layer."""
     method = get_method("rd", delta=delta, **variant.solver)
     options = Options(delta, **variant.solver)
     square = [g.square().sum(1).mean().item() for g in lab.fisher()] if variant.layers else []
@@ -276,13 +253,11 @@ def quantized(lab: Domains, variant: Variant, delta: float) -> tuple[list, list,
     weights, groups = [], []
     for n, layer in enumerate(lab.layers):
         importance = (square[n] / max(square)) ** variant.layers if square else 1.0
-        if variant.dense:
-            _refit_attention(lab, layer, lab.streams[n], stream, variant.dense)
         into = lab.enter(layer, stream)
         error = torch.zeros(())
         if variant.stream or variant.others:
             error = _residual(lab, n) - into.residual
-        if variant.early:
+        if variant.stream and variant.early:
             error = lab.streams[n] - stream
         step = Step(
             variant, options, error, lab, method, into, lab.calib_hidden[n], *lab.weights[n]
@@ -290,7 +265,7 @@ def quantized(lab: Domains, variant: Variant, delta: float) -> tuple[list, list,
         groups += [matrices for matrices, _ in step.solve(importance, importance * variant.down)]
         weights.append((step.new_gate_up, step.new_down))
         stream = step.output()
-    return weights, groups, stream
+    return weights, groups
 
 
 def _residual(lab: Domains, n: int) -> Tensor:
@@ -299,56 +274,11 @@ def _residual(lab: Domains, n: int) -> Tensor:
     return into.residual
 
 
-def _refit_attention(lab: Domains, layer: Any, x0: Tensor, x: Tensor, share: float) -> None:
-    """Least squares towards what the original's matrices make of the original's inputs."""
-    attention = layer.self_attn
-    for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",)):
-        modules = [getattr(attention, n) for n in names]
-        plain = [m.weight.data.clone() for m in modules]
-        after = _inputs(lab, layer, x, modules[0])
-        changed = [
-            m.weight.data for m in (getattr(attention, n) for n in ("q_proj", "k_proj", "v_proj"))
-        ]
-        saved = [w.clone() for w in changed]
-        prefix = f"model.layers.{list(lab.layers).index(layer)}.self_attn."
-        for n in ("q_proj", "k_proj", "v_proj"):
-            getattr(attention, n).weight.data = lab.plain[f"{prefix}{n}.weight"]
-        before = _inputs(lab, layer, x0, modules[0])
-        for n, w in zip(("q_proj", "k_proj", "v_proj"), saved, strict=True):
-            getattr(attention, n).weight.data = w
-        for module, w in zip(modules, plain, strict=True):
-            module.weight.data = refit(w, before, after, share)
-
-
-def refit(w: Tensor, before: Tensor, after: Tensor, share: float) -> Tensor:
-    """``w`` moved by `share` of the way to the least-squares answer on `after` to w @ before."""
-    h = (after.T @ after).double()
-    d = (before.T @ after).double() - h
-    h.diagonal().add_(0.01 * h.diagonal().mean())
-    return w + share * torch.linalg.solve(h, (w.double() @ d).T).T.float()
-
-
-def _inputs(lab: Domains, layer: Any, stream: Tensor, module: torch.nn.Module) -> Tensor:
-    found: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, a: found.append(a[0].flatten(0, -2)))
-    lab.enter(layer, stream)
-    handle.remove()
-    return torch.cat(found)
-
-
 def measured(lab: Domains, variant: Variant, delta: float) -> tuple[float, dict[str, float]]:
     """Stored bits a weight, and KL of every domain."""
-    weights, groups, stream = quantized(lab, variant, delta)
-    if variant.tune:
-        groups = distill(lab.model, lab.calib_final, groups, lab.calib, **variant.tune)
-        back = [torch.stack([m.dequantize() for m in g]) for g in groups]
-        weights = list(zip(back[::2], back[1::2], strict=True))
-    if variant.dense:
-        head, after = lab.model.lm_head, lab.model.model.norm(stream)
-        head.weight.data = refit(head.weight.data, lab.calib_final, after, variant.dense)
+    weights, groups = quantized(lab, variant, delta)
     _, final = lab.stream(lab.dev, weights, keep=False)
     kl = lab.kl_by_domain(final)
-    lab.restore()
     size = sum(m.codes.numel() for g in groups for m in g)
     return sum(stored_bits(g) for g in groups) / size, kl
 

@@ -192,7 +192,7 @@ def measured(lab: Domains, states: int, delta: float) -> tuple[float, dict[str, 
     for n, layer in enumerate(lab.layers):
         into = lab.enter(layer, stream)
         parts = (lab, method, into, lab.calib_hidden[n], *lab.weights[n])
-        step = kind(Variant(), Options(delta), torch.zeros(()), *parts)
+        step = kind(Variant(stream=0.0), Options(delta), torch.zeros(()), *parts)
         for group, _ in step.solve(1.0, 1.0):
             bits += ideal(group)
             size += sum(m.codes.numel() for m in group)

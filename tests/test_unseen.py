@@ -166,8 +166,9 @@ def test_unseen_experts_survive_calibration_on_half_of_the_vocabulary(two_halves
     assert kl[0.0, 0.2] < 0.2 * kl[0.0, 0.0]
     lifted = bits[0.0, 0.2] - bits[0.0, 0.0]
     assert lifted[2:].min() > 1
-    # experts with evidence share tables with those that were lifted, and pay nothing for it
-    assert lifted[:2].max() <= 0
+    # experts with evidence share tables with those that were lifted, and nothing else: at 6 bits
+    # one more or one less of the tables is worth 0.2
+    assert lifted[:2].abs().max() < 0.2
     plain, least = (_weights(tiny, tmp_path / name) for name in ("0-0", "0-0.2"))
     for name in ("w1", "w3", "w2"):
         path = f"model.layers.0.block_sparse_moe.experts.0.{name}.weight"

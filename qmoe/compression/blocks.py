@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qmoe.calib.batches import learnable
+from qmoe.calib.lost import added, lost
 from qmoe.calib.outputs import Outputs
 from qmoe.calib.routing import BATCH, Parked, park, plugged
 from qmoe.calib.walk import Walk
@@ -103,7 +104,10 @@ class BlockLoop:
             target.add_tensors(dense)
         plugs: list[Plugs] = [[] for _ in self.walks]
         for layout, module in streamed.experts_of(block):
-            self._quantize(layout, module, self._park(block, layout, module, plugs), target)
+            streams = self._park(block, layout, module, plugs)
+            self._quantize(layout, module, streams, target)
+            if streams[0].lost is not None:
+                self.job.store.release(streams[0].lost)
             finished(layout)
         for following in ahead:
             streamed.prefetch_block(following)
@@ -130,7 +134,20 @@ class BlockLoop:
             first = sum(parked.rows[: len(parked.rows) - self.job.own])
             text = torch.arange(len(parked.hidden)) < first
             streams.append(Calibrated(parked, self._keep(block, parked), text))
+        if len(streams) > 1:
+            streams[0] = replace(streams[0], lost=self._lost(block, module, plugs[0]))
         return streams
+
+    def _lost(self, block: BlockRef, module: nn.Module, plugs: Plugs) -> Tensor | None:
+        """What the experts' answers are to make good besides what they are themselves."""
+        job, walk, (*others, (_, parked)) = self.job, self.walks[0], plugs
+
+        def factor() -> float:
+            with self._weights(walk), _plugged(walk, others):
+                return added(walk, block, module, parked)
+
+        by = job.world.share(factor, f"answers of {block.name}")
+        return lost(self.walks, block, parked, by, job.store, job.world) if by else None
 
     def whole_walk(self) -> Walk:
         """The quantized stream over all batches, whichever process this is."""

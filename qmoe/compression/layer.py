@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qmoe.calib.lost import share
 from qmoe.calib.routing import Parked, second_moment
 from qmoe.compression.coding import encode_experts
 from qmoe.compression.job import Job
@@ -47,11 +48,14 @@ class Calibrated:
             serve sentinels alone, and losing those costs more than any rounding).
         text: bool [N], False for tokens that the model said by itself: it learns from them, but
             they are not counted as the text's.
+        lost: [N, width], what the experts' answers are to make good besides, see `qmoe.calib.lost`;
+            None for nothing.
     """
 
     parked: Parked
     keep: Tensor
     text: Tensor
+    lost: Tensor | None = None
 
 
 OnEncoded = Callable[[EncodedBatch], None]
@@ -261,6 +265,10 @@ class _Work:
         shape = (len(group), projection.cols, projection.cols)
         stacked = torch.zeros(shape, dtype=torch.float64, device=self.device)
         crosses = torch.zeros_like(stacked) if drift else None
+        owed = None
+        if self.quantized.lost is not None and projection is self.layout.projections[-1]:
+            shape = (len(group), projection.rows, projection.cols)
+            owed = torch.zeros(shape, dtype=torch.float64, device=self.device)
         tokens = []
         for i, (e, w, d) in enumerate(zip(group, weights, decoded, strict=True)):
             token, gate = self._learnt(e)
@@ -270,6 +278,8 @@ class _Work:
                 stacked[i] += second_moment(x)
                 if crosses is not None:
                     crosses[i] += second_moment(self._before(e, t, g, projection, w, x), x)
+                if owed is not None:
+                    owed[i] += second_moment(self._owed(e, t, g), x)
         name = f"{self.layout.path} ({projection.name})"
         if not torch.isfinite(stacked).all():
             raise NonFiniteError(
@@ -283,8 +293,16 @@ class _Work:
             layer_hessian=layer,
             layer_tokens=layer_tokens,
             cross=crosses,
+            owed=owed,
             importance=self.importance,
         )
+
+    def _owed(self, e: int, token: Tensor, gate: Tensor) -> Tensor:
+        """Rows [n, width] of an expert's share of what the answers are to make good."""
+        assert self.quantized.lost is not None
+        part = share(self.quantized.parked, self.layout.experts, e, token)
+        part = part * gate if self.method.weighted else part
+        return (self.quantized.lost[token].float() * part[:, None]).to(self.device)
 
     def _learnt(self, e: int) -> tuple[Tensor, Tensor]:
         """Tokens [n] that an expert learns from and their routing weights [n]: those routed to it

@@ -125,6 +125,7 @@ def make_plan(
     activations = (
         streams * sum(tokens) * max(4 * (2 * i + slots * o) + 8 * slots for i, o in widths)
     )
+    activations += (streams - 1) * sum(tokens) * 4 * max(o for _, o in widths)  # what was lost
     state = streams * sum(tokens) * 4 * max(max(w) for w in widths)
     store = max(0, memory - floor)
     write, growing = _written(job, model, dense)

@@ -23,6 +23,7 @@ from qmoe.compression.layer import groups
 from qmoe.compression.rate import OFFSETS_BITS, Controller, Curve
 from qmoe.models.downloads import begin_walk, leave
 from qmoe.quantize import Method, Problem, Solution, get_method
+from qmoe.quantize.rd import Options
 from qmoe.system.processes import World
 from qmoe.types import ExpertsLayout, QuantizedMatrix
 
@@ -110,7 +111,7 @@ class Probe:
     """A `Method` that leaves the weights as they are and notes what they would take.
 
     Hessians are sums over tokens, so that U_jj of the probe's is larger than the full run's by the
-    root of the ratio of tokens; the steps are scaled accordingly.
+    root of the ratio of tokens; the steps are scaled accordingly, and so is what experts borrow.
     """
 
     def __init__(
@@ -127,7 +128,8 @@ class Probe:
         None for the one that meets the target in the first projection; the processes that make
         the same walk and divide the solving.
         """
-        self._solver_options = {**solver_options, "drift": 0.0}
+        shrinkage = solver_options.get("shrinkage", Options.shrinkage) / tokens_ratio
+        self._solver_options = {**solver_options, "drift": 0.0, "shrinkage": shrinkage}
         self._target, self._scale = target, tokens_ratio**-0.5
         self._centre = centre
         self._world = world or World()

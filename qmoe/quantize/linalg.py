@@ -25,26 +25,26 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return h
 
 
-def shrunk(hessian: Tensor, layer_hessian: Tensor | None, tau: float) -> Tensor:
-    """``H_e + tau * trace(H_e) / trace(H_layer) * H_layer``: directions borrowed from the layer.
+def shrunk(hessian: Tensor, layer_hessian: Tensor | None, tau: float | Tensor) -> Tensor:
+    """``(H_e + tau * L) / (1 + tau)``, L the layer's with the trace of H_e: borrows directions.
 
-    The layer's Hessian enters normalised to the expert's own size, so that a rarely used expert
-    stays unimportant.
+    The trace stays, so that a rarely used expert stays unimportant.
 
     Args:
         hessian: float [E, cols, cols].
         layer_hessian: float [cols, cols] or None.
-        tau: share; 0 leaves the Hessian alone.
+        tau: share, one or [E].
 
     Returns:
         float64 [E, cols, cols].
     """
     h = hessian.double()
-    if layer_hessian is None or tau == 0:
+    if layer_hessian is None:
         return h
     layer = layer_hessian.to(h.device).double()
     size = h.diagonal(dim1=-2, dim2=-1).sum(-1) / layer.diagonal().sum().clamp_min(1e-300)
-    return h + (tau * size)[:, None, None] * layer
+    share = torch.as_tensor(tau, dtype=h.dtype, device=h.device).expand(len(h))
+    return (h + (share * size)[:, None, None] * layer) / (1 + share)[:, None, None]
 
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, list[str]]:

@@ -6,7 +6,8 @@ weight), P what damping and the layer's Hessian add to it, and U^T U = (H + P)^-
 1. Waterfilling (WaterSIC, arXiv 2603.04956): column j gets the step delta * U_jj. One delta for
    every column, expert, projection and layer; unimportant columns fall to zero bits by themselves.
 2. Drift (Qronos, arXiv 2505.11695): the target is W (C + P)(H + P)^-1, C the cross product with the
-   original model's inputs, so that errors of the layers before are undone where possible.
+   original model's inputs, so that errors of the layers before are undone where possible. The last
+   projection also makes good what the residual stream has lost, R = sum g^2 r x^T: + R (H + P)^-1.
 3. Error feedback with plain rounding, important columns last; no dead zone, which would bias the
    output towards zero.
 
@@ -36,7 +37,8 @@ class Options:
         delta: global step in units of the loss; larger means fewer bits.
         drift: share of the way to the original model's inputs for the target.
         damping: share of the mean diagonal added to the Hessian.
-        shrinkage: share of the layer's Hessian, normalised to the expert's, added to the expert's.
+        shrinkage: share of the layer's Hessian, normalised to the expert's, that is added to that
+            of an expert with one token for each column; with n times the tokens 1 / n of it.
         col_step, row_step: coarseness of the scale grids; 64 is an octave.
         fit_rows: least-squares row scales at the end; without them all row scales are 1.
         waterfill: steps follow U_jj; without it all columns of a matrix share the geometric mean.
@@ -46,9 +48,9 @@ class Options:
     """
 
     delta: float
-    drift: float = 0.5
+    drift: float = 1.0
     damping: float = 0.1
-    shrinkage: float = 0.2
+    shrinkage: float = 1.0
     col_step: int = 16
     row_step: int = 4
     fit_rows: bool = False
@@ -73,11 +75,11 @@ def solve(problem: Problem, options: Options) -> Solution:
         ValueError: drift is asked for but the problem has no cross product.
     """
     evidence, notes = _evidence(problem)
-    h = damped(shrunk(evidence, problem.layer_hessian, options.shrinkage), options.damping)
+    h, own = regular(problem, evidence, options)
     order = _order(h, options)
     factor, singular = inverse_factor(_both_ways(h, order))
     notes = [", ".join(filter(None, pair)) for pair in zip(notes, singular, strict=True)]
-    target = _target(problem, options, factor, order)
+    target = _target(problem, options.drift * own, factor, order)
 
     delta = options.delta / problem.importance**0.5
     # a heavy column at a high rate must not leave int8
@@ -102,6 +104,17 @@ def solve(problem: Problem, options: Options) -> Solution:
         ],
         notes,
     )
+
+
+def regular(problem: Problem, evidence: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Hessians H + P that can be inverted, float64 [E, cols, cols], and the part [E] of each that
+    is its own: the fewer tokens a column has, the more is the layer's.
+    """
+    tokens = problem.tokens.to(evidence.device).double().clamp(min=1)
+    share = options.shrinkage * evidence.shape[-1] / tokens
+    if problem.layer_hessian is None:
+        share = torch.zeros_like(share)
+    return damped(shrunk(evidence, problem.layer_hessian, share), options.damping), 1 / (1 + share)
 
 
 def _evidence(problem: Problem) -> tuple[Tensor, list[str]]:
@@ -139,17 +152,21 @@ def _both_ways(t: Tensor, order: Tensor) -> Tensor:
     return _columns(t.gather(1, order[:, :, None].expand_as(t)), order)
 
 
-def _target(problem: Problem, options: Options, factor: Tensor, order: Tensor) -> Tensor:
-    """``W + drift * W (C - H)(H + P)^-1`` in float32, columns in the order of the factor, which is
-    of H + P; P cancels in C - H.
+def _target(problem: Problem, drift: Tensor, factor: Tensor, order: Tensor) -> Tensor:
+    """``W + drift * (W (C - H) + R)(H + P)^-1`` in float32, R what is owed, columns in the order of
+    the factor, which is of H + P; P cancels in C - H.
     """
     w = _columns(problem.weight, order)
-    if options.drift == 0:
+    if not drift.any():
         return w
     if problem.cross is None:
         raise ValueError("drift correction needs Problem.cross")
-    difference = options.drift * (problem.cross.double() - problem.hessian.double())
+    part = drift[:, None, None]
+    difference = part * (problem.cross.double() - problem.hessian.double())
     d, u = _both_ways(difference.float(), order), factor.float()
+    if problem.owed is not None:
+        owed = _columns((part * problem.owed.double()).float(), order)
+        return w + times_upper(times_upper_t(torch.baddbmm(owed, w, d), u), u)
     if w.shape[1] < w.shape[2]:  # the cheaper order of the same products
         return w + times_upper(times_upper_t(w @ d, u), u)
     return torch.baddbmm(w, w, times_upper(times_upper_t(d, u), u))

@@ -30,6 +30,8 @@ class Problem:
             input of the
             same token in the original model: rows are original, columns quantized.
         importance: what a squared output error of this layer costs relative to the other layers.
+        owed: float [E, rows, cols] or None, sum of g^2 r x^T: what the outputs should make good
+            besides, r each expert's share of it.
     """
 
     weight: Tensor
@@ -39,17 +41,19 @@ class Problem:
     layer_tokens: int = 0
     cross: Tensor | None = None
     importance: float = 1.0
+    owed: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 3 or self.weight.dtype != torch.float32:
             got = f"{self.weight.dtype} {tuple(self.weight.shape)}"
             raise ValueError(f"weight must be float32 [E, rows, cols], got {got}")
-        experts, _, cols = self.weight.shape
+        experts, rows, cols = self.weight.shape
         for name, t, shape in (
             ("hessian", self.hessian, (experts, cols, cols)),
             ("tokens", self.tokens, (experts,)),
             ("layer_hessian", self.layer_hessian, (cols, cols)),
             ("cross", self.cross, (experts, cols, cols)),
+            ("owed", self.owed, (experts, rows, cols)),
         ):
             if t is not None and tuple(t.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
