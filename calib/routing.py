@@ -27,7 +27,9 @@ from qmoe.models.streamed import BlockRef
 from qmoe.system.processes import World
 
 BATCH = 1 << 32  # tokens that a batch may have, in the numbers of tokens
-_CHUNK = 4096  # rows of one partial Hessian product; fixed, since it decides the rounding
+# rows of one partial Hessian product; fixed, since it decides the rounding, and few, since MKL
+# shares out the sum over a thousand rows among its threads, in another order for each number
+_CHUNK = 256
 
 
 @dataclass
