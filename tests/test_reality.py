@@ -246,7 +246,7 @@ def test_a_class_that_transformers_does_not_have_keeps_its_name(tmp_path, tiny):
     config = json.loads((source / "config.json").read_text())
     config["architectures"] = ["PhiMoEForCausalLM"]
     (source / "config.json").write_text(json.dumps(config))
-    _compress(tiny, source, tmp_path / "q")
+    compressed(tiny, source, tmp_path / "q")
     export(tmp_path / "q", tmp_path / "plain")
     for made in (tmp_path / "q", tmp_path / "plain"):
         config = json.loads((made / "config.json").read_text())
