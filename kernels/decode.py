@@ -7,14 +7,23 @@ Replaces `for r, c in nonzeros(expert): out[r, p, position(c) - 1] = code`; out 
 depth] in the order of the coded
 columns, bf16, float32 or int8: codes up to +-128 are exact in all of them. A weight may be the sum
 of several symbols (the later ones advance by 0); the lane keeps the sum in a register and stores it
-again, so nothing is read back. Writes are masked to 0 <= position < depth and to the lane's own
-row.
+again, so nothing is read back. A weight that a cut goes through belongs to the segment in which it
+begins: that lane follows it for up to `over` groups more, and the next one starts writing behind it.
+Writes are masked to 0 <= position < depth and to the lane's own row.
 """
 
 import triton
 import triton.language as tl
 
-from qmoe.kernels.device import begin, latch, refill, symbol, window_of
+from qmoe.kernels.device import (
+    begin,
+    groups_of,
+    latch,
+    refill,
+    scale_of,
+    symbol,
+    window_of,
+)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -34,9 +43,9 @@ def zero_active(out, counts, first, experts, size, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first"])
 def decode_active(
-    words, records, lanes, starts, classes, context_maps, expert_info, lut,
-    row_scale, row_scale_neg, out, counts, first, experts, rows, stored, depth, tiles, entry_bytes,
-    word_bytes,
+    words, records, lanes, row_classes, cuts, starts, classes, context_maps, expert_info, lut,
+    row_scale, row_scale_neg, out, counts, first, experts, rows, stored, depth, tiles, over,
+    entry_bytes, word_bytes,
     L: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One warp: 32 segments of one piece of expert first + slot, if it has tokens; grid (NP,
@@ -54,30 +63,31 @@ def decode_active(
         return
     if tl.load(expert_info + e * 4) != L:
         return
-    at = e * tl.num_programs(0) + program
+    tile, s = program % tiles, program // tiles % S
     piece = program // tiles // S
     pieces = tl.num_programs(0) // tiles // S
-    piece_tile = (e * pieces + piece) * tiles + program % tiles
-    info, next_word, end, low, high, ahead, pos, left, steps, limit = begin(
-        lane, tl.zeros([32], tl.int32), at, at, piece_tile,
-        words, records, lanes, starts, word_bytes, S, ASM,
+    of_piece = e * pieces + piece
+    cut = (of_piece * (S - 1) + tl.maximum(s - 1, 0)) * tiles
+    limit = tl.load(expert_info + e * 4 + 3)
+    row, row_class, next_word, end, low, high, ahead, used, pos = begin(
+        lane, tl.zeros([32], tl.int32), of_piece * tiles, cut, tile, s, limit,
+        words, records, lanes, row_classes, cuts, starts, word_bytes, S, ASM,
     )  # fmt: skip
-    row = info & 0xFFFFFF
-    context_map = context_maps + tl.load(expert_info + e * 4 + 1) + (info >> 24)
+    steps = groups_of(records, of_piece * tiles, tile, s, S)
+    context_map = context_maps + tl.load(expert_info + e * 4 + 1) + row_class
     lut += tl.multiple_of(tl.load(expert_info + e * 4 + 2), 128)
     classes += (e.to(tl.int64) * pieces + piece) * stored
     out += ((tl.program_id(1).to(tl.int64) * rows + row) * pieces + piece) * depth - 1
-    used = tl.zeros([32], tl.int32)
     ratio = tl.full([32], 1.0 / 64, tl.float32)
     if NEG:
         at_row = e.to(tl.int64) * rows + row
-        ratio *= tl.load(row_scale_neg + at_row, mask=row < rows, other=1.0)
-        ratio /= tl.load(row_scale + at_row, mask=row < rows, other=1.0)
-    last = tl.minimum(
-        limit - 1, depth
-    )  # position of the last real column; parked lanes are beyond it
+        ratio *= scale_of(tl.load(row_scale_neg + at_row, mask=row < rows, other=0))
+        ratio /= scale_of(tl.load(row_scale + at_row, mask=row < rows, other=0))
+    # position of the last real column; lanes that are done are beyond it
+    last = tl.minimum(limit - 1, depth) + tl.zeros([32], tl.int32)
+    before = pos
     total = tl.zeros([32], tl.float32)
-    for _ in range(steps):
+    for i in range(steps + over):
         table = latch(lut, classes, context_map, pos, entry_bytes, word_bytes, L, ASM, False)
         for _u in tl.static_range(32 // L):
             window = window_of(low, high, used)
@@ -85,13 +95,12 @@ def decode_active(
             used += length
             pos += advance
             total = tl.where(advance == 0, total + value, value)
-            write = (value != 0) & (pos > 0) & (pos <= last) & (row < rows)
+            write = (value != 0) & (pos > before) & (pos <= last) & (row < rows)
             code = total * tl.where(total < 0, ratio, 1.0 / 64)
             tl.store(out + pos, code.to(out.dtype.element_ty), mask=write)
         pos = tl.minimum(pos, limit)
         if S > 1:
-            left -= 1
-            pos = tl.where(left > 0, pos, limit)
+            last = tl.where(i == steps - 1, tl.minimum(last, pos), last)
         next_word, low, high, ahead, used = refill(
             words, next_word, end, low, high, ahead, used, word_bytes, ASM
         )

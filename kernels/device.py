@@ -4,9 +4,9 @@
 nothing about experts or files.
 
 The loop that the kernels replace, for one segment of one row (`x` in the order of the coded
-columns, one zero on each side):
+columns, one zero on each side), from a stored bit and position on:
 
-    while groups_left:
+    for _ in range(groups):
         table = lut[context_map[row_class + column_class[pos]]]         # latched once per G symbols
         for _ in range(G):
             advance, value, nbits = table[next L bits]
@@ -31,7 +31,12 @@ Safety, whatever the words hold:
 import triton
 import triton.language as tl
 
+from qmoe.kernels.interleave import BLOCK_TILES
+from qmoe.kernels.interleave import NEAR as NEAR_END
+
 VALUE_SCALE = 64  # values leave `symbol` multiplied by this
+BLOCK = tl.constexpr(BLOCK_TILES)
+NEAR = tl.constexpr(NEAR_END)
 
 
 @triton.jit
@@ -110,49 +115,76 @@ def window_of(low, high, used):
 
 
 @triton.jit
+def scale_of(index):
+    """float32 scale of a grid index (int16), exact: `qmoe.types.grid_scale`."""
+    return ((index.to(tl.int32) + 127 * 64) << 17).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def groups_of(records, piece, tile0, s, S: tl.constexpr):
+    """Groups that the tiles from `tile0` on have in segment s; tile0 and those behind it that go
+    with it lie in one block, which is cut behind equal numbers of groups.
+    """
+    most = tl.load(records + (piece + tile0) * 2 + 1) & 0x7FFF
+    if S > 1:
+        block = tile0 // BLOCK * BLOCK
+        inner = ((tl.load(records + (piece + block) * 2 + 1) & 0x7FFF) + (S - 1)) // S
+        most = tl.maximum(tl.minimum(most - s * inner, inner), 0)
+    return most
+
+
+@triton.jit
 def begin(
-    lane, zero, at, first_tile, piece_tile,
-    words, records, lanes, starts, word_bytes,
+    lane, zero, piece, cut, tile, s, limit,
+    words, records, lanes, row_classes, cuts, starts, word_bytes,
     S: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """What a lane needs before its first group; only loads, so that they can be in flight together.
 
     Args:
         lane, zero: 0..32 * W - 1, and zeros; made by the caller, as Gluon gives tensors a layout.
-        at: this lane's program; first_tile: the first program of the CTA; piece_tile: this
-            lane's row of `lanes`.
+        piece: the first tile of the piece; cut: the first program of the piece's segment in `cuts`.
+        tile: this lane's, in the piece; s: its segment; limit: the matrix's span.
 
     Returns:
-        info (row | class << 24), where the words are, next word's index, its end, three words,
-        first position, groups left (if S > 1), groups, limit.
+        row, row class, next word's index, its end, three words, bits used of the first, position.
     """
-    first = tl.load(records + at * 4)
-    end = tl.load(records + at * 4 + 1)
-    steps = tl.load(records + first_tile * 4 + 2)  # no program of the CTA has more
-    limit = tl.load(records + first_tile * 4 + 3)  # the matrix's, equal in all its records
-    info = tl.load(lanes + piece_tile * 32 + lane % 32)
+    at = piece + tile
+    base = tl.load(records + at * 2)
+    end = base + (tl.load(records + at * 2 + 1) >> 15) * 32
+    row = tl.load(lanes + at * 32 + lane % 32).to(tl.int32)
+    row_class = tl.load(row_classes + at * 32 + lane % 32).to(tl.int32)
+    pos = zero
+    bit = zero
+    if S > 1:
+        inner = s > 0
+        record = tl.load(cuts + cut + tile, mask=inner, other=0)
+        here = tl.load(starts + (cut + tile) * 32 + lane % 32, mask=inner, other=0).to(tl.int32)
+        high = (record & 0x7FFFFFFF) * 32 + lane % 32
+        rest = tl.load(starts + high, mask=record < 0, other=0).to(tl.int32)
+        here &= 0xFFFF
+        step = here & NEAR
+        pos = tl.where(step == NEAR, limit, (record & 0x7FF) + step)
+        bit = (record >> 11) * 32 + (here >> 8)
+        whole = here | rest << 16
+        pos = tl.where(record < 0, whole & 0x7FF, pos)
+        bit = tl.where(record < 0, (whole >> 11) & 0x1FFFFF, bit)
+    first = base + (bit >> 5) * 32
     next_word = first + lane % 32
-    if ASM:  # the program's lines, one a lane; prefetched is 0
-        line = address(words, tl.minimum(first + lane % 32 * 32, end - 1), word_bytes, ASM)
+    if ASM:  # the segment's lines, one a lane; prefetched is 0
+        share = (end - base) // (32 * S)
+        line = tl.minimum(first + tl.minimum(lane % 32, share) * 32, end - 1)
         prefetched = tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line],
-            dtype=tl.int32, is_pure=False, pack=1,
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
+            [address(words, line, word_bytes, ASM)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         prefetched = zero
     low = tl.load(words + next_word)
-    high = tl.load(words + next_word + 32)
+    high_word = tl.load(words + next_word + 32)
     third = next_word + 64
     ahead = tl.load(words + third, mask=third < end, other=0)
-    pos = zero
-    left = zero
-    if S > 1:
-        start = tl.load(starts + at * 32 + lane % 32).to(tl.int32)
-        if starts.dtype.element_ty == tl.int16:
-            start &= 0xFFFF
-        pos = start & 0x7FF
-        left = tl.load(records + at * 4 + 2) - (start >> 11)
-    return info, third + 32 + prefetched, end, low, high, ahead, pos, left, steps, limit
+    return row, row_class, third + 32 + prefetched, end, low, high_word, ahead, bit & 31, pos
 
 
 @triton.jit

@@ -36,8 +36,10 @@ from qmoe.kernels.device import (
     begin,
     expert_of,
     gather,
+    groups_of,
     latch,
     refill,
+    scale_of,
     shared_word,
     symbol,
     window_of,
@@ -63,21 +65,27 @@ def active_expert(group_expert, expert_info, experts, L: tl.constexpr):
 
 @triton.jit
 def start(
-    lane, zero, e, words, records, lanes, starts, tiles, word_bytes,
+    lane, zero, e, expert_info, words, records, lanes, row_classes, cuts, starts, tiles, word_bytes,
     S: tl.constexpr, W: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """`begin` for this program: W neighbouring tiles of 32 segments, one for each of its warps. A
-    warp behind the last tile repeats it. The tiles with the longest streams come first in the grid.
+    """`begin` for this program: W neighbouring tiles, one for each of its warps; behind it the
+    groups, which no tile has more of, and the limit. A warp behind the last tile repeats it. The
+    tiles with the longest streams come first in the grid.
     """
     slot, tile0 = tl.program_id(1), tl.program_id(2) * W
-    # every program has words, of which there are less than 2^31: its number times 32 fits in int32
-    base = (e * tl.num_programs(1) + slot) * tiles
-    pieces = (e * (tl.num_programs(1) // S) + slot // S) * tiles
+    # every tile has words and every cut has starts, less than 2^31: indices fit in int32
+    of_piece = e * (tl.num_programs(1) // S) + slot // S
+    s = slot % S
+    piece = of_piece * tiles
+    cut = (of_piece * (S - 1) + tl.maximum(s - 1, 0)) * tiles
     tile = tl.minimum(tile0 + lane // 32, tiles - 1)
-    return begin(
-        lane, zero, base + tile, base + tile0, pieces + tile,
-        words, records, lanes, starts, word_bytes, S, ASM,
+    limit = tl.load(expert_info + e * 4 + 3)
+    row, row_class, next_word, end, low, high, ahead, used, pos = begin(
+        lane, zero, piece, cut, tile, s, limit,
+        words, records, lanes, row_classes, cuts, starts, word_bytes, S, ASM,
     )  # fmt: skip
+    steps = groups_of(records, piece, tile0, s, S)
+    return row, row_class, next_word, end, low, high, ahead, used, pos, steps, limit
 
 
 @triton.jit
@@ -89,7 +97,7 @@ def inputs_of(xs, width, B: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def follow(
-    lane, zero, nothing, e, lane_state, lut, tables, inputs,
+    lane, nothing, e, lane_state, lut, tables, inputs,
     words, classes, context_maps, expert_info, row_scale, row_scale_neg, xs, partial,
     rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes,
     B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
@@ -102,15 +110,14 @@ def follow(
     inputs of the piece if SHARED_X (a word of X_BITS each), in shared memory; `lut` points at the
     expert's tables otherwise, and `xs` at all inputs.
     """
-    info, next_word, end, low, high, ahead, pos, left, steps, limit = lane_state
+    row, row_class, next_word, end, low, high, ahead, used, pos, steps, limit = lane_state
     slot = tl.program_id(1)
     slots = tl.num_programs(1)
-    row = info & 0xFFFFFF
     # zero that only the host knows of: pointers of each lane's own stay in registers, where uniform
     # ones are put together again in every turn
-    own = (info >> 31).to(tl.int64)
+    own = (row >> 31).to(tl.int64)
     words += own
-    context_map = context_maps + tl.load(expert_info + e * 4 + 1) + (info >> 24)
+    context_map = context_maps + tl.load(expert_info + e * 4 + 1) + row_class
     classes += (e.to(tl.int64) * (slots // S) + slot // S) * stored + own
     PER: tl.constexpr = 64 // X_BITS if B * X_BITS > 64 else B  # inputs per load
     LOADS: tl.constexpr = B // PER
@@ -123,9 +130,8 @@ def follow(
     inside = (tl.program_id(2) * W + lane // 32 < tiles) & (row < rows)
     at_row = e.to(tl.int64) * rows + row
     if NEG:
-        positive = tl.load(row_scale + at_row, mask=inside, other=0.0)
-        negative = tl.load(row_scale_neg + at_row, mask=inside, other=0.0)
-    used = zero
+        positive = scale_of(tl.load(row_scale + at_row, mask=inside, other=0))
+        negative = scale_of(tl.load(row_scale_neg + at_row, mask=inside, other=0))
     acc0 = nothing
     acc1 = nothing
     acc2 = nothing
@@ -172,16 +178,13 @@ def follow(
                     acc6 += value * half(w, 0, X_BITS)
                     acc7 += value * half(w, 1, X_BITS)
         pos = tl.minimum(pos, limit)
-        if S > 1:
-            left -= 1
-            pos = tl.where(left > 0, pos, limit)
         next_word, low, high, ahead, used = refill(
             words, next_word, end, low, high, ahead, used, word_bytes, ASM
         )
     to = partial + ((tl.program_id(0).to(tl.int64) * slots + slot) * B) * rows + row
     scale = nothing + 1.0 / 64
     if not NEG:
-        scale *= tl.load(row_scale + at_row, mask=inside, other=0.0)
+        scale *= scale_of(tl.load(row_scale + at_row, mask=inside, other=0))
     tl.store(to, acc0 * scale, mask=inside)
     if B > 1:
         tl.store(to + rows, acc1 * scale, mask=inside)
@@ -197,14 +200,14 @@ def follow(
 
 @triton.jit
 def matvec(
-    words, records, lanes, starts, classes, context_maps, expert_info, lut,
+    words, records, lanes, row_classes, cuts, starts, classes, context_maps, expert_info, lut,
     row_scale, row_scale_neg,
     xs, group_expert, partial,
     experts, rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes,
     B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
     WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """W warps: 32 * W segments of one piece of one expert against B inputs; grid (groups, P * S,
+    """W warps: segment s of W tiles of one piece of one expert against B inputs; grid (groups, P * S,
     ceil(tiles / W)).
 
     `entry_bytes`, `x_bytes` and `word_bytes` = 4 are the sizes of a lookup entry, of one x load and
@@ -218,13 +221,16 @@ def matvec(
     LANES: tl.constexpr = 32 * W
     lane = tl.arange(0, LANES)
     zero = tl.zeros([LANES], tl.int32)
-    state = start(lane, zero, e, words, records, lanes, starts, tiles, word_bytes, S, W, ASM)
+    state = start(
+        lane, zero, e, expert_info, words, records, lanes, row_classes, cuts, starts, tiles,
+        word_bytes, S, W, ASM,
+    )  # fmt: skip
     tables = lut + tl.multiple_of(tl.load(expert_info + e * 4 + 2), 128)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     follow(
-        lane, zero, tl.zeros([LANES], tl.float32), e, state, tables, tables, xs,
+        lane, tl.zeros([LANES], tl.float32), e, state, tables, tables, xs,
         words, classes, context_maps, expert_info, row_scale, row_scale_neg, xs, partial,
         rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes,
         B, X_BITS, L, S, W, WIDE, NEG, ASM, False, False,

@@ -2,13 +2,18 @@
 a model is loaded.
 
 The stored streams are bit-contiguous; a GPU wants the 32 lanes of a warp to read neighbouring
-words. So the streams of a matrix are sorted by length within a piece, each 32 of them become a
-*program*, and their words are interleaved: word k of lane l at first + 32 k + l. Sorting keeps the
-lanes of a program in step (equal lengths, equal classes), interleaving makes a program read its
-words nearly in order. Before that, codes of 8 bits are rewritten to 7 (`qmoe.kernels.recode`).
-A stream may also be cut into S segments, each with a lane of its own: small layers need the
-parallelism, at 2 bytes and half a word per segment. All segments of a piece have its lanes in one
-order.
+words. So the streams of a piece are sorted by their number of symbol groups, each 256 of them
+(BLOCK_TILES * LANES) by their bits, each 32 of these become a *tile*, and its words are
+interleaved: word k of lane l at first + 32 k + l. Sorting keeps lanes in step (about equal numbers
+of groups) and words dense (about equal numbers of bits), interleaving makes a warp read its words
+nearly in order. Before that, codes of 8 bits are rewritten to 7 (`qmoe.kernels.recode`).
+
+A stream may be cut into S segments, each followed by a lane of its own: small layers need the
+parallelism. Nothing is moved for it. With G the most groups of a stream of a block of 256, every
+stream of the block is cut behind each k = ceil(G / S) groups; segment s are its groups s * k to
+(s + 1) * k - 1, so the lanes of a segment are in step whatever their bits. Where a lane starts is
+stored: its bit and its position, 8 bits each from the least of its tile where that is enough. A cut
+may fall between the symbols of one weight; its sum then is in two partial sums.
 
 Everything here is checked or clamped on the host, once; the kernels trust these tensors except
 `words`, whatever they hold.
@@ -24,15 +29,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe.codec import ParsedMatrix, Tables
-from qmoe.kernels.interleave import LANES, interleave, measure
-from qmoe.kernels.recode import Recoding, recoding, rewrite
+from qmoe.codec.format.arrays import I32, I64
+from qmoe.kernels.interleave import BLOCK_TILES, LANES, NEAR, cut, interleave
+from qmoe.kernels.recode import Recoding, Rewritten, recoding, rewrite
 
-NO_ROW = 0xFFFFFF
 MAP_WIDTH = 128  # entries of a context map: row class + column class is below 126
 MAX_ADVANCE = 63
 MAX_ROWS = 65535 * LANES  # tiles are an axis of the grid
-RECORD = 4  # int32s per program: first word, end word, groups, span
-POSITION_BITS = 11  # of a segment's start: a position is at most 1025
+MAX_SEGMENTS = 8
+MOST = 1 << 31  # elements of a tensor that int32 indices reach
+GROUP_BITS = 15  # of a record: groups in the low bits, words a lane above
 ALIGN = 16  # columns of a piece and widths are padded to so many: then loads are vectors
 
 # like the built-in map; one of an executor makes use of all cores
@@ -44,34 +50,41 @@ class PackedProjection:
     """One projection of all experts of a layer, e.g. gate and up together: [E] matrices [rows,
     cols], in kernel form.
 
-    With P pieces, S segments, tiles = ceil(rows / 32), NP = P * S * tiles programs per expert;
-    program ((p * S) + s) * tiles + t. `stored` is span + 1 rounded up to ALIGN; span is the largest
-    of all experts.
+    With P pieces, S segments, tiles = ceil(rows / 32), an expert has NP = P * S * tiles programs;
+    program ((p * S) + s) * tiles + t is segment s of tile t. `stored` is span + 1 rounded up to
+    ALIGN; span is the largest of all experts. Scales are grid indices (`qmoe.types`).
 
     Attributes:
         experts, rows, cols: E and the shape of every matrix (rows are outputs).
         pieces, segments: P, S.
+        over: groups with which a weight may go on behind a cut.
         width: positions that an input vector needs per piece (x at position p + 1, zeros
             elsewhere), a multiple of ALIGN.
         limits: the different code limits L among the experts; kernels run once for each, usually
             there is one.
         wide: lookup entries are 32 bits instead of 16 (some symbol adds more than 31).
         words: int32 [n], interleaved.
-        records: int32 [E, NP, 4], see RECORD; groups are the most of this program and those behind
-            it of its piece and segment.
-        lanes: int32 [E, P * tiles, 32], row | row class << 24; NO_ROW for a lane without a row.
-        starts: int16 or int32 [E, NP, 32] if S > 1 else [1]: first position | (groups of the
-            program - groups of the lane) << POSITION_BITS.
+        records: int32 [E, P * tiles, 2]: first word of a tile; the most groups of its streams and
+            of those behind it in its piece | words a lane << GROUP_BITS.
+        lanes: int16 or int32 [E, P * tiles, 32], row, `rows` for a lane without one.
+        row_classes: uint8 like lanes.
+        cuts: int32 [E, P, S - 1, tiles], [1] if S = 1. For a near start: the first word row of the
+            segment's tile << FAR_BITS | the first position; else the row of `starts` with the high
+            halves, less 2^31.
+        starts: int16 [n, 32], [1, 32] if S = 1; row (as in cuts) of each segment but the first,
+            then high halves. A near start is position | bit << 8, both counted from `cuts`,
+            position NEAR for a stream that has ended; a far one in two halves position | bit <<
+            FAR_BITS, counted from the tile.
         classes: uint8 [E, P, stored], class of the column that is next at a position.
         columns: int16 or int32 [E, P, stored], column at a position, -1 where there is none
             (position 0, virtual columns and behind the last).
-        scales: float32 like columns, the column's scale, 0 where there is none.
+        scales: int16 like columns, the column's scale.
         context_maps: int32 [groups, 128], first lookup entry of the table of each context, counted
             from the group's first.
         expert_info: int32 [E, 4]: code limit L, first entry of the expert's context map, first
-            lookup entry of its group, 0.
+            lookup entry of its group, span.
         lut: int16 or int32 [entries + 4096], see `qmoe.kernels.device`.
-        row_scale: float32 [E, rows]; row_scale_neg: the same for negative codes, or None.
+        row_scale: int16 [E, rows]; row_scale_neg: the same for negative codes, or None.
     """
 
     experts: int
@@ -79,12 +92,15 @@ class PackedProjection:
     cols: int
     pieces: int
     segments: int
+    over: int
     width: int
     limits: tuple[int, ...]
     wide: bool
     words: Tensor
     records: Tensor
     lanes: Tensor
+    row_classes: Tensor
+    cuts: Tensor
     starts: Tensor
     classes: Tensor
     columns: Tensor
@@ -97,7 +113,7 @@ class PackedProjection:
 
     @property
     def tiles(self) -> int:
-        """Programs per piece and segment."""
+        """Tiles of a piece."""
         return -(-self.rows // LANES)
 
     @property
@@ -117,8 +133,8 @@ class PackedProjection:
 
     def numbers(self) -> list[int]:
         """The non-tensor attributes as a flat list; `from_parts` is the way back."""
-        shape = [self.experts, self.rows, self.cols, self.pieces, self.segments, self.width]
-        return [*shape, int(self.wide), *self.limits]
+        shape = [self.experts, self.rows, self.cols, self.pieces, self.segments, self.over]
+        return [*shape, self.width, int(self.wide), *self.limits]
 
     @classmethod
     def from_parts(cls, tensors: Sequence[Tensor], numbers: Sequence[int]) -> "PackedProjection":
@@ -126,8 +142,8 @@ class PackedProjection:
         values: dict[str, Tensor | None] = dict(zip(_TENSORS, tensors, strict=True))
         if not tensors[-1].numel():
             values["row_scale_neg"] = None
-        experts, rows, cols, pieces, segments, width, wide, *limits = numbers
-        shape = experts, rows, cols, pieces, segments, width
+        *shape, wide = numbers[:8]
+        limits = numbers[8:]
         return cls(*shape, tuple(limits), bool(wide), **cast(Any, values))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedProjection":
@@ -142,7 +158,7 @@ class PackedProjection:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
-_TENSORS = [f.name for f in fields(PackedProjection)][8:]
+_TENSORS = [f.name for f in fields(PackedProjection)][9:]
 
 
 def pack_projection(
@@ -171,46 +187,42 @@ def pack_projection(
     layouts = [m for _, m in matrices]
     wide = any(int(np.abs(_values(g.new)).max()) > 31 for g in groups)
     lut, maps, bases = _lookup([g.new for g in groups], wide)
-    parts = list(run(lambda n, m: _programs(groups[n], m, segments), numbers, layouts))
-    sizes = np.cumsum([0, *(p.words for p in parts)])
-    if sizes[-1] + 2 * LANES >= 1 << 31:
-        raise ValueError(f"{int(sizes[-1])} words in one projection; at most 2^31 - 64")
-    words = np.zeros(int(sizes[-1]) + 2 * LANES, np.int32)
-    list(run(lambda p, base: p.write(words, int(base)), parts, sizes[:-1]))
+    parts = list(run(lambda n, m: _tiles(groups[n], m, segments), numbers, layouts))
     info = np.zeros((len(matrices), 4), np.int32)
-    for e, n in enumerate(numbers):
-        info[e, :3] = groups[n].new.limit, n * MAP_WIDTH, bases[n]
+    for e, (n, m) in enumerate(zip(numbers, layouts, strict=True)):
+        info[e] = groups[n].new.limit, n * MAP_WIDTH, bases[n], m.span
     span = max(m.span for m in layouts)
     latch = max(g.new.latch for g in groups)
-    negative = [m.row_scale if m.row_scale_neg is None else m.row_scale_neg for m in layouts]
+    negative = [m.row_index if m.row_index_neg is None else m.row_index_neg for m in layouts]
     return PackedProjection(
         experts=len(matrices),
         rows=first.rows,
         cols=first.cols,
         pieces=first.pieces,
         segments=segments,
+        over=max(p.over for p in parts),
         width=-(-(span + 1 + MAX_ADVANCE * latch) // ALIGN) * ALIGN,
         limits=tuple(sorted({g.new.limit for g in groups})),
         wide=wide,
-        words=torch.from_numpy(words),
+        words=_words(parts, run),
         records=torch.from_numpy(np.stack([p.records for p in parts]).astype(np.int32)),
-        lanes=torch.from_numpy(np.stack([p.lanes for p in parts])),
-        starts=_starts(parts, segments),
+        **_lanes(layouts, parts),
+        **_starts(parts, segments),
         **_columns(layouts, -(-(span + 1) // ALIGN) * ALIGN),
         context_maps=torch.from_numpy(maps),
         expert_info=torch.from_numpy(info),
         lut=torch.from_numpy(lut),
-        row_scale=torch.stack([m.row_scale for m in layouts]),
+        row_scale=torch.stack([m.row_index for m in layouts]),
         row_scale_neg=torch.stack(negative)
-        if any(m.row_scale_neg is not None for m in layouts)
+        if any(m.row_index_neg is not None for m in layouts)
         else None,
     )
 
 
 def _check(matrices: Sequence[tuple[Tables, ParsedMatrix]], segments: int) -> None:
-    if not matrices or not 1 <= segments <= 8:
+    if not matrices or not 1 <= segments <= MAX_SEGMENTS:
         raise ValueError(
-            f"need at least one matrix and 1 to 8 segments, got {len(matrices)} and {segments}"
+            f"need at least one matrix and 1 to {MAX_SEGMENTS} segments, got {len(matrices)} and {segments}"
         )
     first = matrices[0][1]
     for _, m in matrices:
@@ -227,12 +239,12 @@ def _columns(layouts: Sequence[ParsedMatrix], stored: int) -> dict[str, Tensor]:
     """The tensors by position: classes, columns, scales."""
     shape = len(layouts), layouts[0].pieces, stored
     columns, classes = np.full(shape, -1, np.int32), np.zeros(shape, np.uint8)
-    scales = np.zeros(shape, np.float32)
+    scales = np.zeros(shape, np.int16)
     for e, m in enumerate(layouts):
         slots, n = m.slots.numpy(), m.span + 1
         columns[e, :, :n] = np.where(slots < m.cols, slots, -1)
         classes[e, :, :n] = m.slot_class.numpy()
-        scales[e] = np.where(columns[e] >= 0, m.col_scale.numpy()[columns[e]], 0)
+        scales[e] = np.where(columns[e] >= 0, m.col_index.numpy()[columns[e]], 0)
     narrow = layouts[0].cols < 1 << 15
     return {
         "classes": torch.from_numpy(classes),
@@ -242,72 +254,116 @@ def _columns(layouts: Sequence[ParsedMatrix], stored: int) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Programs:
-    """One matrix cut into programs: records [NP, 4] with words counted from 0, lanes [P * tiles,
-    32], starts [NP, 32], and what its words are written from.
+class _Tiles:
+    """One matrix cut into tiles: records [P * tiles, 2] with words counted from 0, cuts [P, S - 1,
+    tiles] with far rows counted from 0, the near starts and the far ones, and what its words are
+    written from.
     """
 
-    records: NDArray[np.int64]
-    lanes: NDArray[np.int32]
-    starts: NDArray[np.int32]
+    records: I64
+    cuts: I32
+    starts: NDArray[np.uint16]
+    far: I64
+    over: int
     words: int
-    source: NDArray[np.uint32]
-    cuts: NDArray[np.int64]  # [rows, P, S + 1, 3]
-    order: NDArray[np.int64]  # [P, rows]
+    source: Rewritten
+    order: I64  # [P, rows]
 
-    def write(self, words: NDArray[np.int32], base: int) -> None:
+    def write(self, words: I32, base: int) -> None:
         """Writes the words at `base`, where the records then point."""
-        self.records[:, :2] += base
-        pieces, segments = self.cuts.shape[1], self.cuts.shape[2] - 1
-        first = self.records[:, 0].reshape(pieces, segments, -1)
-        for p in range(pieces):
-            for s in range(segments):
-                cuts = self.cuts[:, p, s : s + 2]
-                interleave(self.source, cuts, self.order[p], first[p, s].copy(), words)
+        self.records[:, 0] += base
+        pieces = len(self.order)
+        first = self.records[:, 0].reshape(pieces, -1)
+        for p, order in enumerate(self.order):
+            stream = order * pieces + p
+            ends = np.stack([self.source.starts[stream], self.source.starts[stream + 1]], 1)
+            interleave(self.source.words, ends, first[p].copy(), words)
 
 
-def _programs(how: Recoding, m: ParsedMatrix, segments: int) -> _Programs:
-    source, flat = rewrite(how, m, segments)
-    cuts = flat.reshape(m.rows, m.pieces, segments + 1, 3)
-    tiles = -(-m.rows // LANES)
-    padded = tiles * LANES
-    records = np.zeros((m.pieces, segments, tiles, RECORD), np.int64)
-    lanes = np.full((m.pieces, padded), NO_ROW, np.int32)
-    starts = np.full((m.pieces, segments, padded), m.span, np.int32)
-    orders = np.empty((m.pieces, m.rows), np.int64)
-    info = np.arange(m.rows, dtype=np.int32) | m.row_class.numpy().astype(np.int32) << 24
-    words = 0
-    for p in range(m.pieces):
-        bits, groups = (cuts[:, p, -1, k] - cuts[:, p, 0, k] for k in (0, 2))
-        # equal groups save waiting, equal bits save padding: groups in fours, then bits
-        order = orders[p] = np.lexsort((-bits, -(groups // (4 * segments))))
-        lanes[p, : m.rows] = info[order]
-        for s in range(segments):
-            sizes = np.empty((tiles, 2), np.int64)
-            total = measure(cuts[:, p, s : s + 2], order, sizes)
-            length = LANES * sizes[:, 0]
-            record = records[p, s]
-            record[:, 1] = words + np.cumsum(length)
-            record[:, 0] = record[:, 1] - length
-            record[:, 2] = np.maximum.accumulate(sizes[::-1, 1])[::-1]
-            record[:, 3] = m.span
-            own = cuts[order, p, s + 1, 2] - cuts[order, p, s, 2]
-            short = np.repeat(record[:, 2], LANES)[: m.rows] - own
-            starts[p, s, : m.rows] = cuts[order, p, s, 1] | short << POSITION_BITS
-            words += total
-    return _Programs(
-        records.reshape(-1, RECORD), lanes.reshape(-1, LANES), starts.reshape(-1, LANES),
-        words, source, cuts, orders,
-    )  # fmt: skip
+def _tiles(how: Recoding, m: ParsedMatrix, segments: int) -> _Tiles:
+    made = rewrite(how, m, segments > 1)
+    tiles, pieces = -(-m.rows // LANES), m.pieces
+    bits = np.diff(made.starts).reshape(m.rows, pieces)
+    groups = made.groups.reshape(m.rows, pieces)
+    mark = (np.cumsum(made.groups) - made.groups).reshape(m.rows, pieces)
+    records = np.empty((pieces, tiles, 2), np.int64)
+    orders = np.empty((pieces, m.rows), np.int64)
+    inner = segments - 1
+    cuts = np.empty((pieces, inner, tiles), np.int32)
+    starts = np.empty((pieces, inner * tiles, LANES), np.uint16)
+    found, over, words = [np.empty((0, LANES), np.int64)], 0, 0
+    for p in range(pieces):
+        order = orders[p] = _order(bits[:, p], groups[:, p])
+        most = np.maximum.reduceat(groups[order, p], np.arange(0, m.rows, LANES))
+        most = np.maximum.accumulate(most[::-1])[::-1]
+        rows = np.maximum.reduceat(bits[order, p], np.arange(0, m.rows, LANES)) + 31 >> 5
+        rows = np.maximum(rows, 1)
+        records[p, :, 0] = words + LANES * (np.cumsum(rows) - rows)
+        records[p, :, 1] = most | rows << GROUP_BITS
+        words += LANES * int(rows.sum())
+        if segments > 1:
+            steps = -(-most[np.arange(tiles) // BLOCK_TILES * BLOCK_TILES] // segments)
+            at = np.stack([mark[order, p], groups[order, p]], 1)
+            far = np.empty((inner * tiles, LANES), np.int64)
+            n, more = cut(made.marks, at, steps, m.span, cuts[p], starts[p], far)
+            cuts[p][cuts[p] < 0] += sum(map(len, found))
+            found.append(far[:n])
+            over = max(over, more)
+    flat = records.reshape(-1, 2), cuts, starts.reshape(-1, LANES), np.concatenate(found)
+    return _Tiles(*flat, over, words, made, orders)
 
 
-def _starts(parts: Sequence[_Programs], segments: int) -> Tensor:
+def _order(bits: I64, groups: I64) -> I64:
+    """The streams of a piece by lane: by falling groups in blocks, in a block by falling bits."""
+    block = max(1, min(BLOCK_TILES, len(groups) // LANES // 4)) * LANES
+    number = np.empty(len(groups), np.int64)
+    number[np.argsort(-groups, kind="stable")] = np.arange(len(groups)) // block
+    return np.lexsort((-bits, number))
+
+
+def _words(parts: Sequence[_Tiles], run: Map) -> Tensor:
+    """The words of all experts, to which their records then point."""
+    sizes = np.cumsum([0, *(p.words for p in parts)])
+    # a lane looks at two words behind its last
+    total = int(sizes[-1]) + 3 * LANES
+    if total >= MOST:
+        raise ValueError(f"{total} words in one projection; fewer than 2^31 are possible")
+    words = np.zeros(total, np.int32)
+    list(run(lambda p, base: p.write(words, int(base)), parts, sizes[:-1]))
+    return torch.from_numpy(words)
+
+
+def _lanes(layouts: Sequence[ParsedMatrix], parts: Sequence[_Tiles]) -> dict[str, Tensor]:
+    """The tensors by lane: lanes, row_classes."""
+    rows, pieces = layouts[0].rows, layouts[0].pieces
+    shape = len(parts), pieces, -(-rows // LANES) * LANES
+    lanes = np.full(shape, rows, np.int16 if rows < 1 << 15 else np.int32)
+    classes = np.zeros(shape, np.uint8)
+    for e, (m, p) in enumerate(zip(layouts, parts, strict=True)):
+        lanes[e, :, :rows] = p.order
+        classes[e, :, :rows] = m.row_class.numpy()[p.order]
+    flat = len(parts), -1, LANES
+    return {
+        "lanes": torch.from_numpy(lanes.reshape(flat)),
+        "row_classes": torch.from_numpy(classes.reshape(flat)),
+    }
+
+
+def _starts(parts: Sequence[_Tiles], segments: int) -> dict[str, Tensor]:
+    """The tensors of the cuts: cuts, starts."""
     if segments == 1:
-        return torch.zeros(1, dtype=torch.int16)
-    starts = np.stack([p.starts for p in parts])
-    if int(starts.max()) < 1 << 16:
-        return torch.from_numpy(starts.astype(np.uint16).view(np.int16))
-    return torch.from_numpy(starts)
+        none = torch.zeros(1, dtype=torch.int32), torch.zeros(1, LANES, dtype=torch.int16)
+        return dict(zip(("cuts", "starts"), none, strict=True))
+    cuts = np.stack([p.cuts for p in parts])
+    far = [p.far >> 16 for p in parts]
+    base = cuts.size
+    for cut_of, rows in zip(cuts, far, strict=True):
+        cut_of[cut_of < 0] += base
+        base += len(rows)
+    if base * LANES >= MOST:
+        raise ValueError(f"{base * LANES} starts in one projection; fewer than 2^31 are possible")
+    starts = np.concatenate([*(p.starts for p in parts), *(f.astype(np.uint16) for f in far)])
+    return {"cuts": torch.from_numpy(cuts), "starts": torch.from_numpy(starts.view(np.int16))}
 
 
 def _values(t: Tables) -> NDArray[np.int64]:

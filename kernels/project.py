@@ -47,6 +47,8 @@ def decoder_args(p: PackedProjection) -> tuple[Tensor, ...]:
         p.words,
         p.records,
         p.lanes,
+        p.row_classes,
+        p.cuts,
         p.starts,
         p.classes,
         p.context_maps,
@@ -238,7 +240,7 @@ def decode_experts(
     for limit in p.limits:
         decode.decode_active[(p.programs, slots)](
             *decoder_args(p), p.row_scale, negative, out, counts, first, p.experts, p.rows,
-            p.stored, depth, p.tiles, 4 if p.wide else 2, 4,
+            p.stored, depth, p.tiles, p.over, 4 if p.wide else 2, 4,
             L=limit, S=p.segments, WIDE=p.wide, NEG=ratio and p.row_scale_neg is not None,
             ASM=plan.asm, **ONE_WARP,
         )  # fmt: skip

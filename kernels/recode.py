@@ -1,5 +1,5 @@
 """Streams as a GPU reads them, one walk over each: codes of at most 7 bits instead of 8, and where
-a stream may be cut into segments.
+their groups of symbols begin, which is where a stream may be cut.
 
 A file's codes have up to 8 bits, as rate asks for. In a kernel every bit of a table's index doubles
 the memory that the lanes of a warp scatter their lookups over: with 7 bits a table is two words per
@@ -22,6 +22,9 @@ from qmoe.errors import CorruptError
 LONG, SHORT = 8, 7  # code limits: as stored, as rewritten; both give groups of four symbols
 MAX_STEPS = 32767  # groups of a stream
 _PADDING = 4  # words behind the streams, which decoders and this loop may touch
+# a mark is a uint32: bits since the stream's start (at most 32 a group), position, and whether the
+# group's first symbol goes on with the weight of the one in front of it
+MARK_BITS, MARK_POSITION = 20, 11
 
 
 @dataclass(frozen=True)
@@ -65,26 +68,47 @@ def recoding(tables: Tables) -> Recoding:
     return Recoding(tables, new_tables, codes, growth)
 
 
-def rewrite(how: Recoding, m: ParsedMatrix, segments: int) -> tuple[U32, I64]:
-    """A matrix's streams in the new codes, and their cuts.
+@dataclass(frozen=True)
+class Rewritten:
+    """The streams of a matrix in the new codes; stream row * pieces + piece.
+
+    Attributes:
+        words: uint32, with two words of padding at least.
+        starts: int64 [streams + 1], first bit of each; the last is the end.
+        groups: int64 [streams], groups of symbols.
+        marks: uint32, one a group, stream by stream: bits since the stream's start, position <<
+            MARK_BITS, and the top bit for a first symbol that does not advance; empty if not asked
+            for.
+    """
+
+    words: U32
+    starts: I64
+    groups: I64
+    marks: U32
+
+
+def rewrite(how: Recoding, m: ParsedMatrix, marked: bool) -> Rewritten:
+    """A matrix's streams in the new codes.
 
     Args:
         how: of its group.
         m: the parsed matrix.
-        segments: S, per stream.
+        marked: whether marks are wanted.
 
     Returns:
-        words, uint32 with two words of padding at least; cuts int64 [rows * pieces, S + 1, 3]: bit,
-        position and groups before, at the start of each segment and at the end. A cut is at a
-        group that starts with a symbol that advances, so that no weight belongs to two segments;
-        missing segments are empty at the end.
+        The streams.
 
     Raises:
         CorruptError: a stream does not end where it should, or has more than MAX_STEPS groups.
     """
-    words = np.zeros(int(int(m.stream_start[-1]) * how.growth) // 32 + 1 + _PADDING, np.uint32)
-    cuts = np.empty((m.rows * m.pieces, segments + 1, 3), np.int64)
-    bad, bits = _walk(
+    bits = int(m.stream_start[-1])
+    words = np.zeros(int(bits * how.growth) // 32 + 1 + _PADDING, np.uint32)
+    streams = m.rows * m.pieces
+    starts, groups = np.empty(streams + 1, np.int64), np.empty(streams, np.int64)
+    # a symbol is a bit at least, and a group is full unless it is the last of its stream
+    most = bits // (32 // how.old.limit) + streams if marked else 0
+    marks = np.empty(most, np.uint32)
+    bad = _walk(
         m.words.numpy().view(np.uint32),
         m.stream_start.numpy(),
         m.row_class.numpy(),
@@ -94,13 +118,15 @@ def rewrite(how: Recoding, m: ParsedMatrix, segments: int) -> tuple[U32, I64]:
         how.codes.ravel(),
         how.old.limit,
         words,
-        cuts,
+        starts,
+        groups,
+        marks,
     )
     if bad >= 0:
         raise CorruptError(
             f"stream {bad} does not end at its last bit, or has more than {MAX_STEPS} groups"
         )
-    return words[: (bits + 31) // 32 + _PADDING], cuts
+    return Rewritten(words[: (starts[-1] + 31) // 32 + _PADDING], starts, groups, marks)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -114,43 +140,48 @@ def _walk(
     codes: U32,
     limit: int,
     out: U32,
-    cuts: I64,
-) -> tuple[int, np.int64]:
-    """Follows every stream, writes the new code of each symbol, and cuts it.
+    starts: I64,
+    groups: I64,
+    marks: U32,
+) -> int:
+    """Follows every stream and writes the new code of each symbol.
 
     Args:
         words, stream_start, row_class, slot_class: of a `ParsedMatrix`.
         table_of, lookup, limit: of its `Tables`, lookup flat; codes: flat.
         out: zeros, long enough, with two words to spare; written.
-        cuts: written, see `rewrite`.
+        starts, groups, marks: written, see `Rewritten`; empty marks are left alone.
 
     Returns:
-        -1, or the first stream that does not end at its end bit; and the bits written.
+        -1, or the first stream that does not end at its end bit.
     """
     pieces, span = slot_class.shape[0], np.uint64(slot_class.shape[1] - 1)
-    streams, segments = cuts.shape[0], cuts.shape[1] - 1
-    latch, shift = 32 // limit, np.uint64(limit)
+    latch, shift, marked = 32 // limit, np.uint64(limit), marks.size > 0
     one, five, six = np.uint64(1), np.uint64(5), np.uint64(63)
     low, word_bits = np.uint64(0xFFFFFFFF), np.uint64(32)
+    at_position, top = np.uint64(MARK_BITS), np.uint64(31)
     mask = (one << shift) - one
-    groups_at = np.empty((MAX_STEPS, 2), np.int64)  # bit, position where one starts
     # the accumulator holds the bits since the last whole word, so a word is written once
-    held, filled, to = np.uint64(0), np.uint64(0), np.uint64(0)
-    for stream in range(streams):
+    held, filled, to, mark = np.uint64(0), np.uint64(0), np.uint64(0), 0
+    for stream in range(groups.size):
         a = np.uint64(row_class[stream // pieces])
         classes = slot_class[stream % pieces]
         bit, end = np.uint64(stream_start[stream]), np.uint64(stream_start[stream + 1])
         at, n = np.uint64(0), 0
+        first = to << five | filled
         while at < span:
-            if bit >= end or n >= groups_at.shape[0]:
-                return stream, np.int64(0)
+            if bit >= end or n >= MAX_STEPS:
+                return stream
             base = np.uint64(table_of[a + np.uint64(classes[at])]) << shift
             word = bit >> five
             window = np.uint64(words[word]) | np.uint64(words[word + one]) << word_bits
             window >>= bit & np.uint64(31)
-            begin = np.int64(to << five | filled)
-            before = at
-            for k in range(latch):
+            if marked:
+                stays = np.uint64((lookup[base | (window & mask)] >> np.uint32(8)) & 63 == 0)
+                begin = (to << five | filled) - first
+                marks[mark] = np.uint32(begin | at << at_position | stays << top)
+                mark += 1
+            for _ in range(latch):
                 place = base | (window & mask)
                 entry, code = np.uint64(lookup[place]), np.uint64(codes[place])
                 held |= (code & np.uint64(0xFFFF)) << filled
@@ -159,10 +190,6 @@ def _walk(
                 window >>= length
                 bit += length
                 at += (entry >> np.uint64(8)) & six
-                if k == 0:
-                    # sign: whether a cut is allowed here, since the first symbol advances
-                    groups_at[n, 0] = begin if at > before else -begin - 1
-                    groups_at[n, 1] = np.int64(before)
                 if at >= span:
                     break
             if filled >= word_bits:
@@ -172,16 +199,8 @@ def _walk(
                 to += one
             n += 1
         if bit != end:
-            return stream, np.int64(0)
-        s = 0
-        for g in range(n):
-            if s < segments and g * segments >= s * n and (s == 0 or groups_at[g, 0] >= 0):
-                begin = groups_at[g, 0]
-                cuts[stream, s, 0] = begin if begin >= 0 else -begin - 1
-                cuts[stream, s, 1], cuts[stream, s, 2] = groups_at[g, 1], g
-                s += 1
-        for rest in range(s, segments + 1):
-            cuts[stream, rest, 0] = np.int64(to << five | filled)
-            cuts[stream, rest, 1], cuts[stream, rest, 2] = np.int64(span), n
+            return stream
+        starts[stream], groups[stream] = np.int64(first), n
+    starts[groups.size] = np.int64(to << five | filled)
     out[to] = np.uint32(held & low)
-    return -1, np.int64(to << five | filled)
+    return -1

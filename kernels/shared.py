@@ -21,10 +21,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qmoe.kernels.device import scale_of
+from qmoe.kernels.interleave import BLOCK_TILES
 from qmoe.kernels.matvec import active_expert, follow, inputs_of, start
 
 LIMIT = 8  # bits of the longest codes that fit
-MAX_WARPS = 8  # of a program
+MAX_WARPS = BLOCK_TILES  # of a program
 MAX_ROOM = 4096  # inputs; a piece of 1024 columns needs 1280
 
 try:
@@ -63,7 +65,7 @@ def build(i, x, columns, scales, e, cols, stored, S: tl.constexpr, X_BITS: tl.co
     """Inputs i of this program's piece as words of X_BITS, from the layer's input at x."""
     piece = (e.to(tl.int64) * (tl.num_programs(1) // S) + tl.program_id(1) // S) * stored
     column = gl.load(columns + tl.multiple_of(piece, 16) + i, mask=i < stored, other=-1)
-    scale = gl.load(scales + tl.multiple_of(piece, 16) + i, mask=i < stored, other=0.0)
+    scale = scale_of(gl.load(scales + tl.multiple_of(piece, 16) + i, mask=i < stored, other=0))
     column = column.to(gl.int32)
     use = column.to(gl.uint32, bitcast=True) < cols  # no column is -1
     v = gl.load(x + column, mask=use, other=0.0).to(gl.float32) * scale
@@ -75,7 +77,7 @@ def build(i, x, columns, scales, e, cols, stored, S: tl.constexpr, X_BITS: tl.co
 
 @_jit
 def matvec_shared(
-    words, records, lanes, starts, classes, context_maps, expert_info, lut,
+    words, records, lanes, row_classes, cuts, starts, classes, context_maps, expert_info, lut,
     row_scale, row_scale_neg,
     xs, group_expert, partial, columns, scales,
     experts, rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes, cols,
@@ -98,7 +100,10 @@ def matvec_shared(
     lane = gl.arange(0, 32 * W, layout=layout)
     zero = gl.zeros([32 * W], gl.int32, layout=layout)
     # all loads that depend on nothing but the expert, before anything waits
-    state = start(lane, zero, e, words, records, lanes, starts, tiles, word_bytes, S, W, ASM)
+    state = start(
+        lane, zero, e, expert_info, words, records, lanes, row_classes, cuts, starts, tiles,
+        word_bytes, S, W, ASM,
+    )  # fmt: skip
     first = lut + tl.multiple_of(gl.load(expert_info + e * 4 + 2), 128)
     entries = gl.load(first + gl.arange(0, 16 << L, layout=copy))
     if PDL:
@@ -125,7 +130,7 @@ def matvec_shared(
     tables.store(entries)
     gl.barrier()
     follow(
-        lane, zero, gl.zeros([32 * W], gl.float32, layout=layout), e, state, lut, tables, inputs,
+        lane, gl.zeros([32 * W], gl.float32, layout=layout), e, state, lut, tables, inputs,
         words, classes, context_maps, expert_info, row_scale, row_scale_neg, xs, partial,
         rows, stored, width, tiles, entry_bytes, x_bytes, word_bytes,
         B, X_BITS, L, S, W, WIDE, NEG, ASM, True, ROOM > 0,

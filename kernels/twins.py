@@ -1,26 +1,74 @@
 """What the kernels mean, in torch: decoding, and y = W[expert] x for every (token, expert) pair."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from qmoe.kernels.interleave import LANES
-from qmoe.kernels.pack import MAP_WIDTH, NO_ROW, POSITION_BITS, PackedProjection
+from qmoe.kernels.interleave import BLOCK_TILES, FAR_BITS, LANES, NEAR
+from qmoe.kernels.pack import GROUP_BITS, MAP_WIDTH, PackedProjection
+from qmoe.types import grid_scale
 
 
-def lanes_of(p: PackedProjection, expert: int) -> Tensor:
-    """Row | class of every lane, int64 [NP * 32]: those of a piece, for each of its segments."""
-    lanes = p.lanes[expert].view(p.pieces, 1, -1).expand(-1, p.segments, -1)
-    return lanes.flatten().long()
+@dataclass(frozen=True)
+class Lanes:
+    """Where the lanes of an expert's programs start: int64 [NP * 32] each.
 
-
-def segment_starts(p: PackedProjection, expert: int, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """First position and number of groups of every lane, int64 [NP * 32] each; `steps` are the
-    groups of its program.
+    Attributes:
+        row, row_class: row is `rows` for a lane without one.
+        word, end: first word of a lane, and of what is behind its tile.
+        used: bits of that word which are not the lane's.
+        position: before the first group.
+        steps: groups, the most of the lanes of its program.
     """
-    starts = p.starts[expert].flatten().long()
-    if p.starts.dtype == torch.int16:
-        starts = starts & 0xFFFF
-    return starts & ((1 << POSITION_BITS) - 1), steps - (starts >> POSITION_BITS)
+
+    row: Tensor
+    row_class: Tensor
+    word: Tensor
+    end: Tensor
+    used: Tensor
+    position: Tensor
+    steps: Tensor
+
+
+def lanes_of(p: PackedProjection, expert: int) -> Lanes:
+    """The lanes of an expert, by program."""
+    shape = p.pieces, p.segments, p.tiles, LANES
+    base, packed = p.records[expert].long().view(p.pieces, 1, p.tiles, 1, 2).unbind(-1)
+    device, span = base.device, int(p.expert_info[expert, 3])
+    most, rows = packed & ((1 << GROUP_BITS) - 1), packed >> GROUP_BITS
+    tile = torch.arange(p.tiles, device=device)
+    inner = -(-most[:, :, tile // BLOCK_TILES * BLOCK_TILES] // p.segments)
+    s = torch.arange(p.segments, device=device)[None, :, None, None]
+    steps = torch.minimum(most - s * inner, inner).clamp(min=0)
+    position, bit = torch.zeros((2, *shape), dtype=torch.long, device=device)
+    if p.segments > 1:
+        record = p.cuts[expert].long().unsqueeze(-1)
+        n = p.cuts[0].numel()
+        near = p.starts[expert * n : (expert + 1) * n].long() & 0xFFFF
+        near = near.view(p.pieces, p.segments - 1, p.tiles, LANES)
+        step = near & NEAR
+        position[:, 1:] = torch.where(
+            step == NEAR, span, (record & ((1 << FAR_BITS) - 1)) + step
+        )
+        bit[:, 1:] = (record >> FAR_BITS) * 32 + (near >> 8)
+        far = record < 0
+        high = p.starts[torch.where(far, record + (1 << 31), 0)].long()[..., 0, :] & 0xFFFF
+        whole = near | high << 16
+        position[:, 1:] = torch.where(far, whole & ((1 << FAR_BITS) - 1), position[:, 1:])
+        bit[:, 1:] = torch.where(far, whole >> FAR_BITS, bit[:, 1:])
+    lane = torch.arange(LANES, device=device)
+    by_lane = (p.pieces, 1, p.tiles, LANES)
+    found = (
+        p.lanes[expert].long().view(by_lane),
+        p.row_classes[expert].long().view(by_lane),
+        base + (bit >> 5) * LANES + lane,
+        base + rows * LANES,
+        bit & 31,
+        position,
+        steps,
+    )
+    return Lanes(*(t.expand(shape).reshape(-1) for t in found))
 
 
 def decode_torch(p: PackedProjection, expert: int) -> Tensor:
@@ -30,27 +78,20 @@ def decode_torch(p: PackedProjection, expert: int) -> Tensor:
     The definition of the device decoders: one step of this loop is one symbol of every lane.
     """
     lanes = lanes_of(p, expert)
-    row, row_class = lanes & NO_ROW, lanes >> 24
-    program = torch.arange(lanes.numel(), device=lanes.device) // 32
-    first, end, steps, limit = p.records[expert].long()[program].unbind(1)
-    piece = program // p.tiles // p.segments
-    at = first + torch.arange(lanes.numel(), device=lanes.device) % 32
-    base, top = int(first.min()), int(end.max()) + LANES
+    device = lanes.row.device
+    piece = torch.arange(len(lanes.row), device=device) // LANES // p.tiles // p.segments
+    base, top = int(lanes.word.min()), int(lanes.end.max()) + LANES
     words = p.words[base:top].long() & 0xFFFFFFFF
-    at, end = at - base, end - base
+    at, end, used, pos = lanes.word - base, lanes.end - base, lanes.used, lanes.position
     lut = p.lut.long() & (0xFFFFFFFF if p.wide else 0xFFFF)
-    bits, first_map, first_entry, _ = p.expert_info[expert].tolist()
+    bits, first_map, first_entry, limit = p.expert_info[expert].tolist()
     context_map = p.context_maps.flatten()[first_map : first_map + MAP_WIDTH].long()
-    pos, left = torch.zeros_like(row), steps
-    if p.segments > 1:
-        pos, left = segment_starts(p, expert, steps)
     stored = p.stored
-    codes = torch.zeros(p.rows + 1, p.pieces, p.width + 1, device=lanes.device)
-    used = torch.zeros_like(row)
-    place, value_bits, bias = row.clamp(max=p.rows), 8 if p.wide else 6, 128 if p.wide else 32
-    for step in range(int(steps.max())):
+    codes = torch.zeros(p.rows + 1, p.pieces, p.width + 1, device=device)
+    value_bits, bias = (8, 128) if p.wide else (6, 32)
+    for step in range(int(lanes.steps.max())):
         classes = p.classes[expert, piece, pos.clamp(max=stored - 1)].long()
-        table = first_entry + context_map[row_class + classes]
+        table = first_entry + context_map[lanes.row_class + classes]
         low = torch.where(at < end, words[at.clamp(max=words.numel() - 33)], 0)
         high = torch.where(at + 32 < end, words[(at + 32).clamp(max=words.numel() - 1)], 0)
         window = low >> used | (high << (32 - used)) & 0xFFFFFFFF
@@ -60,14 +101,11 @@ def decode_torch(p: PackedProjection, expert: int) -> Tensor:
             window, used = window >> length, used + length
             pos = pos + (entry & 63)
             value = (entry >> 6 & ((1 << value_bits) - 1)) - bias
-            real = (step < steps) & (pos < limit)
+            real = (step < lanes.steps) & (pos < limit)
             codes.index_put_(
-                (place, piece, torch.where(real, pos, p.width)), value.float(), accumulate=True
+                (lanes.row, piece, torch.where(real, pos, p.width)), value.float(), accumulate=True
             )
-        pos = torch.minimum(pos, limit)
-        left = left - 1
-        if p.segments > 1:
-            pos = torch.where(left > 0, pos, limit)
+        pos = pos.clamp(max=limit)
         at, used = at + (used & 32), used & 31
     codes[:, :, 0] = 0
     return codes[:-1, :, :stored]
@@ -82,12 +120,12 @@ def weights_torch(p: PackedProjection, expert: int) -> Tensor:
 
 def dense_of(p: PackedProjection, expert: int, codes: Tensor) -> Tensor:
     """Weights [rows, cols] from codes by position [rows, pieces, stored]."""
-    scale = p.row_scale[expert][:, None]
+    scale = grid_scale(p.row_scale[expert])[:, None]
     if p.row_scale_neg is not None:
         scale = torch.where(
-            codes < 0, p.row_scale_neg[expert][:, None, None], scale[:, :, None]
+            codes < 0, grid_scale(p.row_scale_neg[expert])[:, None, None], scale[:, :, None]
         ).flatten(1)
-    values = (codes * p.scales[expert]).flatten(1) * scale
+    values = (codes * grid_scale(p.scales[expert])).flatten(1) * scale
     column = p.columns[expert].long().flatten()
     out = torch.zeros(p.rows, p.cols + 1, device=codes.device)
     out[:, torch.where(column < 0, p.cols, column)] = values

@@ -1,48 +1,46 @@
 """What the kernels must give, bit for bit: every lane's chain of fused multiply-adds in the order
-of its symbols, from the definitions in `qmoe.kernels.pack` and `qmoe.kernels.device`. No Triton.
+of its symbols, over the groups of its segment, from the definitions in `qmoe.kernels.pack` and `qmoe.kernels.device`. No Triton.
 """
+
+import dataclasses
 
 import numpy as np
 import torch
 
 from ptx.arithmetic import fma
-from qmoe.kernels.pack import NO_ROW
-from qmoe.kernels.twins import lanes_of, segment_starts
+from qmoe.kernels.twins import lanes_of
+from qmoe.types import grid_scale
 
 
 def scaled_inputs(p, x, expert, token, kind):
     """The inputs of one (token, expert) pair by position: [P, width] of type `kind`."""
     out = torch.zeros(p.pieces, p.width)
     column = p.columns[expert].long()
-    values = torch.where(column >= 0, x[token].float()[column.clamp(min=0)], 0) * p.scales[expert]
+    values = torch.where(column >= 0, x[token].float()[column.clamp(min=0)], 0) * grid_scale(p.scales[expert])
     out[:, : p.stored] = values.to(kind).float()
     return out.to(kind)
 
 
 def partial_sums(p, xs, e):
     """Partial sums of expert e for inputs float32 [P, width, B]: float32 [P * S, B, rows]."""
-    lanes = lanes_of(p, e).numpy()
-    row, row_class = lanes & NO_ROW, lanes >> 24
-    n = np.arange(len(lanes))
-    first, end, steps, limit = p.records[e].numpy().astype(np.int64)[n // 32].T
-    slot = n // 32 // p.tiles
+    lanes = lanes_of(p, e)
+    row, row_class, at, end, used, pos, steps = (
+        getattr(lanes, f.name).numpy() for f in dataclasses.fields(lanes)
+    )
+    slot = np.arange(len(row)) // 32 // p.tiles
     piece = slot // p.segments
     words = p.words.numpy().view(np.uint32).astype(np.uint64)
     lut = p.lut.numpy().astype(np.int64) & (0xFFFFFFFF if p.wide else 0xFFFF)
-    bits, first_map, first_entry, _ = p.expert_info[e].tolist()
+    bits, first_map, first_entry, limit = p.expert_info[e].tolist()
     context_map = p.context_maps.flatten().numpy().astype(np.int64)[first_map:]
     value_bits, bias = (8, 128) if p.wide else (6, 32)
-    pos, left = np.zeros(len(n), np.int64), steps.copy()
-    if p.segments > 1:
-        pos, left = (t.numpy() for t in segment_starts(p, e, torch.from_numpy(steps)))
-    at, used = first + n % 32, np.zeros(len(n), np.int64)
     classes = p.classes[e].numpy().astype(np.int64)
     rows = np.minimum(row, p.rows - 1)
-    above = p.row_scale[e].numpy()[rows]
-    below = above if p.row_scale_neg is None else p.row_scale_neg[e].numpy()[rows]
-    total = np.zeros((len(n), xs.shape[2]), np.float32)
+    above = grid_scale(p.row_scale[e]).numpy()[rows]
+    below = above if p.row_scale_neg is None else grid_scale(p.row_scale_neg[e]).numpy()[rows]
+    total = np.zeros((len(row), xs.shape[2]), np.float32)
     for step in range(int(steps.max())):
-        live = (left > 0) & (step < steps)
+        live = step < steps
         column_class = classes[piece, np.minimum(pos, classes.shape[1] - 1)]
         table = first_entry + context_map[row_class + column_class]
         low = words[np.minimum(at, len(words) - 33)]
@@ -60,9 +58,7 @@ def partial_sums(p, xs, e):
             for b in range(xs.shape[2]):
                 x = xs[piece, np.minimum(pos, p.width - 1), b]
                 total[:, b] = np.where(live, fma(value, x, total[:, b]), total[:, b])
-        pos, left = np.minimum(pos, limit), left - 1
-        if p.segments > 1:
-            pos = np.where(left > 0, pos, limit)
+        pos = np.minimum(pos, limit)
         at, used = at + 32 * (used >= 32), used & 31
     out = np.full((p.pieces * p.segments, xs.shape[2], p.rows), np.nan, np.float32)
     real = row < p.rows

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from qmoe.kernels.interleave import LANES
 from qmoe.kernels.launch import LaunchPlan, segments
-from qmoe.kernels.pack import NO_ROW, PackedProjection
-from qmoe.kernels.twins import lanes_of, segment_starts
+from qmoe.kernels.pack import PackedProjection
+from qmoe.kernels.twins import lanes_of
 from qmoe.measure.kernels.sample import packed, sample_matrix
 from qmoe.measure.kernels.sass import ALU, loop_lines
 
@@ -119,35 +119,35 @@ def refills(p: PackedProjection, expert: int = 0) -> NDArray[np.int8]:
     """What each warp's load of words meets in each turn: 0 nothing new, 1 a new sector of a line
     that it had, 2 a new line; int8 [warps, turns].
     """
-    lanes = lanes_of(p, expert).numpy()
-    n = np.arange(len(lanes))
-    first, end, steps, limit = p.records[expert].numpy().astype(np.int64)[n // 32].T
-    pos, left = np.zeros(len(n), np.int64), steps.copy()
-    if p.segments > 1:
-        pos, left = (t.numpy() for t in segment_starts(p, expert, torch.from_numpy(steps)))
-    piece = n // 32 // p.tiles // p.segments
+    lanes = lanes_of(p, expert)
+    row_class, at, end, used, pos, steps = (
+        getattr(lanes, name).numpy()
+        for name in ("row_class", "word", "end", "used", "position", "steps")
+    )
+    n = np.arange(len(at))
+    tile = p.records[expert, :, 0].view(p.pieces, 1, p.tiles, 1).long()
+    first = tile.expand(-1, p.segments, -1, LANES).reshape(-1).numpy()
+    piece = n // LANES // p.tiles // p.segments
     words = p.words.numpy().view(np.uint32).astype(np.uint64)
     lut = p.lut.numpy().astype(np.int64) & (0xFFFFFFFF if p.wide else 0xFFFF)
-    bits, first_map, first_entry, _ = p.expert_info[expert].tolist()
+    bits, first_map, first_entry, limit = p.expert_info[expert].tolist()
     maps = p.context_maps.flatten().numpy().astype(np.int64)[first_map:]
     value_bits = 8 if p.wide else 6
     classes = p.classes[expert].numpy().astype(np.int64)
-    at, used = first + n % 32, np.zeros(len(n), np.int64)
     kind = np.zeros((len(n) // LANES, int(steps.max())), np.int8)
-    held = {(line, k) for line in range(3) for k in range(LANES // SECTOR)}  # before the loop
-    seen = [set(held) for _ in range(len(kind))]
+    seen: list[set[tuple[int, int]]] = [set() for _ in range(len(kind))]
+    for i, line in enumerate((at - first) // LANES):  # before the loop
+        seen[i // LANES] |= {(int(line) + k, i % LANES // SECTOR) for k in range(3)}
     for t in range(kind.shape[1]):
         column = classes[piece, np.minimum(pos, classes.shape[1] - 1)]
-        table = first_entry + maps[np.where(lanes == NO_ROW, 0, lanes >> 24) + column]
+        table = first_entry + maps[row_class + column]
         high = words[np.minimum(at + 32, len(words) - 1)]
         both = words[np.minimum(at, len(words) - 33)] | high << np.uint64(32)
         for _ in range(32 // bits):
             window = (both >> used.astype(np.uint64)).astype(np.int64)
             entry = lut[table + (window & ((1 << bits) - 1))]
             used, pos = used + (entry >> (6 + value_bits)), pos + (entry & 63)
-        pos, left = np.minimum(pos, limit), left - 1
-        if p.segments > 1:
-            pos = np.where(left > 0, pos, limit)
+        pos = np.minimum(pos, limit)
         need, word = used >= 32, at + 96
         load = (need & (word < end) & (t < steps)).reshape(-1, LANES)
         line = ((word - first) // LANES).reshape(-1, LANES)
@@ -194,7 +194,7 @@ def launch_time(
     """
     body, before, after = loop_lines(listing)
     loop, kind = steps_of(body), refills(p)
-    groups = p.records[0, :, 2].view(p.pieces * p.segments, -1)
+    groups = lanes_of(p, 0).steps.view(p.pieces * p.segments, -1, LANES)[:, :, 0]
     padded = torch.nn.functional.pad(groups, (0, -groups.shape[1] % warps))
     turns = round(float(padded.view(-1, warps).amax(1).float().mean()))
     programs = experts * padded.numel() / warps

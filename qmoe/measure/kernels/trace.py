@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qmoe.kernels.interleave import LANES
-from qmoe.kernels.pack import MAP_WIDTH, NO_ROW, PackedProjection
-from qmoe.kernels.twins import lanes_of, segment_starts
+from qmoe.kernels.pack import MAP_WIDTH, PackedProjection
+from qmoe.kernels.twins import lanes_of
 
 LINE = 128
 
@@ -66,24 +66,21 @@ def trace(
     and wait for each other.
     """
     chosen = torch.linspace(0, p.programs - 1, min(programs, p.programs)).long()
-    lanes = lanes_of(p, expert).view(-1, LANES)[chosen]
-    row, base = lanes & NO_ROW, lanes >> 24
-    first, _, steps, limit = p.records[expert, chosen].long()[:, :, None].unbind(1)
+    lanes = lanes_of(p, expert)
+    row, base, at, used, pos, steps = (
+        t.view(-1, LANES)[chosen]
+        for t in (
+            lanes.row, lanes.row_class, lanes.word, lanes.used, lanes.position, lanes.steps,
+        )
+    )  # fmt: skip
+    own, steps = steps, steps[:, :1]
     piece = (chosen // p.tiles // p.segments)[:, None]
     if warps > 1:
-        steps = _longest(p, expert, chosen, warps)
-    at = first + torch.arange(LANES)
+        steps = _longest(p, lanes.steps, chosen, warps)
     words, lut = p.words.long() & 0xFFFFFFFF, p.lut.long() & (0xFFFFFFFF if p.wide else 0xFFFF)
-    bits, first_map, first_entry, _ = p.expert_info[expert].tolist()
+    bits, first_map, first_entry, limit = p.expert_info[expert].tolist()
     maps = p.context_maps.flatten()[first_map : first_map + MAP_WIDTH].long()
     value_bits, entry_bytes = (8, 4) if p.wide else (6, 2)
-    pos = torch.zeros_like(lanes)
-    left = steps.expand_as(pos)
-    if p.segments > 1:
-        of_program = p.records[expert, :, 2].long().repeat_interleave(LANES)
-        both = segment_starts(p, expert, of_program)
-        pos, left = (t.view(-1, LANES)[chosen] for t in both)
-    used = torch.zeros_like(pos)
     sums = dict.fromkeys((f.name for f in fields(Touched)[:6]), 0.0)
     running = useful = 0
     for step in range(int(steps.max())):
@@ -95,7 +92,7 @@ def trace(
         low, high = words[at.clamp(max=len(words) - 33)], words[(at + 32).clamp(max=len(words) - 1)]
         window = low >> used | (high << (32 - used)) & 0xFFFFFFFF
         for _ in range(32 // bits):
-            useful += int((live & (pos < limit) & (row < p.rows) & (left > 0)).sum())
+            useful += int((live & (pos < limit) & (row < p.rows) & (step < own)).sum())
             running += int(live.sum())
             index = table + (window & ((1 << bits) - 1))
             entry = lut[index]
@@ -105,9 +102,7 @@ def trace(
             sums["input_banks"] += _banks(pos * input_bytes, live)
             sums["table"] += _lines(index * entry_bytes, live)
             sums["inputs"] += _lines(pos * input_bytes, live)
-        pos, left = torch.minimum(pos, limit), left - 1
-        if p.segments > 1:
-            pos = torch.where(left > 0, pos, limit)
+        pos = pos.clamp(max=limit)
         need = used >= 32
         sums["words"] += _lines((at + 96) * 4, live & need)
         at, used = at + 32 * need, used & 31
@@ -115,24 +110,23 @@ def trace(
     return Touched(
         **{name: s / count for name, s in sums.items()},
         steps=count / len(chosen),
-        steps_per_weight=running / _weights(p, row, limit),
-        symbols_per_weight=useful / _weights(p, row, limit),
+        steps_per_weight=running / _weights(p, row),
+        symbols_per_weight=useful / _weights(p, row),
     )
 
 
-def _longest(p: PackedProjection, expert: int, chosen: Tensor, warps: int) -> Tensor:
+def _longest(p: PackedProjection, steps: Tensor, chosen: Tensor, warps: int) -> Tensor:
     """Steps [programs, 1] of the longest of the `warps` neighbours of each program."""
     first_tile = chosen - chosen % p.tiles % warps
     last_tile = chosen - chosen % p.tiles + p.tiles - 1
     mates = torch.stack([torch.minimum(first_tile + k, last_tile) for k in range(warps)])
-    return p.records[expert, mates, 2].long().amax(0)[:, None]
+    return steps[mates * LANES].amax(0)[:, None]
 
 
-def _weights(p: PackedProjection, row: Tensor, limit: Tensor) -> float:
+def _weights(p: PackedProjection, row: Tensor) -> float:
     """Weights behind the lanes; columns of zeros are weights, too."""
     # a segment is its part of a stream, on average
-    coded = float(((row < p.rows) * (limit - 1)).sum()) / p.segments
-    return coded * (p.cols / p.pieces / float((limit - 1).float().mean()))
+    return float((row < p.rows).sum()) / p.segments * p.cols / p.pieces
 
 
 def _lines(address: Tensor, live: Tensor) -> float:
