@@ -20,7 +20,6 @@ from qmoe.kernels.device import (
     groups_of,
     latch,
     refill,
-    scale_of,
     symbol,
     window_of,
 )
@@ -81,8 +80,8 @@ def decode_active(
     ratio = tl.full([32], 1.0 / 64, tl.float32)
     if NEG:
         at_row = e.to(tl.int64) * rows + row
-        ratio *= scale_of(tl.load(row_scale_neg + at_row, mask=row < rows, other=0))
-        ratio /= scale_of(tl.load(row_scale + at_row, mask=row < rows, other=0))
+        ratio *= tl.load(row_scale_neg + at_row, mask=row < rows, other=1.0).to(tl.float32)
+        ratio /= tl.load(row_scale + at_row, mask=row < rows, other=1.0).to(tl.float32)
     # position of the last real column; lanes that are done are beyond it
     last = tl.minimum(limit - 1, depth) + tl.zeros([32], tl.int32)
     before = pos

@@ -115,12 +115,6 @@ def window_of(low, high, used):
 
 
 @triton.jit
-def scale_of(index):
-    """float32 scale of a grid index (int16), exact: `qmoe.types.grid_scale`."""
-    return ((index.to(tl.int32) + 127 * 64) << 17).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def groups_of(records, piece, tile0, s, S: tl.constexpr):
     """Groups that the tiles from `tile0` on have in segment s; tile0 and those behind it that go
     with it lie in one block, which is cut behind equal numbers of groups.

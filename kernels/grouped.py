@@ -15,8 +15,6 @@ its expert's coded columns, pairs sorted by expert), codes [slots, rows, depth] 
 import triton
 import triton.language as tl
 
-from qmoe.kernels.device import scale_of
-
 
 @triton.jit(do_not_specialize=["first"])
 def grouped_dot(
@@ -41,8 +39,8 @@ def grouped_dot(
     k = tl.arange(0, DEPTH)
     m = tl.arange(0, TOKENS)
     real = r < rows - first_row
-    scale = tl.load(row_scale + e.to(tl.int64) * rows + first_row + r, mask=real, other=0)
-    scale = scale_of(scale)
+    scale = tl.load(row_scale + e.to(tl.int64) * rows + first_row + r, mask=real, other=0.0)
+    scale = scale.to(tl.float32)
     codes += (slot.to(tl.int64) * rows + first_row) * depth
     y += first_row
     for tile in range(tl.program_id(2), tl.cdiv(count, TOKENS), tl.num_programs(2)):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qmoe.kernels.device import expert_of, scale_of
+from qmoe.kernels.device import expert_of
 from qmoe.kernels.sums import rounded, slot_sum
 
 
@@ -41,7 +41,7 @@ def gather_inputs(
     at = (tl.maximum(e, 0).to(tl.int64) * pieces + piece) * stored + i + OFFSET
     inside = (i + OFFSET < tl.where(e >= 0, stored, 0)) & (i < out_width)
     column = tl.load(columns + at, mask=inside, other=-1).to(tl.int32)
-    scale = scale_of(tl.load(scales + at, mask=inside, other=0))
+    scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
     to = ((g * pieces + piece) * out_width + i) * B
     for b in tl.static_range(B):
         pair = pair_of(group_pairs, g, b, B, MEMBERS)
@@ -73,7 +73,7 @@ def silu_inputs(
     at = (tl.maximum(e, 0).to(tl.int64) * pieces + tl.program_id(1)) * stored + i
     inside = i < tl.where(e >= 0, stored, 0)
     column = tl.load(columns + at, mask=inside, other=-1).to(tl.int32)
-    scale = scale_of(tl.load(scales + at, mask=inside, other=0))
+    scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
     to = ((g * pieces + tl.program_id(1)) * width + i) * B
     if PDL:
         gdc_wait()

@@ -39,7 +39,6 @@ from qmoe.kernels.device import (
     groups_of,
     latch,
     refill,
-    scale_of,
     shared_word,
     symbol,
     window_of,
@@ -130,8 +129,8 @@ def follow(
     inside = (tl.program_id(2) * W + lane // 32 < tiles) & (row < rows)
     at_row = e.to(tl.int64) * rows + row
     if NEG:
-        positive = scale_of(tl.load(row_scale + at_row, mask=inside, other=0))
-        negative = scale_of(tl.load(row_scale_neg + at_row, mask=inside, other=0))
+        positive = tl.load(row_scale + at_row, mask=inside, other=0.0).to(tl.float32)
+        negative = tl.load(row_scale_neg + at_row, mask=inside, other=0.0).to(tl.float32)
     acc0 = nothing
     acc1 = nothing
     acc2 = nothing
@@ -184,7 +183,7 @@ def follow(
     to = partial + ((tl.program_id(0).to(tl.int64) * slots + slot) * B) * rows + row
     scale = nothing + 1.0 / 64
     if not NEG:
-        scale *= scale_of(tl.load(row_scale + at_row, mask=inside, other=0))
+        scale *= tl.load(row_scale + at_row, mask=inside, other=0.0).to(tl.float32)
     tl.store(to, acc0 * scale, mask=inside)
     if B > 1:
         tl.store(to + rows, acc1 * scale, mask=inside)

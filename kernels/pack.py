@@ -37,6 +37,7 @@ MAP_WIDTH = 128  # entries of a context map: row class + column class is below 1
 MAX_ADVANCE = 63
 MAX_ROWS = 65535 * LANES  # tiles are an axis of the grid
 MAX_SEGMENTS = 8
+SORTED_TILES = 8  # that are sorted by bits, not by groups, at most a quarter of a piece
 MOST = 1 << 31  # elements of a tensor that int32 indices reach
 GROUP_BITS = 15  # of a record: groups in the low bits, words a lane above
 ALIGN = 16  # columns of a piece and widths are padded to so many: then loads are vectors
@@ -52,7 +53,8 @@ class PackedProjection:
 
     With P pieces, S segments, tiles = ceil(rows / 32), an expert has NP = P * S * tiles programs;
     program ((p * S) + s) * tiles + t is segment s of tile t. `stored` is span + 1 rounded up to
-    ALIGN; span is the largest of all experts. Scales are grid indices (`qmoe.types`).
+    ALIGN; span is the largest of all experts. Scales have six bits of mantissa (`qmoe.types`), so
+    they are exact in bfloat16.
 
     Attributes:
         experts, rows, cols: E and the shape of every matrix (rows are outputs).
@@ -78,13 +80,13 @@ class PackedProjection:
         classes: uint8 [E, P, stored], class of the column that is next at a position.
         columns: int16 or int32 [E, P, stored], column at a position, -1 where there is none
             (position 0, virtual columns and behind the last).
-        scales: int16 like columns, the column's scale.
+        scales: bfloat16 like columns, the column's scale, 0 where there is none.
         context_maps: int32 [groups, 128], first lookup entry of the table of each context, counted
             from the group's first.
         expert_info: int32 [E, 4]: code limit L, first entry of the expert's context map, first
             lookup entry of its group, span.
         lut: int16 or int32 [entries + 4096], see `qmoe.kernels.device`.
-        row_scale: int16 [E, rows]; row_scale_neg: the same for negative codes, or None.
+        row_scale: bfloat16 [E, rows]; row_scale_neg: the same for negative codes, or None.
     """
 
     experts: int
@@ -193,7 +195,7 @@ def pack_projection(
         info[e] = groups[n].new.limit, n * MAP_WIDTH, bases[n], m.span
     span = max(m.span for m in layouts)
     latch = max(g.new.latch for g in groups)
-    negative = [m.row_index if m.row_index_neg is None else m.row_index_neg for m in layouts]
+    negative = [m.row_scale if m.row_scale_neg is None else m.row_scale_neg for m in layouts]
     return PackedProjection(
         experts=len(matrices),
         rows=first.rows,
@@ -212,9 +214,9 @@ def pack_projection(
         context_maps=torch.from_numpy(maps),
         expert_info=torch.from_numpy(info),
         lut=torch.from_numpy(lut),
-        row_scale=torch.stack([m.row_index for m in layouts]),
-        row_scale_neg=torch.stack(negative)
-        if any(m.row_index_neg is not None for m in layouts)
+        row_scale=torch.stack([m.row_scale for m in layouts]).bfloat16(),
+        row_scale_neg=torch.stack(negative).bfloat16()
+        if any(m.row_scale_neg is not None for m in layouts)
         else None,
     )
 
@@ -239,17 +241,17 @@ def _columns(layouts: Sequence[ParsedMatrix], stored: int) -> dict[str, Tensor]:
     """The tensors by position: classes, columns, scales."""
     shape = len(layouts), layouts[0].pieces, stored
     columns, classes = np.full(shape, -1, np.int32), np.zeros(shape, np.uint8)
-    scales = np.zeros(shape, np.int16)
+    scales = np.zeros(shape, np.float32)
     for e, m in enumerate(layouts):
         slots, n = m.slots.numpy(), m.span + 1
         columns[e, :, :n] = np.where(slots < m.cols, slots, -1)
         classes[e, :, :n] = m.slot_class.numpy()
-        scales[e] = np.where(columns[e] >= 0, m.col_index.numpy()[columns[e]], 0)
+        scales[e] = np.where(columns[e] >= 0, m.col_scale.numpy()[columns[e]], 0)
     narrow = layouts[0].cols < 1 << 15
     return {
         "classes": torch.from_numpy(classes),
         "columns": torch.from_numpy(columns.astype(np.int16) if narrow else columns),
-        "scales": torch.from_numpy(scales),
+        "scales": torch.from_numpy(scales).bfloat16(),
     }
 
 
@@ -315,7 +317,7 @@ def _tiles(how: Recoding, m: ParsedMatrix, segments: int) -> _Tiles:
 
 def _order(bits: I64, groups: I64) -> I64:
     """The streams of a piece by lane: by falling groups in blocks, in a block by falling bits."""
-    block = max(1, min(BLOCK_TILES, len(groups) // LANES // 4)) * LANES
+    block = max(1, min(SORTED_TILES, len(groups) // LANES // 4)) * LANES
     number = np.empty(len(groups), np.int64)
     number[np.argsort(-groups, kind="stable")] = np.arange(len(groups)) // block
     return np.lexsort((-bits, number))

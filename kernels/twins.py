@@ -7,7 +7,6 @@ from torch import Tensor
 
 from qmoe.kernels.interleave import BLOCK_TILES, FAR_BITS, LANES, NEAR
 from qmoe.kernels.pack import GROUP_BITS, MAP_WIDTH, PackedProjection
-from qmoe.types import grid_scale
 
 
 @dataclass(frozen=True)
@@ -120,12 +119,12 @@ def weights_torch(p: PackedProjection, expert: int) -> Tensor:
 
 def dense_of(p: PackedProjection, expert: int, codes: Tensor) -> Tensor:
     """Weights [rows, cols] from codes by position [rows, pieces, stored]."""
-    scale = grid_scale(p.row_scale[expert])[:, None]
+    scale = p.row_scale[expert].float()[:, None]
     if p.row_scale_neg is not None:
         scale = torch.where(
-            codes < 0, grid_scale(p.row_scale_neg[expert])[:, None, None], scale[:, :, None]
+            codes < 0, p.row_scale_neg[expert].float()[:, None, None], scale[:, :, None]
         ).flatten(1)
-    values = (codes * grid_scale(p.scales[expert])).flatten(1) * scale
+    values = (codes * p.scales[expert].float()).flatten(1) * scale
     column = p.columns[expert].long().flatten()
     out = torch.zeros(p.rows, p.cols + 1, device=codes.device)
     out[:, torch.where(column < 0, p.cols, column)] = values

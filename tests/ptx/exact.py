@@ -9,14 +9,13 @@ import torch
 
 from ptx.arithmetic import fma
 from qmoe.kernels.twins import lanes_of
-from qmoe.types import grid_scale
 
 
 def scaled_inputs(p, x, expert, token, kind):
     """The inputs of one (token, expert) pair by position: [P, width] of type `kind`."""
     out = torch.zeros(p.pieces, p.width)
     column = p.columns[expert].long()
-    values = torch.where(column >= 0, x[token].float()[column.clamp(min=0)], 0) * grid_scale(p.scales[expert])
+    values = torch.where(column >= 0, x[token].float()[column.clamp(min=0)], 0) * p.scales[expert].float()
     out[:, : p.stored] = values.to(kind).float()
     return out.to(kind)
 
@@ -36,8 +35,8 @@ def partial_sums(p, xs, e):
     value_bits, bias = (8, 128) if p.wide else (6, 32)
     classes = p.classes[e].numpy().astype(np.int64)
     rows = np.minimum(row, p.rows - 1)
-    above = grid_scale(p.row_scale[e]).numpy()[rows]
-    below = above if p.row_scale_neg is None else grid_scale(p.row_scale_neg[e]).numpy()[rows]
+    above = p.row_scale[e].float().numpy()[rows]
+    below = above if p.row_scale_neg is None else p.row_scale_neg[e].float().numpy()[rows]
     total = np.zeros((len(row), xs.shape[2]), np.float32)
     for step in range(int(steps.max())):
         live = step < steps

@@ -44,7 +44,7 @@ ALU = frozenset(
     ]
 )
 ROUND = frozenset(
-    {"depth", "size"}
+    {"depth", "size", "stored", "width"}
 )  # integers that are always multiples of 16, which a launch would tell the compiler
 
 

@@ -31,7 +31,8 @@ WARPS = PLANS[90].warps
 WIDTH = 1280  # inputs of a piece of 1024 columns, with zeros
 BUDGET = 7.0  # lane instructions per weight of the batch-1 loop at 0.8 bit
 _DECODER = dict.fromkeys(("words", "records", "cuts", "context_maps", "expert_info"), "*i32") | {
-    **dict.fromkeys(("lanes", "starts", "lut", "row_scale", "row_scale_neg"), "*i16"),
+    **dict.fromkeys(("lanes", "starts", "lut"), "*i16"),
+    **dict.fromkeys(("row_scale", "row_scale_neg"), "*bf16"),
     **dict.fromkeys(("row_classes", "classes"), "*u8"),
 }
 _ROUTING = {
@@ -39,7 +40,7 @@ _ROUTING = {
     "group_pairs": "*i32",
     "slots": "*i32",
     "columns": "*i16",
-    "scales": "*i16",
+    "scales": "*bf16",
     "partial": "*fp32",
 }
 
@@ -145,7 +146,7 @@ def _grouped() -> dict[str, Kernel]:
     """The product of many tokens with decoded experts, and what empties their places."""
     plan = PLANS[90]
     tile = {"TOKENS": plan.token_tile, "ROWS": plan.row_tile, "DEPTH": plan.depth_tile}
-    types = dict.fromkeys(("xs", "codes", "y"), "*bf16") | {"row_scale": "*i16"}
+    types = dict.fromkeys(("xs", "codes", "y"), "*bf16") | {"row_scale": "*bf16"}
     types |= {"offsets": "*i32", "order": "*i32"}
     options = {"num_warps": plan.dot_warps, "num_stages": plan.dot_stages}
     emptied = {"out": "*bf16", "counts": "*i32"}
