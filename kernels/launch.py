@@ -39,7 +39,7 @@ class LaunchPlan:
         pdl: launches of a layer overlap (programmatic dependent launch).
     """
 
-    segment: int = 128
+    segment: int = 192
     fill: int = 132 * 24 * 32
     costs: tuple[float, float, float, float] = (1.0, 1.11, 1.4, 2.1)
     tile_cost: tuple[float, float] = (1.6, 0.4)

@@ -64,7 +64,9 @@ def build(i, x, columns, scales, e, cols, stored, S: tl.constexpr, X_BITS: tl.co
     """Inputs i of this program's piece as words of X_BITS, from the layer's input at x."""
     piece = (e.to(tl.int64) * (tl.num_programs(1) // S) + tl.program_id(1) // S) * stored
     column = gl.load(columns + tl.multiple_of(piece, 16) + i, mask=i < stored, other=-1)
-    scale = gl.load(scales + tl.multiple_of(piece, 16) + i, mask=i < stored, other=0.0).to(gl.float32)
+    scale = gl.load(scales + tl.multiple_of(piece, 16) + i, mask=i < stored, other=0.0).to(
+        gl.float32
+    )
     column = column.to(gl.int32)
     use = column.to(gl.uint32, bitcast=True) < cols  # no column is -1
     v = gl.load(x + column, mask=use, other=0.0).to(gl.float32) * scale

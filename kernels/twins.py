@@ -47,9 +47,7 @@ def lanes_of(p: PackedProjection, expert: int) -> Lanes:
         near = p.starts[expert * n : (expert + 1) * n].long() & 0xFFFF
         near = near.view(p.pieces, p.segments - 1, p.tiles, LANES)
         step = near & NEAR
-        position[:, 1:] = torch.where(
-            step == NEAR, span, (record & ((1 << FAR_BITS) - 1)) + step
-        )
+        position[:, 1:] = torch.where(step == NEAR, span, (record & ((1 << FAR_BITS) - 1)) + step)
         bit[:, 1:] = (record >> FAR_BITS) * 32 + (near >> 8)
         far = record < 0
         high = p.starts[torch.where(far, record + (1 << 31), 0)].long()[..., 0, :] & 0xFFFF

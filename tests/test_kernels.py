@@ -12,7 +12,8 @@ import torch
 from qmoe.codec import decode_codes, encode_group
 from qmoe.errors import CorruptError
 from qmoe.kernels import launch, ops, shared, twins
-from qmoe.kernels.pack import PackedProjection, pack_projection
+from qmoe.kernels.interleave import BLOCK_TILES, LANES
+from qmoe.kernels.pack import GROUP_BITS, PackedProjection, pack_projection
 from qmoe.measure.kernels import gpu as bench
 from qmoe.measure.kernels import sass, static
 from qmoe.measure.kernels.sample import packed, parsed, sample_matrix
@@ -53,6 +54,31 @@ def test_twin_decodes_every_alphabet(size, limit):
     p = pack_projection(parsed([m], limit))
     assert p.limits == (limit,) or (p.limits == (7,) and limit == 8)
     assert torch.equal(twins.weights_torch(p, 0), m.dequantize())
+
+
+def test_starts_near_and_far_and_weights_that_a_cut_goes_through():
+    m = matrix(40, 600, 60.0)  # weights of several symbols
+    p = pack_projection(parsed([m], 8), 4)
+    assert {bool(c) for c in (p.cuts < 0).flatten().tolist()} == {False, True}
+    assert p.starts.shape[0] == p.cuts.numel() + int((p.cuts < 0).sum())
+    assert p.over > 1
+    assert torch.equal(twins.weights_torch(p, 0), m.dequantize())
+
+
+@pytest.mark.parametrize("segments", [2, 5, 8])
+def test_lanes_of_an_inner_segment_are_in_step(segments):
+    m = sample_matrix(700, 1100)
+    (entry,) = parsed([m])
+    whole, p = pack_projection([entry]), pack_projection([entry], segments)
+    assert torch.equal(p.words, whole.words)  # a cut moves nothing
+    steps = twins.lanes_of(p, 0).steps.view(p.pieces, segments, p.tiles, LANES)[..., 0]
+    most = (p.records[0, :, 1] & ((1 << GROUP_BITS) - 1)).view(p.pieces, p.tiles)
+    assert torch.equal(steps.sum(1), most.long())  # no turn is added
+    tile = torch.arange(p.tiles)
+    block = steps[:, :, tile // BLOCK_TILES * BLOCK_TILES]
+    ended = steps.cumsum(1) == most[:, None]
+    assert ((steps == block) | ended)[:, :-1].all()
+    assert not ended[:, 0].any()
 
 
 def test_twin_decodes_two_row_scales():

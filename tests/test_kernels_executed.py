@@ -57,6 +57,7 @@ CASES = {  # name: (projection, its code limits, wide)
     "wide, 12 bits": (lambda: packed(several(40, 60, 20.0), 3, 12), (12,), True),
     "two row scales": (lambda: packed(several(40, 600, negative=True), 2), (7,), False),
     "two pieces": (lambda: packed([matrix(37, 1030, 0.3)], 3), (7,), False),
+    "far starts": (lambda: packed(several(40, 300, 20.0), 3, 8), (7,), False),
     "8 segments": (lambda: packed(several(70, 130, 1.0), 8), (7,), False),
     "mixed limits": (mixed, (7, 10), True),
 }

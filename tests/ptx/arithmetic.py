@@ -156,6 +156,18 @@ def _pairs(op, parts, a):
     return high << np.uint64(32) | low
 
 
+def _bf16(op, a):
+    """A product of bf16 numbers, one or two in a register: exact in float32, rounded once."""
+    if op not in ("mul", "fma") or (op == "fma" and (a[2].astype(np.uint32) & 0x7FFF7FFF).any()):
+        raise NotImplementedError(f"{op} of bf16 with a sum")
+    out = np.zeros(np.broadcast_shapes(*(x.shape for x in a)), np.uint32)
+    for s in range(0, 8 * a[0].dtype.itemsize, 16):
+        x, y = (convert(v.astype(np.uint32) >> np.uint32(s), "f32", "bf16") for v in a[:2])
+        with np.errstate(all="ignore"):
+            out |= bf16(x * y).astype(np.uint32) << np.uint32(s)
+    return out.astype(a[0].dtype)
+
+
 def compute(op, parts, a):
     """Result of an instruction without memory or other lanes; `a` are raw operands."""
     kind = parts[-1]
@@ -180,6 +192,8 @@ def compute(op, parts, a):
         return _lop3(a)
     if kind == "f32x2":
         return _pairs(op, parts, a)
+    if kind.startswith("bf16"):
+        return _bf16(op, a)
     return _simple(op, parts, a)
 
 

@@ -15,7 +15,10 @@ def scaled_inputs(p, x, expert, token, kind):
     """The inputs of one (token, expert) pair by position: [P, width] of type `kind`."""
     out = torch.zeros(p.pieces, p.width)
     column = p.columns[expert].long()
-    values = torch.where(column >= 0, x[token].float()[column.clamp(min=0)], 0) * p.scales[expert].float()
+    values = (
+        torch.where(column >= 0, x[token].float()[column.clamp(min=0)], 0)
+        * p.scales[expert].float()
+    )
     out[:, : p.stored] = values.to(kind).float()
     return out.to(kind)
 
