@@ -8,8 +8,8 @@ depth] in the order of the coded
 columns, bf16, float32 or int8: codes up to +-128 are exact in all of them. A weight may be the sum
 of several symbols (the later ones advance by 0); the lane keeps the sum in a register and stores it
 again, so nothing is read back. A weight that a cut goes through belongs to the segment in which it
-begins: that lane follows it for up to `over` groups more, and the next one starts writing behind it.
-Writes are masked to 0 <= position < depth and to the lane's own row.
+begins: that lane follows it for up to `over` groups more, and the next lane starts writing behind
+it. Writes are masked to 0 <= position < depth and to the lane's own row.
 """
 
 import triton

@@ -1,5 +1,5 @@
-"""Compiled loops that arrange streams for a GPU: words interleaved by lane, and where the lanes of a
-program start if streams are cut into segments. See `qmoe.kernels.pack`.
+"""Compiled loops that arrange streams for a GPU: words interleaved by lane, and where the lanes of
+streams that are cut start. See `qmoe.kernels.pack`.
 """
 
 import numba as nb
@@ -34,6 +34,24 @@ def interleave(words: U32, starts: I64, first: I64, out: I32) -> None:
 
 
 @nb.njit(cache=True, nogil=True)
+def _position(mark: np.uint32) -> np.int64:
+    """Position before a group."""
+    return np.int64(mark >> np.uint32(MARK_BITS) & np.uint32((1 << MARK_POSITION) - 1))
+
+
+@nb.njit(cache=True, nogil=True)
+def _goes_on(marks: U32, n: int, end: int, span: int) -> int:
+    """Groups from mark n on in which the weight before it goes on; the stream ends at `end`."""
+    more = 0
+    while n + more < end and marks[n + more] >> np.uint32(31):
+        more += 1
+        now = _position(marks[n + more]) if n + more < end else span
+        if now != _position(marks[n]):
+            break
+    return more
+
+
+@nb.njit(cache=True, nogil=True)
 def cut(
     marks: U32, at: I64, steps: I64, span: int, cuts: I32, starts: NDArray[np.uint16], far: I64
 ) -> tuple[int, int]:
@@ -45,60 +63,38 @@ def cut(
             lanes.
         steps: int64 [tiles], groups of an inner segment.
         span: of the matrix.
-        cuts: int32 [S - 1, tiles], written: see `PackedProjection`, with the numbers of far starts
+        cuts: int32 [S - 1, tiles], written: see `PackedProjection`, with the rows of far starts
             counted from 0.
         starts: uint16 [(S - 1) * tiles, 32], written.
-        far: int64 [(S - 1) * tiles, 32], the whole far starts are written in front.
+        far: int64 [(S - 1) * tiles, 32]; far starts are written whole, in front.
 
     Returns:
-        How many programs start far; the most groups with which a weight goes on behind a cut.
+        How many programs start far; the most groups in which a weight goes on behind a cut.
     """
-    low, position = np.uint32((1 << MARK_BITS) - 1), np.uint32((1 << MARK_POSITION) - 1)
-    shift, top = np.uint32(MARK_BITS), np.uint32(1 << 31)
     bits, places = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
-    tiles, wide, over = steps.size, 0, 0
-    for s in range(len(cuts)):
-        for t in range(tiles):
-            word, place, count = np.int64(1 << 30), np.int64(span), min(LANES, len(at) - LANES * t)
-            for i in range(count):
-                first, groups = at[LANES * t + i]
-                n = (s + 1) * steps[t]
-                if n >= groups:  # this stream has ended
-                    bits[i], places[i] = -1, span
-                    continue
+    low, tiles, wide, over = np.uint32((1 << MARK_BITS) - 1), steps.size, 0, 0
+    for program in range(cuts.size):
+        s, t = program // tiles, program % tiles
+        bits[:], places[:] = -1, span  # as of a stream that has ended
+        bit, place = np.int64(1 << MARK_BITS), np.int64(span)
+        for i in range(min(LANES, len(at) - LANES * t)):
+            first, groups = at[LANES * t + i]
+            n = (s + 1) * steps[t]
+            if n < groups:
                 mark = marks[first + n]
-                bits[i], places[i] = mark & low, mark >> shift & position
-                word, place = min(word, bits[i] >> 5), min(place, places[i])
-                more = 0
-                while n + more < groups and marks[first + n + more] & top:
-                    more += 1
-                    before, now = marks[first + n + more - 1], span
-                    if n + more < groups:
-                        now = marks[first + n + more] >> shift & position
-                    if before >> shift & position != now:
-                        break
-                over = max(over, more)
-            near = True
-            for i in range(count):
-                if bits[i] < 0:
-                    bits[i] = word << 5
-                elif places[i] - place >= NEAR or bits[i] - (word << 5) > NEAR:
-                    near = False
-            if word == 1 << 30:  # all have ended
-                word, bits[:count] = 0, 0
-            program = s * tiles + t
-            starts[program] = NEAR
-            if near:
-                cuts[s, t] = word << FAR_BITS | place
-                for i in range(count):
-                    step = NEAR if places[i] == span else places[i] - place
-                    starts[program, i] = (bits[i] - (word << 5)) << 8 | step
-            else:
-                cuts[s, t] = wide - (1 << 31)
-                far[wide] = span
-                starts[program] = span
-                for i in range(count):
-                    far[wide, i] = bits[i] << FAR_BITS | places[i]
-                    starts[program, i] = far[wide, i] & 0xFFFF
-                wide += 1
+                bits[i], places[i] = mark & low, _position(mark)
+                bit, place = min(bit, bits[i]), min(place, places[i])
+                over = max(over, _goes_on(marks, first + n, first + groups, span))
+        word = bit >> 5 if place < span else np.int64(0)
+        bits = np.where(bits < 0, word << 5, bits)
+        live = places < span
+        step = np.where(live, places - place, NEAR)
+        if not (live & ((step >= NEAR) | (bits - (word << 5) > NEAR))).any():
+            cuts[s, t] = word << FAR_BITS | place
+            starts[program] = (bits - (word << 5)) << 8 | step
+        else:
+            cuts[s, t] = wide - (1 << 31)
+            far[wide] = bits << FAR_BITS | places
+            starts[program] = far[wide] & 0xFFFF
+            wide += 1
     return wide, over

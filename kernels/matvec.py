@@ -206,8 +206,8 @@ def matvec(
     B: tl.constexpr, X_BITS: tl.constexpr, L: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
     WIDE: tl.constexpr, NEG: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """W warps: segment s of W tiles of one piece of one expert against B inputs; grid (groups, P * S,
-    ceil(tiles / W)).
+    """W warps: a segment of W tiles of one piece of one expert against B inputs; grid (groups, P *
+    S, ceil(tiles / W)).
 
     `entry_bytes`, `x_bytes` and `word_bytes` = 4 are the sizes of a lookup entry, of one x load and
     of an int32, passed at run time (see `device.address`).

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qmoe.codec import ParsedMatrix, Tables
 from qmoe.codec.format.arrays import I32, I64
-from qmoe.kernels.interleave import BLOCK_TILES, LANES, NEAR, cut, interleave
+from qmoe.kernels.interleave import BLOCK_TILES, LANES, cut, interleave
 from qmoe.kernels.recode import Recoding, Rewritten, recoding, rewrite
 
 MAP_WIDTH = 128  # entries of a context map: row class + column class is below 126
@@ -144,8 +144,8 @@ class PackedProjection:
         values: dict[str, Tensor | None] = dict(zip(_TENSORS, tensors, strict=True))
         if not tensors[-1].numel():
             values["row_scale_neg"] = None
-        *shape, wide = numbers[:8]
-        limits = numbers[8:]
+        experts, rows, cols, pieces, segments, over, width, wide, *limits = numbers
+        shape = experts, rows, cols, pieces, segments, over, width
         return cls(*shape, tuple(limits), bool(wide), **cast(Any, values))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedProjection":
@@ -224,7 +224,8 @@ def pack_projection(
 def _check(matrices: Sequence[tuple[Tables, ParsedMatrix]], segments: int) -> None:
     if not matrices or not 1 <= segments <= MAX_SEGMENTS:
         raise ValueError(
-            f"need at least one matrix and 1 to {MAX_SEGMENTS} segments, got {len(matrices)} and {segments}"
+            f"need at least one matrix and 1 to {MAX_SEGMENTS} segments, "
+            f"got {len(matrices)} and {segments}"
         )
     first = matrices[0][1]
     for _, m in matrices:

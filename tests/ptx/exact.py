@@ -1,5 +1,6 @@
 """What the kernels must give, bit for bit: every lane's chain of fused multiply-adds in the order
-of its symbols, over the groups of its segment, from the definitions in `qmoe.kernels.pack` and `qmoe.kernels.device`. No Triton.
+of its symbols, over the groups of its segment, from the definitions in `qmoe.kernels.pack` and
+`qmoe.kernels.device`. No Triton.
 """
 
 import dataclasses
