@@ -91,7 +91,7 @@ def paths() -> None:
 
 
 def words() -> None:
-    """From a matrix to the programs of a GPU: rows, pieces, streams, lanes, segments, programs."""
+    """From a matrix to the programs of a GPU: rows, pieces, streams, tiles, lanes, segments, programs."""
     d = Drawing(1000, 400)
     d.text(10, 22, "a matrix, its columns by class", size=15)
     for r in range(6):
@@ -109,18 +109,23 @@ def words() -> None:
         d.box(x, 96, bits - 2, 26, FILLS[fill])
     d.text(345, 146, "a symbol: some zeros, then one weight")
     d.text(345, 166, "(its table is chosen by row class + column class)")
-    d.text(345, 200, "on a GPU a stream is cut into S segments,")
-    d.text(345, 218, "so that small layers have enough lanes")
+    d.text(345, 200, "on a GPU a stream may be cut into S segments,")
+    d.text(345, 218, "so that small layers have enough lanes;")
+    d.text(345, 236, "what is stored for it: a bit and a position")
     d.arrow(610, 110, 670, 110)
-    d.text(680, 22, "a program: 32 lanes in step", size=15)
-    for lane in range(8):
-        for k in range(5):
-            d.box(680 + k * 58, 36 + lane * 21, 54, 17, FILLS[lane % 4])
+    d.text(680, 22, "a tile: 32 streams of like length", size=15)
+    for lane, cut in enumerate((131, 148, 139, 122, 144, 127, 152, 136)):
+        for k in range(5):  # words, cut anywhere
+            x, end = 680 + k * 58, 734 + k * 58
+            middle = min(max(x, 680 + cut), end)
+            for left, right, fill in ((x, middle, FILLS[0]), (middle, end, FILLS[1])):
+                if left < right:
+                    d.box(left, 36 + lane * 21, right - left, 17, fill)
         d.text(992, 49 + lane * 21, f"{lane if lane < 7 else 31}", "end", 11)
     d.text(680, 222, "word k of lane l lies at first + 32 k + l:")
     d.text(680, 240, "neighbouring lanes read neighbouring words")
-    d.text(680, 264, "a lane: one segment of one stream;")
-    d.text(680, 282, "streams of like length share a program")
+    d.text(680, 264, "two colours, two segments, two programs: equal")
+    d.text(680, 282, "numbers of groups of symbols in every lane")
     for x, y, line in (
         (10, 320, "matrix: one projection of one expert"),
         (345, 320, "row: one output"),
