@@ -11,6 +11,7 @@ import warnings
 import accelerate
 import pytest
 import torch
+import transformers
 from ptx.launch import executed
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -298,6 +299,29 @@ def test_a_whole_model_is_one_graph(compressed, monkeypatch):
         want = model(input_ids=ids, use_cache=False).logits
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert torch.allclose(compiled(input_ids=ids, use_cache=False).logits, want, atol=1e-5)
+
+
+def test_generate_with_a_static_cache_compiles_one_graph_of_the_kernels(compressed, monkeypatch):
+    model = qmoe.load(compressed[0], dtype=torch.float32)
+    ids = torch.randint(3, 120, (1, 2), generator=torch.Generator().manual_seed(0))
+    plainly = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(ids, **plainly)
+    monkeypatch.setitem(experts.BACKENDS, "cpu", cuda.run_kernels)
+    cuda.prepare(model, ("cpu",))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.code))
+        return graph.forward
+
+    how = transformers.CompileConfig(fullgraph=True, backend=backend, mode=None)
+    how._compile_all_devices = True  # on a GPU it is compiled unasked
+    with executed(90) as session:
+        got = model.generate(ids, cache_implementation="static", compile_config=how, **plainly)
+    assert torch.equal(got, want)
+    assert len(graphs) == 1
+    assert graphs[0].count("qmoe.experts_silu") == model.config.num_hidden_layers
+    assert "matvec_shared" in {launched.name for launched in session.launches}
 
 
 def test_packing_inside_a_capture_is_refused(monkeypatch):

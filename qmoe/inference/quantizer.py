@@ -186,6 +186,13 @@ class QmoeQuantizer(HfQuantizer):
             use_kernels(model)
         return model
 
+    @property
+    def is_compileable(self) -> bool:
+        """Yes: the experts are operators of fixed shapes. Otherwise `generate` would neither compile
+        nor capture a model, static cache or not.
+        """
+        return True
+
     def is_serializable(self, **_: Any) -> bool:
         """Saving writes the same format, see `qmoe.inference.save`."""
         return True

@@ -81,7 +81,7 @@ class Session:
 
     def mark(self, t):
         """Fresh memory holds nothing."""
-        if t.device.type == "cpu" and t.numel():
+        if type(t) is torch.Tensor and t.device.type == "cpu" and t.numel():
             s = t.untyped_storage()
             self.fresh[s.data_ptr()] = np.zeros(s.nbytes(), bool), t
         return t
