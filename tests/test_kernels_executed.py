@@ -102,7 +102,8 @@ def check_projection(p, session, plan, kinds):
             check_partial_sums(p, session, dtype, batch, plan)
         x = torch.randn(5, p.cols).to(dtype)
         want = twins.project_torch(p, x, INDEX, 2)
-        each = [project.project(p, x, INDEX, 2, batch=b) for b in batches]
+        # partial sums of all batches have the same bits by now
+        each = [project.project(p, x, INDEX, 2, batch=b) for b in {batches[0], batches[-1]}]
         for y in each:
             assert bench.relative_rms(y, want) < bench.TOLERANCE[dtype]
             assert torch.equal(y, each[0])

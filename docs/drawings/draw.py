@@ -91,7 +91,7 @@ def paths() -> None:
 
 
 def words() -> None:
-    """From a matrix to the programs of a GPU: rows, pieces, streams, tiles, lanes, segments, programs."""
+    """From a matrix to the programs of a GPU: rows, pieces, streams, tiles, segments, programs."""
     d = Drawing(1000, 400)
     d.text(10, 22, "a matrix, its columns by class", size=15)
     for r in range(6):

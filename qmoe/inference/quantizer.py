@@ -188,8 +188,8 @@ class QmoeQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Yes: the experts are operators of fixed shapes. Otherwise `generate` would neither compile
-        nor capture a model, static cache or not.
+        """Yes: experts are operators of fixed shapes. `generate` neither compiles nor captures a
+        model that says no, static cache or not.
         """
         return True
 
