@@ -40,7 +40,7 @@ def zero_active(out, counts, first, experts, size, BLOCK: tl.constexpr):
         tl.store(out + slot.to(tl.int64) * size + i, zeros, mask=i < size)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "experts", "rows", "tiles", "over"])
 def decode_active(
     words, records, lanes, row_classes, cuts, starts, classes, context_maps, expert_info, lut,
     row_scale, row_scale_neg, out, counts, first, experts, rows, stored, depth, tiles, over,

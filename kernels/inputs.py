@@ -21,7 +21,7 @@ def pair_of(group_pairs, group, b, B: tl.constexpr, MEMBERS: tl.constexpr):
         return group.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "cols", "fan"])
 def gather_inputs(
     x, group_expert, group_pairs, columns, scales, xs, experts, cols, fan, stored, out_width,
     B: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr, MEMBERS: tl.constexpr,
@@ -53,7 +53,7 @@ def gather_inputs(
         tl.store(xs + to + b, v.to(xs.dtype.element_ty), mask=i < out_width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "inner"])
 def silu_inputs(
     partial, group_expert, group_pairs, columns, scales, xs, experts, inner, stored, width,
     SLOTS: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,

@@ -44,6 +44,8 @@ from qmoe.kernels.device import (
     window_of,
 )
 
+COUNTS = ("experts", "rows", "tiles", "cols")  # nothing is gained by a kernel for each kind of them
+
 
 @triton.jit
 def half(word, index: tl.constexpr, BITS: tl.constexpr):
@@ -197,7 +199,7 @@ def follow(
         tl.store(to + 7 * rows, acc7 * scale, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def matvec(
     words, records, lanes, row_classes, cuts, starts, classes, context_maps, expert_info, lut,
     row_scale, row_scale_neg,

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qmoe.kernels.interleave import BLOCK_TILES
-from qmoe.kernels.matvec import active_expert, follow, inputs_of, start
+from qmoe.kernels.matvec import COUNTS, active_expert, follow, inputs_of, start
 
 LIMIT = 8  # bits of the longest codes that fit
 MAX_WARPS = BLOCK_TILES  # of a program
@@ -56,7 +56,7 @@ def fill(width: int, warps: int) -> int:
 
 
 def _jit(function: Any) -> Any:
-    return gluon.jit(function) if SUPPORTED else None
+    return gluon.jit(function, do_not_specialize=COUNTS) if SUPPORTED else None
 
 
 @_jit
