@@ -5,12 +5,15 @@ refused by the execution of `ptx`.
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 import torch
+from ptx import exact
 from ptx.faults import Fault
 from ptx.launch import executed
 
 from qmoe.kernels import launch, ops, project
+from qmoe.kernels.interleave import FAR_BITS
 from qmoe.kernels.selfcheck import plain
 from qmoe.measure.kernels.sample import packed, sample_matrix
 from qmoe.measure.kernels.sample import rough_matrix as matrix
@@ -111,6 +114,31 @@ def test_words_without_their_tail():
     p = dataclasses.replace(p, words=p.words[: int(p.records[:, :, 0].max()) // 2].clone())
     with executed(90), pytest.raises(Fault, match="of words"):
         project.project(p, torch.randn(3, 300).bfloat16(), INDEX, 2, batch=1)
+
+
+def test_a_cut_behind_the_words():
+    p = projection()
+    cuts = p.cuts.clone()
+    cuts[1, 0, 1, 2] = 60000 << FAR_BITS
+    p = dataclasses.replace(p, cuts=cuts)
+    with executed(90), pytest.raises(Fault, match="of words"):
+        project.project(p, torch.randn(3, 300).bfloat16(), INDEX, 2, batch=1)
+
+
+@pytest.mark.parametrize("off", [1, 256])  # a position, a bit
+def test_a_start_that_is_off_is_noticed(off):
+    p = projection()
+    groups = project.make_groups(INDEX, p.experts, 1)
+    x = torch.randn(3, 300).bfloat16()
+    starts = p.starts.clone()
+    starts[1, 3] += off
+    wrong = dataclasses.replace(p, starts=starts)
+    xs = torch.stack([exact.scaled_inputs(p, x, e, t // 2, x.dtype) for t, e in enumerate([0, 1])])
+    with executed(90):
+        sums = project.first_sums(wrong, x, groups, 2, PLAN)
+    for g, e in enumerate((0, 1)):
+        want = exact.partial_sums(p, xs[g, ..., None].float().numpy(), e)
+        assert np.array_equal(sums[g].numpy(), want) == (e == 1)  # starts[1] is of expert 0
 
 
 def test_a_row_that_is_missing():
