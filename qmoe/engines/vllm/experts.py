@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 
 from qmoe.engines.vllm.ranks import build, bytes_of, dealt, owned
 from qmoe.errors import UnsupportedModelError
-from qmoe.inference.experts import BACKENDS, EncodedExperts
+from qmoe.inference.experts import BACKENDS, Backend, EncodedExperts
 from qmoe.inference.on_cpu import run_on_cpu
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def experts(hidden: Tensor, index: Tensor, weights: Tensor, layer: str) -> Tenso
     module: EncodedExperts | None = runner.routed_experts.encoded
     if module is None:  # more ranks than experts
         return torch.zeros_like(hidden)
-    backend = BACKENDS.get(hidden.device.type, run_on_cpu)
+    backend: Backend = BACKENDS.get(hidden.device.type, run_on_cpu)
     return backend(module, hidden, index, weights)
 
 
