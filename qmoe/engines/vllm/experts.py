@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 
 from qmoe.engines.vllm.ranks import build, bytes_of, dealt, owned
 from qmoe.errors import UnsupportedModelError
-from qmoe.inference.experts import BACKENDS, EncodedExperts
+from qmoe.inference.experts import BACKENDS, Backend, EncodedExperts
 from qmoe.inference.on_cpu import run_on_cpu
 
 if TYPE_CHECKING:
