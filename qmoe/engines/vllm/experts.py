@@ -42,9 +42,8 @@ def experts(hidden: Tensor, index: Tensor, weights: Tensor, layer: str) -> Tenso
     module: EncodedExperts | None = runner.routed_experts.encoded
     if module is None:  # more ranks than experts
         return torch.zeros_like(hidden)
-    backend: Any = BACKENDS.get(hidden.device.type, run_on_cpu)
-    out: Tensor = backend(module, hidden, index, weights)
-    return out
+    backend: Backend = BACKENDS.get(hidden.device.type, run_on_cpu)
+    return backend(module, hidden, index, weights)
 
 
 @experts.register_fake
