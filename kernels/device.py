@@ -143,6 +143,7 @@ def begin(
     Returns:
         row, row class, next word's index, its end, three words, bits used of the first, position.
     """
+    tile += zero  # the same for all lanes where a program is a warp
     at = piece + tile
     base = tl.load(records + at * 2)
     end = base + (tl.load(records + at * 2 + 1) >> 15) * 32
@@ -151,7 +152,7 @@ def begin(
     pos = zero
     bit = zero
     if S > 1:
-        inner = s > 0
+        inner = zero + s > 0
         record = tl.load(cuts + cut + tile, mask=inner, other=0)
         here = tl.load(starts + (cut + tile) * 32 + lane % 32, mask=inner, other=0).to(tl.int32)
         high = (record & 0x7FFFFFFF) * 32 + lane % 32

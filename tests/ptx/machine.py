@@ -163,7 +163,7 @@ class Machine:
         """Writes a register of the threads that run, of those `where`."""
         if name == "_":
             return
-        value = raw(np.ascontiguousarray(value))
+        value = raw(np.array(value))  # of its own: registers are changed in place
         if value.size == 1 and len(self.idx) != 1:
             value = np.repeat(value, len(self.idx))
         width = WIDTHS.get(re.match(r"%[a-z]+", name)[0])
