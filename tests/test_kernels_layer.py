@@ -1,12 +1,12 @@
-"""Layers through the kernels, around the products: gradients, packing once and in one copy, the
-self-check and what happens where it fails, graphs, devices, and machines that lack something.
+"""Layers through the kernels, around the products: gradients, packing once and in one copy,
+graphs, devices, and machines that lack something.
 """
 
+import dataclasses
 import importlib.util
 import math
 import sys
 import types
-import warnings
 
 import accelerate
 import pytest
@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qmoe
 from qmoe.inference import cuda, experts, quantizer
 from qmoe.inference.experts import EncodedExperts
-from qmoe.kernels import launch, ops, project, selfcheck, shared, twins
+from qmoe.kernels import launch, ops, project, shared, twins
 from qmoe.kernels.interleave import LANES
 from qmoe.kernels.pack import GROUP_BITS
 from qmoe.measure.kernels import gpu as bench
 from qmoe.measure.kernels import sass, static
-from qmoe.measure.kernels.sample import packed, sample_matrix, stored_layer
+from qmoe.measure.kernels.sample import packed, stored_layer
 from qmoe.measure.kernels.sample import rough_matrix as matrix
 from qmoe.store.stored_experts import StoredExperts
 
@@ -198,71 +198,6 @@ def test_threads_pack_to_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(one.tensors(), many.tensors(), strict=True))
 
 
-# --- self-check ----------------------------------------------------------------------------------
-
-
-def wrong(text):
-    """A kernel that takes its inputs 1.5 times."""
-    return text.replace("fma.rn.f32", "mad_wrong", 1).replace(
-        "mad_wrong", "fma.rn.f32", 1
-    ).replace("0f3C800000", "0f3CC00000")  # 1/64 -> 1.5/64  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("broken", "trusted", "says"),
-    [
-        ((), True, []),
-        (("matvec_shared",), True, ["a product is wrong.*the plain loop runs instead"]),
-        (
-            ("matvec_shared", "matvec"),
-            False,
-            ["the plain loop runs instead", "a product is wrong.*decoded on the CPU"],
-        ),
-        (("decode_active",), False, ["decoded weights differ", "decoded weights differ"]),
-    ],
-)
-def test_self_check(broken, trusted, says, monkeypatch):
-    monkeypatch.setattr(selfcheck, "_verdicts", {})
-    monkeypatch.setattr(launch, "_chosen", {})
-    p = packed([sample_matrix(70, 90, 0.8)], 2)
-    with executed(90) as session, warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        for name in broken:
-            session.change[name] = wrong
-        assert selfcheck.trusted(p) == trusted
-        assert selfcheck.trusted(p) == trusted  # once a device
-    texts = [str(w.message) for w in seen if "qmoe's kernels fail" in str(w.message)]
-    assert len(texts) == len(says)
-    for text, pattern in zip(texts, says, strict=True):
-        assert __import__("re").search(pattern, text)
-    chosen = launch._chosen.get(torch.device("cpu"))
-    assert (chosen is not None and not chosen.shared) == (trusted and bool(broken))
-
-
-def test_an_exception_is_a_failed_check(monkeypatch):
-    monkeypatch.setattr(selfcheck, "_verdicts", {})
-
-    def fails(p, plan):
-        raise RuntimeError("PassManager::run failed")
-
-    monkeypatch.setattr(selfcheck, "problem", fails)
-    with (
-        launch.forced(launch.PORTABLE),
-        pytest.warns(UserWarning, match="RuntimeError: PassManager::run failed"),
-    ):
-        assert not selfcheck.trusted(packed([matrix(4, 4)]))
-
-
-def test_untrusted_kernels_leave_the_work_to_the_cpu(compressed, monkeypatch):
-    model = qmoe.load(compressed[0], dtype=torch.float32)
-    ids = torch.randint(3, 120, (1, 6))
-    want = model(input_ids=ids, use_cache=False).logits
-    monkeypatch.setattr(cuda, "trusted", lambda p: False)
-    monkeypatch.setitem(experts.BACKENDS, "cpu", cuda.run_kernels)
-    assert cuda.prepare(model, ("cpu",)) == 0
-    assert torch.equal(model(input_ids=ids, use_cache=False).logits, want)
-
-
 # --- graphs and devices --------------------------------------------------------------------------
 
 
@@ -400,5 +335,5 @@ def test_twins_decode_from_the_words_of_one_expert():
     torn[: int(p.records[1, :, 0].min())] = -1
     first, rows = p.records[1, :, 0], p.records[1, :, 1] >> GROUP_BITS
     torn[int((first + rows * LANES).max()) + LANES :] = -1
-    p = __import__("dataclasses").replace(p, words=torn)
+    p = dataclasses.replace(p, words=torn)
     assert torch.equal(twins.weights_torch(p, 1), want)
