@@ -72,7 +72,7 @@ def test_slope_is_where_the_budget_is():
         ({"model_bits": 2, "dense_bits": 4}, "without --bits"),
         ({"model_bits": 2, "method": "gptq2"}, "--model-bits belongs to --method rd"),
         ({"model_bits": -1.0}, "give a positive number"),
-        ({"dense_bits": float("nan")}, "choose between 3 and 8"),
+        ({"dense_bits": float("nan")}, "dense_bits is nan; give a number that is finite"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(options, sentence):

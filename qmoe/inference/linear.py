@@ -90,6 +90,18 @@ def _(x: Tensor, codes: Tensor, row_index: Tensor, col_index: Tensor, band: int)
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
+@torch.library.custom_op("qmoe::integer_weights", mutates_args=())
+def _weights(
+    codes: Tensor, row_index: Tensor, col_index: Tensor, band: int, dtype: torch.dtype
+) -> Tensor:
+    return codec.Integers(codes, row_index, col_index, band).dense(dtype)
+
+
+@_weights.register_fake
+def _(codes: Tensor, row_index: Tensor, col_index: Tensor, band: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype)
+
+
 def _keep(ctx: Any, inputs: Any, output: Tensor) -> None:
     _, *tensors, ctx.band = inputs
     ctx.save_for_backward(*tensors)
@@ -97,7 +109,7 @@ def _keep(ctx: Any, inputs: Any, output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> Any:
     codes, row_index, col_index = ctx.saved_tensors
-    dense = codec.Integers(codes, row_index, col_index, ctx.band).dense(grad.dtype)
+    dense = _weights(codes, row_index, col_index, ctx.band, grad.dtype)
     return grad @ dense, None, None, None, None
 
 
