@@ -4,12 +4,14 @@ refuse what is wrong.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ptx import exact
+from ptx.faults import Fault
 from ptx.launch import executed
 from safetensors import safe_open
 
@@ -252,5 +254,9 @@ def test_hostile_words_never_leave_a_tensor(kind, name):
     with executed(90):
         for plan in (launch.PLANS[90], plain(launch.PLANS[90])):
             project.project(p, x, INDEX, 2, plan, 1)
-        if p.segments == 1:  # lanes of a torn stream may write each other's rows otherwise
+        try:
             project.weights(p, 0)
+        except Fault as fault:  # segments of a torn stream may meet, in the scratch alone
+            met = re.search(r"meets a write of thread \d+ to out without", str(fault))
+            if p.segments == 1 or not met:
+                raise
