@@ -40,6 +40,15 @@ def zero_active(out, counts, first, experts, size, BLOCK: tl.constexpr):
         tl.store(out + slot.to(tl.int64) * size + i, zeros, mask=i < size)
 
 
+@triton.jit
+def count_of(counts, expert_info, e, experts, L: tl.constexpr):
+    """Tokens of expert e; 0 if there is none, or its codes are not of L bits."""
+    inside = e < experts
+    limit = tl.load(expert_info + e * 4, mask=inside, other=0)
+    count = tl.load(counts + e, mask=inside, other=0)
+    return tl.where(limit == L, count, 0)
+
+
 @triton.jit(do_not_specialize=["first", "experts", "rows", "tiles", "over"])
 def decode_active(
     words, records, lanes, row_classes, cuts, starts, classes, context_maps, expert_info, lut,
@@ -56,11 +65,7 @@ def decode_active(
     lane = tl.arange(0, 32)
     program = tl.program_id(0)
     e = first + tl.program_id(1)
-    if e >= experts:
-        return
-    if tl.load(counts + e) == 0:
-        return
-    if tl.load(expert_info + e * 4) != L:
+    if count_of(counts, expert_info, e, experts, L) == 0:
         return
     tile, s = program % tiles, program // tiles % S
     piece = program // tiles // S

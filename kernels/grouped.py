@@ -8,8 +8,8 @@ Replaces `for e in experts with tokens: y[pairs(e)] = x[pairs(e)] @ W[e].T`. Exp
 comparison.
 
 Shapes: xs [pairs, depth] bf16 or float32 (x of each pair times the column scales, in the order of
-its expert's coded columns, pairs sorted by expert), codes [slots, rows, depth] of the same type, y
-[pairs, rows] float32 or the output's type, in the original order of pairs.
+its expert's coded columns, pairs sorted by expert), codes [slots, rows, depth] int8 or of the same
+type, y [pairs, rows] float32 or the output's type, in the original order of pairs.
 """
 
 import triton
@@ -47,18 +47,17 @@ def grouped_dot(
         here = m < count - tile * TOKENS
         start = (begin + tile * TOKENS).to(tl.int64)
         x = xs + start * depth
-        total = tl.zeros([TOKENS, ROWS], tl.float32)
+        # rows first: bytes become numbers in registers, which is where this operand may come from
+        total = tl.zeros([ROWS, TOKENS], tl.float32)
         for d in range(0, depth, DEPTH):
-            a = tl.load(x + m[:, None] * depth + (d + k)[None, :], mask=here[:, None], other=0.0)
-            w = tl.load(
-                codes + r[None, :] * depth + (d + k)[:, None], mask=real[None, :], other=0.0
-            )
+            a = tl.load(x + m[None, :] * depth + (d + k)[:, None], mask=here[None, :], other=0.0)
+            w = tl.load(codes + r[:, None] * depth + (d + k)[None, :], mask=real[:, None], other=0)
             if EXACT:
-                total += tl.dot(a.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+                total += tl.dot(w.to(tl.float32), a.to(tl.float32), input_precision="ieee")
             else:
-                total += tl.dot(a, w)
+                total += tl.dot(w.to(a.dtype), a)
         pair = tl.load(order + start + m, mask=here, other=0).to(tl.int64)
-        to = y + pair[:, None] * rows + r[None, :]
+        to = y + pair[None, :] * rows + r[:, None]
         tl.store(
-            to, (total * scale[None, :]).to(y.dtype.element_ty), mask=here[:, None] & real[None, :]
+            to, (total * scale[:, None]).to(y.dtype.element_ty), mask=here[None, :] & real[:, None]
         )

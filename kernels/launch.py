@@ -1,8 +1,9 @@
 """Launch plans: how a layer's shape is cut into programs on an architecture. A table and its
 arithmetic; nothing is tuned at run time.
 
-`scripts/tune` measures on a GPU and prints the rows for `PLANS`; unknown architectures use the row
-of the next older one. A device may be given another plan (`choose`): `qmoe.kernels.selfcheck` does.
+`scripts/tune` measures on a GPU and prints the rows for `PLANS`; the costs are an H100's, which
+other architectures have on trust, and unknown ones use the row of the next older one. A device may
+be given another plan (`choose`): `qmoe.kernels.selfcheck` does.
 """
 
 import math
@@ -30,7 +31,8 @@ class LaunchPlan:
         token_tile, row_tile, depth_tile: block of the grouped product (tokens, rows, columns).
         dot_warps, dot_stages: warps and pipeline stages of the grouped product; float_stages: the
             latter for operands of 4 bytes.
-        scratch_bytes: decoded experts that are held at a time for the grouped product.
+        scratch_bytes: decoded experts that are held at a time for the grouped product: enough of
+            them to fill the GPU.
         asm: inline PTX for address arithmetic.
         shared: lookup tables and one token's inputs in shared memory, where the codes and this
             Triton allow it (`qmoe.kernels.shared.fits`); the plain loop otherwise. Both give the
@@ -41,15 +43,15 @@ class LaunchPlan:
 
     segment: int = 192
     fill: int = 132 * 24 * 32
-    costs: tuple[float, float, float, float] = (1.0, 1.11, 1.4, 2.1)
-    tile_cost: tuple[float, float] = (1.6, 0.4)
+    costs: tuple[float, float, float, float] = (1.0, 1.1, 1.46, 2.5)
+    tile_cost: tuple[float, float] = (4.4, 2.0)
     token_tile: int = 64
     row_tile: int = 128
     depth_tile: int = 64
     dot_warps: int = 8
     dot_stages: int = 3
     float_stages: int = 3
-    scratch_bytes: int = 64 << 20
+    scratch_bytes: int = 128 << 20
     asm: bool = True
     shared: bool = True
     warps: int = 4
@@ -58,10 +60,10 @@ class LaunchPlan:
 
 BATCHES = (1, 2, 4, 8)
 PLANS = {
-    80: LaunchPlan(fill=108 * 24 * 32, scratch_bytes=32 << 20),
-    89: LaunchPlan(fill=128 * 24 * 32, scratch_bytes=48 << 20),
+    80: LaunchPlan(fill=108 * 24 * 32),
+    89: LaunchPlan(fill=128 * 24 * 32),
     90: LaunchPlan(pdl=True),
-    100: LaunchPlan(fill=148 * 24 * 32, scratch_bytes=96 << 20, pdl=True),
+    100: LaunchPlan(fill=148 * 24 * 32, pdl=True),
 }
 # the interpreter and AMD, whose programs have 64 KiB of shared memory
 PORTABLE = LaunchPlan(asm=False, shared=False, warps=1, float_stages=1)

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from qmoe.kernels import decode, grouped, inputs, matvec, pair_groups, shared, sums
+from qmoe.kernels import decode, decode_shared, grouped, inputs, matvec, pair_groups, shared, sums
 from qmoe.kernels.launch import LaunchPlan, batch_of, is_forced, plan_of
 from qmoe.kernels.pack import PackedProjection
 from qmoe.kernels.twins import dense_of
@@ -225,6 +225,13 @@ def project(
     return y
 
 
+def codes_type(p: PackedProjection, x: torch.dtype) -> torch.dtype:
+    """Type of decoded codes that are multiplied with scaled inputs of type x: bytes, unless
+    negative codes have scales of their own.
+    """
+    return torch.int8 if p.row_scale_neg is None else x
+
+
 def decode_experts(
     p: PackedProjection, out: Tensor, counts: Tensor, first: int, plan: LaunchPlan, ratio: bool
 ) -> None:
@@ -232,6 +239,20 @@ def decode_experts(
     `ratio` see `decode.decode_active`.
     """
     slots, _, _, depth = out.shape
+    by_tile = (
+        plan.shared
+        and out.dtype == torch.int8
+        and decode_shared.fits(depth)
+        and all(shared.fits(limit, p.wide) for limit in p.limits)
+    )
+    if by_tile:
+        for limit in p.limits:
+            decode_shared.decode_shared[(p.pieces * p.tiles, slots)](
+                *decoder_args(p), out, counts, first, p.experts, p.rows, p.stored, depth, p.tiles,
+                2, 4, L=limit, ASM=plan.asm, ROOM=decode_shared.room(depth),
+                STEP=decode_shared.CHUNK, **ONE_WARP,
+            )  # fmt: skip
+        return
     size = out[0].numel()
     decode.zero_active[(-(-size // 2048), slots)](
         out, counts, first, p.experts, size, BLOCK=2048, **FOUR_WARPS
@@ -264,9 +285,9 @@ def project_grouped(
         x, sorted_expert, order, p.columns, p.scales, xs, p.experts, p.cols, fan, p.stored, depth,
         B=1, OFFSET=1, BLOCK=BLOCK, MEMBERS=True, PDL=False, **FOUR_WARPS,
     )  # fmt: skip
-    size = p.rows * p.pieces * depth
-    slots = max(1, min(p.experts, plan.scratch_bytes // (size * kind.itemsize)))
-    codes = torch.empty(slots, p.rows, p.pieces, depth, dtype=kind, device=x.device)
+    size, stored_as = p.rows * p.pieces * depth, codes_type(p, kind)
+    slots = max(1, min(p.experts, plan.scratch_bytes // (size * stored_as.itemsize)))
+    codes = torch.empty(slots, p.rows, p.pieces, depth, dtype=stored_as, device=x.device)
     y = torch.zeros(pairs, p.rows, dtype=x.dtype, device=x.device)
     split = max(1, min(4, pairs // (p.experts * plan.token_tile)))
     stages = plan.dot_stages if kind.itemsize == 2 else plan.float_stages
@@ -291,8 +312,9 @@ def weights(
     for bit.
     """
     depth = p.stored - 1
-    codes = torch.empty(1, p.rows, p.pieces, depth, dtype=torch.float32, device=p.words.device)
+    kind = codes_type(p, torch.float32)
+    codes = torch.empty(1, p.rows, p.pieces, depth, dtype=kind, device=p.words.device)
     counts = torch.ones(p.experts, dtype=torch.int32, device=p.words.device)
     plan = plan or plan_of(p.words.device)
     decode_experts(p, codes, counts, expert, plan, ratio=False)
-    return dense_of(p, expert, torch.nn.functional.pad(codes[0], (1, 0))).to(dtype)
+    return dense_of(p, expert, torch.nn.functional.pad(codes[0].float(), (1, 0))).to(dtype)

@@ -27,8 +27,8 @@ def plain(plan: LaunchPlan) -> LaunchPlan:
 def problem(p: PackedProjection, plan: LaunchPlan) -> str:
     """What is wrong with the kernels by a plan, in a few words; empty if nothing is.
 
-    Decoded weights must be the twin's bit for bit, products of one pair and of several the plain
-    loop's bit for bit and those of the weights in tolerance.
+    Decoded weights must be the twin's bit for bit, products of one pair, of several and of decoded
+    experts the plain loop's bit for bit and those of the weights in tolerance.
     """
     device = p.words.device
     with guard(device):
@@ -39,7 +39,7 @@ def problem(p: PackedProjection, plan: LaunchPlan) -> str:
         x = torch.randn(2, p.cols, generator=g).to(device, torch.bfloat16)
         index = torch.zeros(2, dtype=torch.long, device=device)
         exact = x.float() @ want.T
-        for batch in (1, 2):
+        for batch in (1, 2, 0):
             y = project(p, x, index, 1, plan, batch)
             error = (y.float() - exact).norm() / exact.norm().clamp_min(1e-30)
             if not float(error) <= TOLERANCE:

@@ -32,7 +32,9 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
 
-    SUPPORTED = hasattr(gl.shared_memory_descriptor, "gather") and hasattr(gl, "barrier")
+    SUPPORTED = hasattr(gl, "barrier") and all(
+        hasattr(gl.shared_memory_descriptor, name) for name in ("gather", "scatter")
+    )
 except (ImportError, AttributeError):  # no Gluon, or one of another shape
     SUPPORTED = False
 
@@ -55,11 +57,12 @@ def fill(width: int, warps: int) -> int:
     return -(-width // (64 * warps)) * 64 * warps
 
 
-def _jit(function: Any) -> Any:
+def jit(function: Any) -> Any:
+    """Gluon's jit where there is one, else nothing."""
     return gluon.jit(function, do_not_specialize=COUNTS) if SUPPORTED else None
 
 
-@_jit
+@jit
 def build(i, x, columns, scales, e, cols, stored, S: tl.constexpr, X_BITS: tl.constexpr):
     """Inputs i of this program's piece as words of X_BITS, from the layer's input at x."""
     piece = (e.to(tl.int64) * (tl.num_programs(1) // S) + tl.program_id(1) // S) * stored
@@ -76,7 +79,7 @@ def build(i, x, columns, scales, e, cols, stored, S: tl.constexpr, X_BITS: tl.co
         return v.to(gl.int32, bitcast=True)
 
 
-@_jit
+@jit
 def matvec_shared(
     words, records, lanes, row_classes, cuts, starts, classes, context_maps, expert_info, lut,
     row_scale, row_scale_neg,

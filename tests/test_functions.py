@@ -11,7 +11,7 @@ from test_layering import modules
 import qmoe
 
 LINES, PARAMETERS = 60, 7
-COMPILERS = ("triton.jit", "gluon.jit", "_jit", "njit", "numba.njit", "nb.njit")
+COMPILERS = ("triton.jit", "gluon.jit", "jit", "njit", "numba.njit", "nb.njit")
 
 
 def functions(source):

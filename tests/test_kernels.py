@@ -261,6 +261,7 @@ def test_scripts_without_a_gpu(capsys):
         "matvec 1 shared",
         "matvec 1 in 2 segments",
         "decode",
+        "decode shared",
         "grouped dot",
         "gate",
     ],

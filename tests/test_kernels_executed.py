@@ -99,7 +99,9 @@ def check_partial_sums(p, session, dtype, batch, plan):
 
 def check_projection(p, session, plan, kinds):
     for e in range(p.experts):
-        assert torch.equal(project.weights(p, e), twins.weights_torch(p, e))
+        want = twins.weights_torch(p, e)
+        assert torch.equal(project.weights(p, e), want)
+        assert torch.equal(project.weights(p, e, plan=plain(plan)), want)
     for dtype, batches in kinds:
         for batch in batches:
             check_partial_sums(p, session, dtype, batch, plan)
@@ -154,13 +156,33 @@ def test_every_target(capability, name):
 @pytest.mark.parametrize("capability", TARGETS)
 def test_grouped_product(capability):
     p = packed([sample_matrix(140, 70, 0.8, seed=s) for s in range(2)], 2)
-    with executed(capability):
+    with executed(capability) as session:
         for dtype in (torch.bfloat16, torch.float32) if capability != 100 else (torch.float32,):
             x = torch.randn(5, p.cols).to(dtype)
             want = twins.project_torch(p, x, INDEX, 2)
             y = project.project(p, x, INDEX, 2, batch=0)
             assert bench.relative_rms(y, want) < bench.TOLERANCE[dtype]
             assert not y[[2, 4]].any()
+            scattered = plain(launch.plan_for(capability))
+            assert torch.equal(y, project.project(p, x, INDEX, 2, scattered, 0))
+    names = {launched.name for launched in session.launches}
+    assert names >= {"decode_shared", "decode_active", "zero_active", "grouped_dot"}
+
+
+def test_a_tile_is_written_whole():
+    """Nothing is emptied before `decode_shared`: what has no code gets a zero from it, deep pieces
+    and rows that do not fill a tile too.
+    """
+    p = packed([matrix(37, 1030, 0.3, seed=s) for s in range(2)], 3)
+    with executed(90) as session:
+        codes = torch.full((2, p.rows, p.pieces, 1088), 99, dtype=torch.int8)
+        project.decode_experts(p, codes, torch.ones(2), 0, launch.PLANS[90], ratio=True)
+    assert {launched.name for launched in session.launches} == {"decode_shared"}
+    for e in range(2):
+        depth = p.stored - 1
+        found = torch.nn.functional.pad(codes[e, :, :, :depth].float(), (1, 0))
+        assert torch.equal(twins.dense_of(p, e, found), twins.weights_torch(p, e))
+        assert not codes[e, :, :, depth:].any()
 
 
 def layer(experts=4, hidden=48, inner=40):
@@ -251,12 +273,16 @@ def test_hostile_words_never_leave_a_tensor(kind, name):
     }[kind]  # fmt: skip
     p = dataclasses.replace(p, words=words)
     x = torch.randn(5, p.cols, generator=g).bfloat16()
-    with executed(90):
+    with executed(90) as session:
         for plan in (launch.PLANS[90], plain(launch.PLANS[90])):
             project.project(p, x, INDEX, 2, plan, 1)
-        try:
-            project.weights(p, 0)
-        except Fault as fault:  # segments of a torn stream may meet, in the scratch alone
-            met = re.search(r"meets a write of thread \d+ to out without", str(fault))
-            if p.segments == 1 or not met:
-                raise
+        for plan in (launch.PLANS[90], plain(launch.PLANS[90])):
+            session.launches.clear()
+            try:
+                project.weights(p, 0, plan=plan)
+                tile = session.launches[-1].name == "decode_shared"
+                assert tile == (plan.shared and name in ("0.8 bit", "one weight"))
+            except Fault as fault:  # segments of a torn stream may meet, in the scratch alone
+                met = re.search(r"meets a write of thread \d+ to out without", str(fault))
+                if p.segments == 1 or not met or not str(fault).startswith("decode_active"):
+                    raise

@@ -15,10 +15,15 @@ from qmoe.measure.kernels.sample import rough_matrix as matrix
 
 
 def wrong(text):
-    """A kernel that takes its inputs 1.5 times."""
-    return text.replace("fma.rn.f32", "mad_wrong", 1).replace(
-        "mad_wrong", "fma.rn.f32", 1
-    ).replace("0f3C800000", "0f3CC00000")  # 1/64 -> 1.5/64  # fmt: skip
+    """A kernel that takes its inputs 1.5 times, or adds the scales of rows instead of multiplying
+    with them.
+    """
+    scale = "0f3C800000"  # 1/64
+    if scale in text:
+        return text.replace(scale, "0f3CC00000")
+    changed = re.sub(r"\bmul(\.rn)?\.f32\b", "add.f32", text)
+    assert changed != text
+    return changed
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,13 @@ def wrong(text):
             False,
             ["the plain loop runs instead", "a product is wrong.*decoded on the CPU"],
         ),
-        (("decode_active",), False, ["decoded weights differ", "decoded weights differ"]),
+        (("decode_shared",), True, ["decoded weights differ.*the plain loop runs instead"]),
+        (("grouped_dot",), False, ["a product is wrong", "a product is wrong"]),
+        (
+            ("decode_shared", "decode_active"),
+            False,
+            ["decoded weights differ", "decoded weights differ"],
+        ),
     ],
 )
 def test_self_check(broken, trusted, says, monkeypatch):

@@ -114,7 +114,8 @@ def _cvt(parts, a):
         return high << np.uint32(16) | low
     if rounding not in ([], ["rzi"]):
         raise NotImplementedError(parts)
-    return convert(a[0], *[p for p in parts if re.match(r"[busf]\d+$|bf16$", p)])
+    out = convert(a[0], *[p for p in parts if re.match(r"[busf]\d+$|bf16$", p)])
+    return out.astype(np.int16) if out.dtype == np.int8 else out  # registers have 16 bits at least
 
 
 def _funnel(parts, a):
@@ -126,7 +127,7 @@ def _funnel(parts, a):
 
 def _permute(a):
     both = a[1].astype(np.uint64) << np.uint64(32) | a[0]
-    out = np.zeros_like(a[0])
+    out = np.zeros(np.broadcast_shapes(*(x.shape for x in a)), np.uint32)
     for i in range(4):
         pick = (a[2] >> np.uint32(4 * i)) & np.uint32(15)
         place = np.uint64(8) * (pick & np.uint32(7))
@@ -157,14 +158,23 @@ def _pairs(op, parts, a):
 
 
 def _bf16(op, a):
-    """A product of bf16 numbers, one or two in a register: exact in float32, rounded once."""
-    if op not in ("mul", "fma") or (op == "fma" and (a[2].astype(np.uint32) & 0x7FFF7FFF).any()):
+    """A product, sum or difference of bf16 numbers, one or two in a register: exact in float32,
+    rounded once.
+    """
+    if op == "fma" and not (a[2].astype(np.uint32) & 0x7FFF7FFF).any():
+        op = "mul"
+    if op not in ("mul", "add", "sub"):
         raise NotImplementedError(f"{op} of bf16 with a sum")
+    exact = {"mul": np.multiply, "add": np.add, "sub": np.subtract}[op]
     out = np.zeros(np.broadcast_shapes(*(x.shape for x in a)), np.uint32)
     for s in range(0, 8 * a[0].dtype.itemsize, 16):
         x, y = (convert(v.astype(np.uint32) >> np.uint32(s), "f32", "bf16") for v in a[:2])
         with np.errstate(all="ignore"):
-            out |= bf16(x * y).astype(np.uint32) << np.uint32(s)
+            r = exact(x.astype(np.float64), y.astype(np.float64))
+            single = r.astype(np.float32)
+        if op != "mul" and (single != r).any():
+            raise NotImplementedError(f"{op} of bf16 that would be rounded twice")
+        out |= bf16(single).astype(np.uint32) << np.uint32(s)
     return out.astype(a[0].dtype)
 
 

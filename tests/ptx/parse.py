@@ -90,11 +90,15 @@ def _instruction(text, scope):
     m = re.match(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", text, re.S)
     args = [_operand(t) for t in re.split(r",(?![^{\[]*[}\]])", m[4]) if t.strip()]
     if scope is not None:  # names declared inside { } are local to it
-        args = [
-            f"%{a}@{scope}" if isinstance(a, str) and re.match(r"[a-z]\w*$", a) else a for a in args
-        ]
+        args = [_scoped(a, scope) for a in args]
     op, *parts = m[3].replace("::", ".").split(".")
     return Instruction(" ".join(text.split()), op, parts, args, m[2], bool(m[1]))
+
+
+def _scoped(a, scope):
+    if isinstance(a, list):
+        return [_scoped(part, scope) for part in a]
+    return f"%{a}@{scope}" if re.match(r"[a-z]\w*$", a) else a
 
 
 def _operand(text):

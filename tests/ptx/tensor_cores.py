@@ -35,8 +35,6 @@ def ldmatrix(machine, i):
 
 def stmatrix(machine, i):
     """The way back of `ldmatrix`."""
-    if "trans" in i.parts:
-        raise NotImplementedError(i.text)
     _complete(machine)
     names = i.args[1] if isinstance(i.args[1], list) else [i.args[1]]
     count, warps = len(names), len(machine.idx) // WARP
@@ -44,7 +42,10 @@ def stmatrix(machine, i):
     who = machine.idx.reshape(warps, WARP)[:, : 8 * count]
     values = [np.broadcast_to(machine.get(n, "b32"), machine.idx.shape) for n in names]
     words = np.stack([v.reshape(warps, 8, 4) for v in values], 1)  # [warps, count, 8, 4]
-    data = np.ascontiguousarray(words).view(np.uint8).reshape(-1, 16)
+    halves = np.ascontiguousarray(words).view(np.uint16)  # [warps, count, 8, 8]
+    if "trans" in i.parts:
+        halves = halves.swapaxes(2, 3)
+    data = np.ascontiguousarray(halves).view(np.uint8).reshape(-1, 16)
     machine.access_shared(address.ravel(), who.ravel(), 16, data)
 
 
@@ -55,17 +56,25 @@ def _fragments(machine, names, kind):
     return convert(bits, "f32", kind).astype(np.float64).reshape(-1, WARP, len(names), 2)
 
 
+def _left(machine, names, kind):
+    """The left operand [warps, 16, 16] from four registers of each lane."""
+    parts = _fragments(machine, names, kind)
+    lane, half = np.arange(WARP)[:, None], np.arange(2)
+    a = np.zeros((len(parts), 16, 16))
+    for r in range(4):
+        a[:, lane // 4 + 8 * (r & 1), 2 * (lane % 4) + half + 8 * (r >> 1)] = parts[:, :, r]
+    return a
+
+
 def mma(machine, i):
     """m16n8k16 of a warp."""
     if "m16n8k16" not in i.parts or i.parts[-4] != "f32":
         raise NotImplementedError(i.text)
     _complete(machine)
-    fa = _fragments(machine, i.args[1], i.parts[-3])
+    a = _left(machine, i.args[1], i.parts[-3])
     fb = _fragments(machine, i.args[2], i.parts[-2])
     lane, half = np.arange(WARP)[:, None], np.arange(2)
-    a, b = np.zeros((len(fa), 16, 16)), np.zeros((len(fa), 16, 8))
-    for r in range(4):
-        a[:, lane // 4 + 8 * (r & 1), 2 * (lane % 4) + half + 8 * (r >> 1)] = fa[:, :, r]
+    b = np.zeros((len(fb), 16, 8))
     for r in range(2):
         b[:, 2 * (lane % 4) + half + 8 * r, lane // 4] = fb[:, :, r]
     d, lane = a @ b, np.arange(WARP)
@@ -98,15 +107,19 @@ def _described(machine, name, rows, kind):
 
 
 def wgmma(machine, i):
-    """m64nNk16 of four warps, both operands in shared memory; done at once, so that fence, commit
-    and wait have nothing to do.
+    """m64nNk16 of four warps, the left operand in registers or in shared memory, the right one in
+    shared memory; done at once, so that fence, commit and wait have nothing to do.
     """
     if i.parts[0] != "mma_async":
         return
     n = int(re.match(r"m64n(\d+)k16", i.parts[3])[1])
-    if len(machine.idx) % 128 or i.args[-2:] != ["0", "0"] or isinstance(i.args[1], list):
+    held = isinstance(i.args[1], list)  # then only the right operand may be transposed
+    if len(machine.idx) % 128 or i.args[-1] != "0" or not (held or i.args[-2] == "0"):
         raise NotImplementedError(i.text)
-    a = _described(machine, i.args[1], 64, i.parts[-2])
+    if held:
+        a = _left(machine, i.args[1], i.parts[-2]).reshape(-1, 64, 16)
+    else:
+        a = _described(machine, i.args[1], 64, i.parts[-2])
     d = a @ _described(machine, i.args[2], n, i.parts[-1]).swapaxes(1, 2)
     add = np.broadcast_to(machine.get(i.args[3], "pred"), machine.idx.shape)
     t = np.arange(128)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qmoe.codec import encode_group
-from qmoe.kernels import decode, grouped, inputs, matvec, pair_groups, shared, sums
+from qmoe.kernels import decode, decode_shared, grouped, inputs, matvec, pair_groups, shared, sums
 from qmoe.kernels.launch import PLANS, PORTABLE, LaunchPlan, plan_for
 from qmoe.kernels.pack import PackedProjection
 from qmoe.measure.kernels import latency
@@ -95,8 +95,11 @@ def kernels(target: int | str) -> dict[str, Kernel]:
     if asm and shared.SUPPORTED:
         out |= _shared_loops(target, loop, asm)
     options = {"L": 7, "S": 1, "WIDE": False, "NEG": False, "ASM": asm}
-    types = _DECODER | {"out": "*bf16", "counts": "*i32"}
+    types = _DECODER | {"out": "*i8", "counts": "*i32"}
     out["decode"] = decode.decode_active, types, options, warp
+    if asm and shared.SUPPORTED:
+        tile = {"L": 7, "ASM": asm, "ROOM": 1024, "STEP": decode_shared.CHUNK}
+        out["decode shared"] = decode_shared.decode_shared, types, tile, warp
     return out | _routing(target) | _grouped()
 
 
@@ -146,10 +149,10 @@ def _grouped() -> dict[str, Kernel]:
     """The product of many tokens with decoded experts, and what empties their places."""
     plan = PLANS[90]
     tile = {"TOKENS": plan.token_tile, "ROWS": plan.row_tile, "DEPTH": plan.depth_tile}
-    types = dict.fromkeys(("xs", "codes", "y"), "*bf16") | {"row_scale": "*bf16"}
+    types = dict.fromkeys(("xs", "y", "row_scale"), "*bf16") | {"codes": "*i8"}
     types |= {"offsets": "*i32", "order": "*i32"}
     options = {"num_warps": plan.dot_warps, "num_stages": plan.dot_stages}
-    emptied = {"out": "*bf16", "counts": "*i32"}
+    emptied = {"out": "*i8", "counts": "*i32"}
     return {
         "grouped dot": (grouped.grouped_dot, types, tile | {"EXACT": False}, options),
         "zero": (decode.zero_active, emptied, {"BLOCK": 2048}, {}),
