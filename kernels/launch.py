@@ -43,8 +43,8 @@ class LaunchPlan:
 
     segment: int = 192
     fill: int = 132 * 24 * 32
-    costs: tuple[float, float, float, float] = (1.0, 1.1, 1.46, 2.5)
-    tile_cost: tuple[float, float] = (4.4, 2.0)
+    costs: tuple[float, float, float, float] = (1.0, 1.1, 1.46, 3.0)
+    tile_cost: tuple[float, float] = (4.4, 2.2)
     token_tile: int = 64
     row_tile: int = 128
     depth_tile: int = 64

@@ -274,7 +274,8 @@ def test_no_spills_on_sm90(name):
     assert c.spills == 0
     if name.startswith("matvec"):
         assert ("LDS" in c.loop) == ("shared" in name)  # where the tables are
-    assert 0 < c.registers <= 168
+    # beyond 128 a program of eight warps is alone on an SM, whatever it takes
+    assert 0 < c.registers <= (65536 // (32 * 8) if name == "grouped dot" else 168)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
