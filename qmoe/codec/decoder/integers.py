@@ -6,6 +6,7 @@ loop adds ``code * x`` in float32.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numba as nb
 import numpy as np
@@ -14,13 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmoe.codec.decoder import threads
-from qmoe.codec.decoder.registers import COUNT, fused, load_bytes, load_floats, total, zeros
+from qmoe.codec.decoder.registers import (
+    COUNT,
+    fused,
+    load_bytes,
+    load_floats,
+    prefetch,
+    total,
+    zeros,
+)
 from qmoe.codec.decoder.room import kept_room
 from qmoe.codec.format.arrays import F32, I8, U16, U32
 from qmoe.types import QuantizedMatrix, grid_scale
 
 STEP = 2 * COUNT  # columns must be a multiple of it
 _CHUNK = 64  # rows of a piece of work
+_AHEAD = 4096  # bytes: a processor's own prefetching stops at the end of a page
 _BITS = {torch.float32: torch.uint32, torch.bfloat16: torch.uint16}
 
 
@@ -113,6 +123,8 @@ def _rows(codes: I8, x: F32, band: int, first: int, end: int, out: F32) -> None:
             x0, x1, x2, x3 = inputs[k], inputs[k + 1], inputs[k + 2], inputs[k + 3]
             for j in range(0, cols, STEP):
                 h = j + COUNT
+                if k == 0:
+                    prefetch(line, j + _AHEAD)
                 low, high = load_bytes(line, j), load_bytes(line, h)
                 a0, b0 = fused(low, load_floats(x0, j), a0), fused(high, load_floats(x0, h), b0)
                 a1, b1 = fused(low, load_floats(x1, j), a1), fused(high, load_floats(x1, h), b1)
@@ -121,11 +133,25 @@ def _rows(codes: I8, x: F32, band: int, first: int, end: int, out: F32) -> None:
             out[row, k], out[row, k + 1] = total(a0) + total(b0), total(a1) + total(b1)
             out[row, k + 2], out[row, k + 3] = total(a2) + total(b2), total(a3) + total(b3)
         for k in range(n - n % 4, n):
-            a, b, one = zeros(), zeros(), inputs[k]
-            for j in range(0, cols, STEP):
-                a = fused(load_bytes(line, j), load_floats(one, j), a)
-                b = fused(load_bytes(line, j + COUNT), load_floats(one, j + COUNT), b)
-            out[row, k] = total(a) + total(b)
+            out[row, k] = _dot(line, inputs[k], _AHEAD if k == 0 else 0)
+
+
+@nb.njit(inline="always")
+def _dot(line: I8, x: F32, ahead: int) -> Any:
+    """line . x, asking for the bytes that lie `ahead`."""
+    a, b = zeros(), zeros()
+    whole = len(line) - len(line) % (2 * STEP)
+    for j in range(0, whole, 2 * STEP):  # a cache line of codes
+        prefetch(line, j + ahead)
+        a = fused(load_bytes(line, j), load_floats(x, j), a)
+        b = fused(load_bytes(line, j + COUNT), load_floats(x, j + COUNT), b)
+        h = j + STEP
+        a = fused(load_bytes(line, h), load_floats(x, h), a)
+        b = fused(load_bytes(line, h + COUNT), load_floats(x, h + COUNT), b)
+    if whole < len(line):
+        a = fused(load_bytes(line, whole), load_floats(x, whole), a)
+        b = fused(load_bytes(line, whole + COUNT), load_floats(x, whole + COUNT), b)
+    return total(a) + total(b)
 
 
 @nb.njit(cache=True, nogil=True)

@@ -186,6 +186,20 @@ def load_bytes(context: Any, array: Any, at: Any) -> Any:
 
 
 @intrinsic
+def prefetch(context: Any, array: Any, at: Any) -> Any:
+    """Asks for the cache line of array[at] of an array of int8; `at` may lie behind its end."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        base = data(context, builder, signature.args[0], arguments[0], I8)
+        kind = ir.FunctionType(ir.VoidType(), [base.type, I32, I32, I32])
+        line = builder.module.declare_intrinsic("llvm.prefetch", [base.type], kind)
+        builder.call(line, [builder.gep(base, [arguments[1]]), I32(0), I32(3), I32(1)])
+        return context.get_dummy_value()
+
+    return nb.types.none(array, at), code
+
+
+@intrinsic
 def total(context: Any, x: Any) -> Any:
     """The sum of all lanes: halves are added until one is left."""
 
