@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numba as nb
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qmoe.codec.decoder import threads
+from qmoe.codec.decoder.lanes import weights_along
 from qmoe.codec.decoder.registers import (
     COUNT,
     fused,
@@ -67,7 +67,8 @@ class Integers:
             room: uint8 [n], where they are put; None takes new memory. Only float32 or bfloat16 on
                 the CPU.
         """
-        if self.codes.device.type == "cpu" and dtype in _BITS:
+        whole = self.codes.shape[1] % COUNT == 0
+        if self.codes.device.type == "cpu" and dtype in _BITS and whole:
             size = self.codes.numel() * dtype.itemsize
             room = torch.empty(size, dtype=torch.uint8) if room is None else room
             out = room[:size].view(dtype).view(self.codes.shape)
@@ -170,17 +171,7 @@ def _weights(
     codes: I8, row: F32, col: F32, band: int, first: int, end: int, out: U16 | U32
 ) -> None:
     """The bits of float32, or of bfloat16: the nearest, ties to even."""
-    line = np.empty(codes.shape[1], np.uint32)
-    floats = line.view(np.float32)
     for r in range(first, end):
-        of, by, scale = codes[r], col[r // band], row[r]
-        for j in range(line.size):
-            floats[j] = np.float32(of[j]) * by[j] * scale
-        to = out[r]
-        if out.itemsize == 2:
-            for j in range(line.size):
-                odd = (line[j] >> np.uint32(16)) & np.uint32(1)
-                to[j] = (line[j] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-        else:
-            for j in range(line.size):
-                to[j] = line[j]
+        of, by, scale, to = codes[r], col[r // band], row[r], out[r]
+        for j in range(0, codes.shape[1], COUNT):
+            weights_along(of, by, scale, to, j)

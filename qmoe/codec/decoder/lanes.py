@@ -354,6 +354,36 @@ def weights_of(context: Any, codes: Any, at: Any, by: Any, rows: Any, out: Any, 
     return nb.types.void(codes, at, by, rows, out, to), code
 
 
+@intrinsic
+def weights_along(context: Any, codes: Any, by: Any, row: Any, out: Any, at: Any) -> Any:
+    """out[at : at + 16] = the bits of ``codes[at : at + 16] * by[at : at + 16] * row``, as
+    `weights_of` has them.
+
+    Args:
+        codes: int8; by: float32; row: float32; out: uint16 or uint32; each a row of a matrix.
+    """
+    narrow = out.dtype.bitwidth == 16
+    kinds = {0: I8, 1: F32, 3: I16 if narrow else I32}
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def place(k: int) -> Any:
+            base = data(context, builder, signature.args[k], arguments[k], kinds[k])
+            vector = ir.VectorType(kinds[k], COUNT).as_pointer()
+            return builder.bitcast(builder.gep(base, [arguments[4]]), vector)
+
+        row = everywhere(builder, arguments[2], COUNT)
+        q = builder.sext(builder.load(place(0), align=1), WORDS)
+        weight = builder.fmul(builder.sitofp(q, row.type), builder.load(place(1), align=4))
+        weight = builder.fmul(weight, row)
+        bits = builder.bitcast(weight, WORDS)
+        if narrow:
+            bits = _upper_half(builder, bits)
+        builder.store(bits, place(3), align=2 if narrow else 4)
+        return context.get_dummy_value()
+
+    return nb.types.void(codes, by, row, out, at), code
+
+
 def _upper_half(builder: Any, bits: Any) -> Any:
     """Float32 rounded to bfloat16, as 16-bit integers."""
     odd = builder.and_(builder.lshr(bits, _constant(16, COUNT)), _constant(1, COUNT))
