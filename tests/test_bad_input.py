@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 
+import checkpoints
 import mutations
 import pytest
 import torch
 from click.testing import CliRunner
+from container_parts import reseal
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qmoe.cli import main
-from qmoe.errors import QmoeError
+from qmoe.errors import CorruptError, QmoeError
+from qmoe.inference.load import load
 from qmoe.measure.score import load_any
 from qmoe.models.classes import check_generation
 
@@ -171,10 +174,16 @@ def test_sizes_that_no_tensor_supports(tmp_path, tiny, refused, family, name, va
 
 def test_tables_larger_than_the_weights(tmp_path, tiny, refused):
     """Of a size that no tensor has: DeepSeek's rotary table is cut from its own."""
-    source = tiny.save("deepseek_v3", tmp_path / "source")
-    _config(source, head_dim=10**9)
+    source, out = tiny.save("deepseek_v3", tmp_path / "source"), tmp_path / "q"
+    tiny.save_tokenizer(source)
+    checkpoints.compressed(tiny, source, out)
+    for folder in (source, out):
+        checkpoints.edit(folder, head_dim=10**9)
+    reseal(out)
     with mutations.limited():
-        assert "rotary_emb.inv_freq of shape (500000000,)" in refused(source)
+        assert "rotary_emb.inv_freq of shape (500000000,)" in refused(source, out=tmp_path / "new")
+    with mutations.limited(), pytest.raises(CorruptError, match="asks for tables of"):
+        load(out)
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "intermediate_size"])
