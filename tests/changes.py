@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-VALUES = (None, True, "nonesuch", "", -1, 0, 1, 3, 1.5, 10**6, [], [1], {}, {"a": 1}, float("nan"))
+NUMBERS = (-1, 0, 1, 3, 1.5, 10**6, 10**9, float("nan"))
+VALUES = (None, True, "nonesuch", "", *NUMBERS, [], [1], {}, {"a": 1})
 DTYPES = (torch.int8, torch.uint8, torch.int64, torch.float16, torch.float64, torch.bool)
 
 

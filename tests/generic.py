@@ -21,7 +21,7 @@ from qmoe.store.reader import Container
 
 DELTA = 0.005  # a step of rd at which tiny models take about 8 bits
 KL = 1e-3  # what they may cost, with the decisions of the source's routers
-# share of their own decisions that may be others; up to 1.04 % (muse_spark) was seen
+# share of their own decisions that may be others; up to 1.33 % (muse_spark) was seen
 FLIPS = 0.02
 
 

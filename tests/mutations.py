@@ -1,12 +1,13 @@
 """Single changes of what a user brings, and what comes of them: the result of transformers' own
 reading of the same input, or one sentence. tests/test_mutations.py and `python tests/mutations.py`
-run them; a traceback, a hang or another result is a failure.
+run them; a traceback, a hang, memory that no tensor asks for, or another result is a failure.
 """
 
 import argparse
 import json
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -36,6 +37,8 @@ FAMILIES = (
     *("llama4_text", "dbrx", "jamba", "switch_transformers", "jetmoe"),
 )
 SECONDS = 120  # a single change that takes longer hangs
+MEMORY = 2 * 2**30  # bytes that a single change may take: its model has less than a megabyte
+HUNGRY = re.compile(r"bad_alloc|MemoryError|allocate (memory|[\d.]+ \wi?B)")  # what libraries say
 ALONE = "result, theirs fails"
 CPU = torch.device("cpu")
 IDS = torch.randint(16, 50, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -47,11 +50,15 @@ class HangError(BaseException):
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Raises `HangError` inside after `SECONDS`."""
+    """Raises `HangError` inside after `SECONDS`, and gives no more than `MEMORY`, beyond which the
+    kernel might end the whole run."""
 
     def ring(*_: object) -> None:
         raise HangError(f"no answer in {SECONDS} s")
 
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, hard))
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(SECONDS)
     try:
@@ -59,6 +66,7 @@ def limited() -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @torch.no_grad()
@@ -72,7 +80,7 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def theirs(source: Path, cls: Any, ids: torch.Tensor) -> torch.Tensor | None:
     """Logits of transformers' own reading; None if it fails, or fills in random numbers."""
     try:
-        if re.search(r"(layers|experts|depth)\W+1000000\b", _text(source / "config.json")):
+        if re.search(r"(layers|experts|depth)\W+10{6,}\b", _text(source / "config.json")):
             return None  # a million layers would take all memory
         model, info = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"] or info["mismatched_keys"]:
@@ -147,6 +155,8 @@ class Mutator:
                     self.alone.append(f"{seed} {family}, {said}")
                 return wrong and f"{seed} {family}, {said}: {wrong}"
         except QmoeError as e:
+            if HUNGRY.search(str(e)):
+                return f"{seed} {family}, {said}: over {MEMORY >> 30} GiB of memory: {e}"
             readable = what in ("config", "tensor", "files") and self._readable(source, family)
             self.outcomes["sentence, theirs reads it" if readable else "sentence"] += 1
             if readable:
@@ -203,6 +213,8 @@ class Mutator:
         done = CliRunner().invoke(qmoe_command, [*line, *options])
         if done.exit_code not in (0, 2) or (done.exit_code == 2) == out.exists():
             raise done.exception or RuntimeError(f"exit code {done.exit_code}")
+        if HUNGRY.search(done.output):
+            raise MemoryError(done.output)
         self.outcomes["sentence" if done.exit_code else "result"] += 1
         if done.exit_code == 0:
             qmoe.load(out)

@@ -4,13 +4,19 @@ import json
 import os
 import shutil
 
+import checkpoints
+import mutations
 import pytest
 import torch
 from click.testing import CliRunner
+from container_parts import reseal
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qmoe.cli import main
+from qmoe.errors import CorruptError, QmoeError
+from qmoe.inference.load import load
+from qmoe.measure.score import load_any
 from qmoe.models.classes import check_generation
 
 
@@ -98,8 +104,6 @@ def test_eval_of_what_cannot_be_loaded(source, tmp_path, tiny):
 
 
 def test_a_model_without_experts(tmp_path, tiny, refused):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.for_model("llama", **tiny.BASE)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     assert "has no mixture-of-experts module" in refused(tmp_path / "dense")
@@ -139,6 +143,57 @@ def test_a_missing_tensor(source, refused):
 def test_a_missing_expert(source, refused):
     _tensors(source, lambda t: t.pop(EXPERT))
     assert "3 tensors (numbers 0 to 3) for the 4 experts of" in refused(source)
+
+
+@pytest.mark.parametrize("value", [0, 10**6, 10**9])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("mixtral", "intermediate_size"),
+        ("qwen3_moe", "num_attention_heads"),
+        ("granitemoe", "hidden_size"),
+        ("llama4_text", "hidden_size"),
+        ("gpt_oss", "head_dim"),
+        ("jamba", "mamba_d_state"),
+        ("jamba", "mamba_expand"),
+        ("jetmoe", "kv_channels"),
+        ("switch_transformers", "num_experts"),
+    ],
+)
+def test_sizes_that_no_tensor_supports(tmp_path, tiny, refused, family, name, value):
+    """Nothing of such a size is made, and none is an error of transformers' own."""
+    source = tiny.save(family, tmp_path / "source")
+    _config(source, **{name: value})
+    with mutations.limited():
+        message = refused(source)
+        assert "config.json" in message
+        assert "Error" not in message or value == 0  # of building it: a division by zero, say
+        with pytest.raises(QmoeError):
+            load_any(str(source), "float32", torch.device("cpu"))
+
+
+def test_tables_larger_than_the_weights(tmp_path, tiny, refused):
+    """Of a size that no tensor has: DeepSeek's rotary table is cut from its own."""
+    source, out = tiny.save("deepseek_v3", tmp_path / "source"), tmp_path / "q"
+    tiny.save_tokenizer(source)
+    checkpoints.compressed(tiny, source, out)
+    for folder in (source, out):
+        checkpoints.edit(folder, head_dim=10**9)
+    reseal(out)
+    with mutations.limited():
+        assert "rotary_emb.inv_freq of shape (500000000,)" in refused(source, out=tmp_path / "new")
+    with mutations.limited(), pytest.raises(CorruptError, match="asks for tables of"):
+        load(out)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size"])
+@pytest.mark.parametrize("value", [0, 10**6])
+def test_sizes_of_a_model_without_experts(tmp_path, tiny, name, value):
+    config = AutoConfig.for_model("llama", **tiny.BASE)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    _config(tmp_path / "dense", **{name: value})
+    with mutations.limited(), pytest.raises(QmoeError, match=r"config\.json"):
+        load_any(str(tmp_path / "dense"), "float32", torch.device("cpu"))
 
 
 def test_one_expert_of_another_shape(source, refused):
@@ -210,6 +265,14 @@ def test_numbers_that_are_not_finite(source, refused, option, value):
     assert said.exit_code == 2, said.exception
     assert len(said.stderr.splitlines()) <= 4
     assert option.strip("-").replace("-", "_") in said.stderr.replace("-", "_")
+
+
+@pytest.mark.parametrize("delta", ["0", "-0.0", "-1", "-1e-30", "nan", "-inf"])
+def test_a_step_that_is_not_positive(source, refused, delta):
+    """A step of zero never ended, once."""
+    message = refused(source, "--method", "rd", "--delta", delta)
+    assert "delta" in message
+    assert "give a" in message
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq4", "qmoe"])

@@ -2,7 +2,10 @@
 
 import mutations
 import pytest
+import torch
 import transformers
+
+from qmoe.models.auto import building
 
 
 def _run(tiny, folder, seeds):
@@ -27,7 +30,7 @@ def test_five_thousand_single_changes(tiny, tmp_path):
     _run(tiny, tmp_path, range(150, 5150))
 
 
-def test_a_traceback_a_hang_and_another_result_are_seen(tiny, tmp_path, monkeypatch):
+def test_a_traceback_a_hang_greed_and_another_result_are_seen(tiny, tmp_path, monkeypatch):
     mutator = mutations.Mutator(tiny, tmp_path)
 
     def outcome(load):
@@ -46,6 +49,13 @@ def test_a_traceback_a_hang_and_another_result_are_seen(tiny, tmp_path, monkeypa
     def hangs(*_):
         raise mutations.HangError("no answer")
 
+    def greedy(*_):
+        torch.zeros(mutations.MEMORY)  # of four bytes each
+
+    def greedy_in_a_sentence(*args):
+        with building("m"):
+            greedy()
+
     def another(*args):
         model = real(*args)
         model.lm_head.weight.data[20] += 1
@@ -53,4 +63,6 @@ def test_a_traceback_a_hang_and_another_result_are_seen(tiny, tmp_path, monkeypa
 
     assert "KeyError" in outcome(fails)
     assert "no answer" in outcome(hangs)
+    assert "allocate memory" in outcome(greedy)
+    assert "over 2 GiB of memory: m/config.json" in outcome(greedy_in_a_sentence)
     assert "logits differ by" in outcome(another)

@@ -155,6 +155,8 @@ class Settings:
                 raise QmoeError("--bits and --delta exclude each other; give one of them")
             if self.target is not None:
                 check_target(self.target)
+            if self.delta is not None and not self.delta > 0:
+                raise QmoeError(f"--delta {self.delta:g}: give a positive number")
             step = {} if self.delta is None else {"delta": self.delta}
             return self.for_solver() | step
         if self.solver_options:

@@ -14,6 +14,7 @@ from qmoe.errors import CorruptError, UnsupportedModelError
 from qmoe.inference.experts import Caches, EncodedExperts
 from qmoe.models.auto import auto_class, building, model_class
 from qmoe.models.families.find import kind_of, layout_of
+from qmoe.models.matching import check_tables
 from qmoe.store.reader import Container
 from qmoe.types import ExpertsLayout
 
@@ -58,6 +59,8 @@ def check(container: Container) -> None:
         for layout in container.modules.values():
             swap(model, layout, container, caches)
     compare(model, container)
+    stored = sum(entry.end - entry.begin for _, _, entry in container.tensors.values())
+    check_tables(container.directory, model, stored, CorruptError)
 
 
 def check_class(model: Any, container: Container) -> None:

@@ -108,14 +108,15 @@ def _dense(checkpoint: Checkpoint, model: str, dtype: torch.dtype, trust_remote_
         read_config(checkpoint, trust_remote_code), checkpoint, trust_remote_code
     )
     commit = checkpoint.origin.get("revision")  # what was opened, if the branch has moved on since
-    loaded, info = cls.from_pretrained(
-        checkpoint.origin["name"] if commit else model,
-        config=config,
-        dtype=dtype,
-        revision=commit or "main",
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
+    with building(str(checkpoint.directory), what="load"):
+        loaded, info = cls.from_pretrained(
+            checkpoint.origin["name"] if commit else model,
+            config=config,
+            dtype=dtype,
+            revision=commit or "main",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     if info["missing_keys"]:
         raise SourceError(
             f"{model}: no tensor on disk for {min(info['missing_keys'])}; the checkpoint is "

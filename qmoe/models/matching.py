@@ -1,21 +1,24 @@
-"""Compares tensor names on disk with the model's parameters: missing, doubled, misnumbered. Reads
-no weights.
+"""Compares tensor names and shapes on disk with the model's parameters: missing, doubled,
+misnumbered, too small. Reads no weights.
 
 Knows nothing about how weights are converted or loaded.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qmoe.errors import SourceError
+from qmoe.errors import QmoeError, SourceError
 from qmoe.models.families.find import KINDS
 from qmoe.models.ties import Sources, tied_names
 from qmoe.types import ExpertsLayout
 
+_SMALL = 2**26  # bytes of tables that any model may have
 EXPERT_NUMBER = re.compile(r"experts?[._](\d+)\.")
 
 
@@ -46,6 +49,60 @@ def check_complete(where: str, model: nn.Module, sources: Sources, several: Iter
             f"{where}: no tensor on disk for {missing[0]} ({len(missing)} tensors of "
             f"{type(model).__name__} are missing); the checkpoint is incomplete or does not match "
             "config.json"
+        )
+
+
+def check_sizes(
+    where: str, model: nn.Module, sources: Sources, shape: Callable[[str], tuple[int, ...]]
+) -> None:
+    """No parameter is larger than what is on disk for it, or empty where that is not: a size of
+    config.json that no file supports is refused before anything of that size is made.
+
+    Args:
+        where: the checkpoint, for messages.
+        model: on the meta device.
+        sources: where the parameters come from.
+        shape: of a tensor on disk.
+
+    Raises:
+        SourceError: with the first parameter of another size.
+    """
+    for target, tensor in model.state_dict().items():
+        wanted, disks = tuple(tensor.shape), sources.get(target, {})
+        shapes = [tuple(shape(disk)) for disk in disks]
+        if list(disks.values()) == [None]:
+            wrong, there = shapes[0] != wanted, f"shape {shapes[0]}"
+        else:
+            most = max(map(math.prod, shapes), default=0)  # an odd one is named where it is read
+            wrong = bool(disks) and not min(most, 1) <= math.prod(wanted) <= most * len(disks)
+            there = f"{len(disks)} tensors of at most {most} values"
+        if wrong:
+            raise SourceError(
+                f"{where}: {target} has {there} on disk, config.json asks for {wanted}; "
+                "the checkpoint does not match its config"
+            )
+
+
+def check_tables(
+    where: str | Path, model: nn.Module, weights: int, error: type[QmoeError] = SourceError
+) -> None:
+    """What the model computes once and no file holds (rotary tables, position embeddings) is not
+    larger than the weights.
+
+    Args:
+        where: the checkpoint, for messages.
+        model: on the meta device.
+        weights: bytes of all weights.
+        error: raised, with the largest table.
+    """
+    stored = model.state_dict().keys()
+    tables = {n: b for n, b in model.named_buffers() if n not in stored}
+    total = sum(b.nbytes for b in tables.values())
+    if total > max(weights, _SMALL):
+        name = max(tables, key=lambda n: tables[n].nbytes)
+        raise error(
+            f"{where}: config.json asks for tables of {total} bytes beside weights of {weights}, "
+            f"{name} of shape {tuple(tables[name].shape)} among them; correct its sizes"
         )
 
 

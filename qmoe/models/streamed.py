@@ -14,6 +14,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,13 +31,15 @@ from transformers.modeling_utils import LoadStateDictConfig
 from qmoe.errors import SourceError
 from qmoe.models.auto import building, foreign_name
 from qmoe.models.classes import block_lists, model_class, read_config
-from qmoe.models.families.find import KINDS, find_experts, take_any_width
+from qmoe.models.families.find import KINDS, experts_in, require, take_any_width
 from qmoe.models.finite import check_finite
 from qmoe.models.matching import (
     EXPERT_NUMBER,
     check_complete,
     check_dtypes,
     check_experts,
+    check_sizes,
+    check_tables,
     read_part,
     shared_lists,
 )
@@ -99,7 +102,7 @@ class StreamedModel:
         Raises:
             UnsupportedModelError: a model type that transformers does not know, or no block lists
                 in the model.
-            SourceError: a parameter of the model that no tensor of the checkpoint feeds.
+            SourceError: a parameter of the model, or a size, that no tensor on disk feeds.
         """
         self.checkpoint, self.dtype = checkpoint, dtype
         self.device = device or torch.device("cpu")
@@ -112,9 +115,10 @@ class StreamedModel:
         for original, stored in stand_ins(self.model, self.sources).items():
             self.sources[original] = self.sources[stored]
         self.block_lists = block_lists(self.model)
-        self.experts = find_experts(self.model)
+        self.experts = experts_in(self.model)
         take_any_width(self.model)
         self._check()
+        self._fill_tables()
 
     def _build(self, cls: Any, config: Any) -> None:
         self.config = copy.deepcopy(config)  # the model's own gets the compute dtype
@@ -123,14 +127,16 @@ class StreamedModel:
         with torch.device("meta"):
             self.model = cls._from_config(config, dtype=self.dtype)
         self.model.eval()
-        # the two calls by which from_pretrained rebuilds non-persistent buffers; parameters stay on
-        # meta
-        self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
-        self.model._initialize_missing_keys(is_quantized=False)
+        self._mapping = get_model_conversion_mapping(self.model, None, None)
+
+    def _fill_tables(self) -> None:
+        # as from_pretrained rebuilds non-persistent buffers; parameters stay on meta
+        with building(self.checkpoint.directory):
+            self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+            self.model._initialize_missing_keys(is_quantized=False)
         for buffer in self.model.buffers():
             if not buffer.is_meta:
                 buffer.data = buffer.data.to(self.device)
-        self._mapping = get_model_conversion_mapping(self.model, None, None)
 
     def _map_names(self) -> None:
         renamings = [t for t in self._mapping if isinstance(t, WeightRenaming)]
@@ -166,12 +172,14 @@ class StreamedModel:
 
     def _check(self) -> None:
         where = str(self.checkpoint.directory)
-        several = [c.target_patterns for c in self._converter.values()]
-        targets = {t for patterns in several if len(patterns) > 1 for t in patterns}
-        check_complete(where, self.model, self.sources, targets)
-        check_dtypes(where, self.model, self.sources, self.checkpoint.dtype)
         self._lists = shared_lists(self.experts, self.sources)
         check_experts(where, self.experts, self.sources, self._lists)
+        check_dtypes(where, self.model, self.sources, self.checkpoint.dtype)
+        check_sizes(where, self.model, self.sources, self.checkpoint.shape)
+        check_tables(where, self.model, self.checkpoint.source_bytes)
+        require(self.model, self.experts)
+        several = (c.target_patterns for c in self._converter.values())
+        check_complete(where, self.model, self.sources, {t for p in several if p[1:] for t in p})
 
     def blocks(self) -> Iterator[BlockRef]:
         """All blocks in the order in which the model's forward calls their lists."""
@@ -216,7 +224,7 @@ class StreamedModel:
             raise SourceError(
                 f"{self.checkpoint.directory}: cannot convert {name}: {str(text).strip()}"
             )
-        for name, tensor in _named_tensors(self.model):
+        for name, tensor in chain(self.model.named_parameters(), self.model.named_buffers()):
             if want(name) and not tensor.is_meta:
                 if tensor.is_floating_point():
                     check_finite(name, tensor)
@@ -389,8 +397,3 @@ class StreamedModel:
             return tensor.dtype
         disks = sorted(self.sources.get(name, ()))
         return self.checkpoint.dtype(disks[0]) if disks else self.config.dtype or tensor.dtype
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()

@@ -48,21 +48,33 @@ def find_experts(model: nn.Module) -> list[tuple[ExpertsLayout, nn.Module]]:
     """All experts modules of a model in definition order.
 
     Raises:
-        NoExpertsError: the model has none, or modules for experts with none or empty ones.
+        NoExpertsError: the model has none.
+        UnsupportedModelError: modules for experts with none, or with empty ones.
     """
+    found = experts_in(model)
+    require(model, found)
+    return found
+
+
+def experts_in(model: nn.Module) -> list[tuple[ExpertsLayout, nn.Module]]:
+    """As `find_experts`; of a model without experts, none."""
     found = [(layout_of(path, m), m) for path, m in model.named_modules() if kind_of(m) is not None]
     for layout, module in found:
         if layout.experts < 1 or not layout.weights:
-            raise NoExpertsError(
+            raise UnsupportedModelError(
                 f"{layout.path}: {type(module).__name__} with {layout.experts} experts of "
                 f"{[(p.rows, p.cols) for p in layout.projections]}; is config.json right?"
             )
+    return found
+
+
+def require(model: nn.Module, found: list[tuple[ExpertsLayout, nn.Module]]) -> None:
+    """Raises `NoExpertsError` if none are found."""
     if not found:
         raise NoExpertsError(
             f"{type(model).__name__} has no mixture-of-experts module that this release knows; "
             f"known kinds: {', '.join(KINDS)}"
         )
-    return found
 
 
 def _known(module: nn.Module) -> Kind:

@@ -30,6 +30,8 @@ def _kind(
         return sum(child.startswith("expert_") for child in module)
 
     def projections(module: Any) -> tuple[ProjectionShape, ...]:
+        if not count(module):
+            return ()
         one = expert_of(module, 0)
         shapes = {p: getattr(one, child).weight.shape for p, child in parts.items()}
         return tuple(ProjectionShape(p, s[0], s[1], inner=p == "down") for p, s in shapes.items())
@@ -57,9 +59,7 @@ def _kind(
         h = linear("up", x)
         if biased:
             h = h + bias["up"].to(h.dtype)
-        h = expert_of(module, 0).act(
-            h
-        )  # the activation has no parameters and is the same for all experts
+        h = expert_of(module, 0).act(h)  # it has no parameters: the same for all experts
         if record is not None:
             record(h)
         y = linear("down", h)
