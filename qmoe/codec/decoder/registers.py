@@ -187,7 +187,7 @@ def load_bytes(context: Any, array: Any, at: Any) -> Any:
 
 @intrinsic
 def prefetch(context: Any, array: Any, at: Any) -> Any:
-    """Asks for the cache line of array[at] of an array of int8; `at` may lie behind its end."""
+    """Asks for the cache line `at` bytes from the beginning of an array, or behind its end."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         base = data(context, builder, signature.args[0], arguments[0], I8)
