@@ -191,6 +191,15 @@ def test_two_ranks_keep_half_of_the_experts_each(request, model, parallel):
     assert max(ranks) < 0.65 * whole
 
 
+def test_what_vllm_computes_otherwise_is_mended():
+    """A correction bias of the router, positions of latent attention, a bias of the head: with each
+    vLLM alone gives other tokens on a CPU."""
+    families = ["ernie4_5_moe", "deepseek_v3", "phimoe"]
+    command = [sys.executable, str(ROOT / "scripts" / "families_vllm"), *families, "--no-write"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{f}: tokens equal" for f in families], done.stderr[-4000:]
+
+
 def test_a_damaged_file_is_refused_before_the_port_opens(qwen, tmp_path):
     out = tmp_path / "q"
     shutil.copytree(qwen, out)

@@ -14,6 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from qmoe.engines.vllm.config import QmoeConfig
+from qmoe.engines.vllm.mends import mend
 from qmoe.errors import CorruptError, UnsupportedModelError
 from qmoe.store.reader import Container
 
@@ -29,13 +30,14 @@ class QmoeLoader(DefaultModelLoader):
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
-        """As vLLM's; remembers whose weights these are."""
+        """As vLLM's; remembers whose weights these are, and mends what vLLM computes otherwise."""
         if not isinstance(vllm_config.quant_config, QmoeConfig):
             raise UnsupportedModelError(
                 f"{model_config.model} was not written by `qmoe compress`; leave --load-format"
             )
         self.quant_config = vllm_config.quant_config
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        mend(model, model_config.hf_text_config)
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
