@@ -118,6 +118,13 @@ def coded_dense(folder, tiny):
     return compressed(source, folder / "dense", tiny.save_text(folder / "t.txt", 400), dense_bits=8)
 
 
+def without_a_class(folder, tiny):
+    """A JetMoE, which vLLM runs through transformers' class or not at all."""
+    source = tiny.save("jetmoe", folder / "jetmoe", kv_channels=32)
+    tiny.save_tokenizer(source)
+    return compressed(source, folder / "no_class", tiny.save_text(folder / "j.txt", 400))
+
+
 def on_the_hub(model, cache):
     """Puts a model into the cache of the hub as owner/name."""
     folder = cache / "models--owner--name"
@@ -152,6 +159,7 @@ def test_one_process(mixtral, qwen, tmp_path, tiny, monkeypatch):
         (qwen, {"load_format": "dummy"}),
         (qwen, {"load_format": "safetensors"}),
         (wrong, {}),
+        (without_a_class(tmp_path, tiny), {}),
         (qwen, {}, gone),
     )
     assert plain == {"tokens": in_transformers(mixtral), "bytes": [kept(mixtral)]}
@@ -165,6 +173,7 @@ def test_one_process(mixtral, qwen, tmp_path, tiny, monkeypatch):
         "--load-format dummy cannot be used",
         "--load-format safetensors cannot be used",
         "format version 99",
+        "has no layer that takes encoded experts",
         "layers.1.self_attn.qkv_proj.weight",
     )
     for found, sentence in zip(refused, sentences, strict=True):

@@ -48,15 +48,24 @@ class QmoeLoader(DefaultModelLoader):
 
         Raises:
             CorruptError: with the parameters that no tensor filled.
+            UnsupportedModelError: they are experts, for which this class of vLLM has no layer.
         """
         floats = [(n, p) for n, p in model.named_parameters() if p.dtype.is_floating_point]
         for _, parameter in floats:
             parameter.data.fill_(torch.nan)
         model.load_weights(self.get_all_weights(model_config, model))  # type: ignore[operator]
-        if empty := [name for name, p in floats if bool(torch.isnan(p).any())]:
+        empty = [name for name, p in floats if bool(torch.isnan(p).any())]
+        container, kind = self.quant_config.container, type(model).__name__
+        if experts := [n for n in empty if n.startswith(tuple(f"{p}." for p in container.modules))]:
+            raise UnsupportedModelError(
+                f"{container.directory}: vLLM's {kind} has no layer that takes encoded experts "
+                f"({experts[0]}), as the family has no class of its own in vLLM; use `qmoe serve` "
+                "without --engine vllm"
+            )
+        if empty:
             raise CorruptError(
-                f"{self.quant_config.container.directory} has no tensor for {len(empty)} "
-                f"parameters of vLLM's {type(model).__name__}: {empty[:3]}"
+                f"{container.directory} has no tensor for {len(empty)} parameters of vLLM's "
+                f"{kind}: {empty[:3]}"
             )
 
     def get_all_weights(
