@@ -7,6 +7,7 @@ quantization method is unknown, so `register` does as little as it can.
 config   which checkpoint, opened and verified once
 loader   everything but the experts, under the names of the published checkpoint
 experts  a layer's experts, as vLLM's quantization method for routed experts
+mends    what vLLM computes otherwise than the model, put right
 ranks    which experts a rank keeps
 
 Read from, and tested with, vLLM 0.32.

@@ -98,8 +98,6 @@ class QmoeMoEMethod(FusedMoEMethodBase):
                 f"{layer.layer_name}: vLLM has {layer.global_num_experts} experts, {path} has "
                 f"{layout.experts} (redundant experts and fused shared experts are not supported)"
             )
-        if current_platform.is_cpu():
-            _refuse_routing(layer)
         index = self._index(layer, layout.experts)
         own = owned(index)
         module = None
@@ -146,23 +144,6 @@ class QmoeMoEMethod(FusedMoEMethodBase):
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         out: Tensor = experts(x, index, topk_weights, layer.layer_name)
         return out
-
-
-def _refuse_routing(layer: RoutedExperts) -> None:
-    """What vLLM 0.32's router for CPUs (`fused_moe.router.cpu_router`) does not compute where
-    experts are in no groups: a correction bias is left out in silence, which gives ERNIE other
-    experts; sigmoid scores end the engine at the first token."""
-    if layer.use_grouped_topk or layer.custom_routing_function is not None:
-        return
-    bias, scores = layer.e_score_correction_bias, layer.scoring_func
-    lacking = f"{scores} scores" if scores not in ("softmax", "sqrtsoftplus") else ""
-    if scores == "softmax" and bias is not None and bool(bias.any()):
-        lacking = "the correction bias"
-    if lacking:
-        raise UnsupportedModelError(
-            f"{layer.layer_name}: vLLM's router for CPUs does not know {lacking} that this model "
-            "routes by; use a GPU, or `qmoe serve` without --engine vllm"
-        )
 
 
 def _to_gpu(module: EncodedExperts, device: torch.device, top_k: int) -> None:

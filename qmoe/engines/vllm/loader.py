@@ -14,6 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from qmoe.engines.vllm.config import QmoeConfig
+from qmoe.engines.vllm.mends import mend
 from qmoe.errors import CorruptError, UnsupportedModelError
 from qmoe.store.reader import Container
 
@@ -29,13 +30,14 @@ class QmoeLoader(DefaultModelLoader):
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
-        """As vLLM's; remembers whose weights these are."""
+        """As vLLM's; remembers whose weights these are, and mends what vLLM computes otherwise."""
         if not isinstance(vllm_config.quant_config, QmoeConfig):
             raise UnsupportedModelError(
                 f"{model_config.model} was not written by `qmoe compress`; leave --load-format"
             )
         self.quant_config = vllm_config.quant_config
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        mend(model, model_config.hf_text_config)
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
@@ -46,15 +48,24 @@ class QmoeLoader(DefaultModelLoader):
 
         Raises:
             CorruptError: with the parameters that no tensor filled.
+            UnsupportedModelError: they are experts, for which this class of vLLM has no layer.
         """
         floats = [(n, p) for n, p in model.named_parameters() if p.dtype.is_floating_point]
         for _, parameter in floats:
             parameter.data.fill_(torch.nan)
         model.load_weights(self.get_all_weights(model_config, model))  # type: ignore[operator]
-        if empty := [name for name, p in floats if bool(torch.isnan(p).any())]:
+        empty = [name for name, p in floats if bool(torch.isnan(p).any())]
+        container, kind = self.quant_config.container, type(model).__name__
+        if experts := [n for n in empty if n.startswith(tuple(f"{p}." for p in container.modules))]:
+            raise UnsupportedModelError(
+                f"{container.directory}: vLLM's {kind} has no layer that takes encoded experts "
+                f"({experts[0]}), as the family has no class of its own in vLLM; use `qmoe serve` "
+                "without --engine vllm"
+            )
+        if empty:
             raise CorruptError(
-                f"{self.quant_config.container.directory} has no tensor for {len(empty)} "
-                f"parameters of vLLM's {type(model).__name__}: {empty[:3]}"
+                f"{container.directory} has no tensor for {len(empty)} parameters of vLLM's "
+                f"{kind}: {empty[:3]}"
             )
 
     def get_all_weights(
