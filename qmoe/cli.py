@@ -88,8 +88,8 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     "--dense-bits",
     default="16",
     type=float,
-    help="Stored bits per weight of attention, shared experts, embeddings and head together, 3 to "
-    "8, divided among them by one slope; 16: untouched.",
+    help="Stored bits per weight of attention, shared experts, embeddings and head, 3 to 8; 16: "
+    "untouched.",
 )
 @click.option(
     "--model-bits",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = {"kernels": "Decode inside the matrix product on a GPU, a torch twin below each op."}
-LINKED["calib"] = "What the experts see: text, activations, routing, importance of layers."
+LINKED["calib"] = "What the experts see: text, activations, routing, the model's own words."
 
 
 def first_sentence(path: Path) -> str:

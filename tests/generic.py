@@ -62,7 +62,6 @@ def prove(
         calib_tokens=tokens,
         ctx=24,
         unseen=0,
-        solver_options={"gradient": 0},
     )
     compress(str(source), work / "q", settings)
     passed: dict[str, bool | float] = {"compress": True}

@@ -40,7 +40,6 @@ WORK = Work(
     outside=3e8,
     source=10**9,
     probed=False,
-    gradient=False,
     coded=[],
 )
 SPEEDS = Speeds(product=5e10, solver=5e10, coder=2e7)
@@ -128,7 +127,7 @@ def test_time_follows_the_work():
         2 * plain
     )
     assert time(streams=1) < plain < time(tokens=4 * WORK.tokens) < 4 * plain
-    assert plain < time(gradient=True) < time(gradient=True, probed=True) < 2 * plain
+    assert plain < time(probed=True) < 2 * plain
     assert time(coded=[(2048, 2048)] * 40) > plain
 
     def ratio(modules: int) -> float:

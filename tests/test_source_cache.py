@@ -107,7 +107,7 @@ def test_same_bytes_and_never_more_than_a_few_shards(job, hub, tmp_path, aim):
 
 
 def test_a_resumed_run_downloads_what_is_still_needed(job, hub, tmp_path):
-    aim = {"delta": 8.0, "source_cache": "drop", "solver_options": {"gradient": 0}}
+    aim = {"delta": 8.0, "source_cache": "drop"}
     _run(job, tmp_path / "whole", **aim)
     out = tmp_path / "out"
     record = tmp_path / "out.partial" / "journal" / f"model.layers.{BLOCKS // 2 - 1}.json"

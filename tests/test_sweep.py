@@ -175,11 +175,11 @@ def test_without_matplotlib_one_sentence(model, swept, monkeypatch):
 
 def test_knobs_reach_solver_target_and_manifest(model, tmp_path):
     source, text = model
-    solver_options = {"drift": 0, "shrinkage": 0.0, "weighted": 0, "gradient": 0}
+    solver_options = {"drift": 0, "shrinkage": 0.0, "weighted": 0}
     settings = Settings(
         "rd", str(text), 2048, bits=2.0, ctx=64, device="cpu", solver_options=solver_options
     )
-    assert point_name(settings) == "rd-2-drift=0-gradient=0-shrinkage=0-weighted=0"
+    assert point_name(settings) == "rd-2-drift=0-shrinkage=0-weighted=0"
     compress(str(source), tmp_path / "off", settings)
     container = Container.open(tmp_path / "off")
     assert container.manifest["settings"]["knobs"] == solver_options

@@ -5,17 +5,15 @@ loss at a given number of bits gives every part
 
     b = t + log2(s) / 2,
 
-one t for all, clamped to what the coder is made for. For dense matrices log2(s) / 2 is measured by
-gradients where the model fits in memory, else taken to be alike; see `qmoe.calib.sensitivity`.
+one t for all, clamped to what the coder is made for.
 
 Knows nothing about models or files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MIN_BITS, MAX_BITS = 2.0, 8.0  # bits per weight that a dense matrix may be given
-_DIGITS = 3  # of a rate; further ones mean nothing
 
 
 @dataclass(frozen=True)
@@ -53,18 +51,3 @@ def slope(parts: Sequence[Part], budget: float) -> float:
         else:
             low = middle
     return low
-
-
-def dense_rates(
-    weights: Mapping[str, int], bits: float, scores: Mapping[str, float] | None = None
-) -> dict[str, float]:
-    """Bits per weight of every dense matrix, so that all together take `bits` per weight.
-
-    Args:
-        weights: of the matrices, by name.
-        bits: their mean, MIN_BITS to MAX_BITS.
-        scores: see `Part`; None treats all alike.
-    """
-    parts = {name: Part(n, (scores or {}).get(name, 0.0)) for name, n in weights.items()}
-    t = slope([*parts.values()], bits * sum(weights.values()))
-    return {name: round(part.at(t), _DIGITS) for name, part in parts.items()}

@@ -37,7 +37,6 @@ class BlockLoop:
     Attributes:
         rate: picks the step of each layer where a number of bits is aimed at.
         dense: codes the matrices beside the experts; None leaves them as they are.
-        importance: of the layers, by module path; 1 where nothing is known.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class BlockLoop:
         self.walks = [Walk(job.streamed, job.batches, kept, mine) for kept in outputs]
         self.rate: Controller | None = None
         self.dense: DenseCoder | None = None
-        self.importance: Mapping[str, float] = {}
 
     def skip(self, done: Sequence[BlockRef]) -> None:
         """Marks blocks as finished: their outputs are read from where they are kept."""
@@ -174,17 +172,17 @@ class BlockLoop:
         if self.unchanged:
             run_layer(self.job, layout, module, streams)
             return
-        job, importance = self.job, self.importance.get(layout.path, 1.0)
+        job = self.job
         delta = self._step(layout, module, streams)
         if self.rate is not None and delta is not None:
             job = replace(job, method=self.rate.method(delta))
         if self.exchange is None:
-            quantize_layer(job, layout, module, streams, None, importance)
+            quantize_layer(job, layout, module, streams, None)
             return
         alone = target is not None and job.world.size == 1
         writer = target.experts(layout) if target is not None else None
         put = writer.add_batch if writer is not None and alone else self._hand_over
-        coverage = quantize_layer(job, layout, module, streams, put, importance)
+        coverage = quantize_layer(job, layout, module, streams, put)
         if self.exchange is not None and job.world.apart:
             self._send(layout)
         report: dict[str, Any] = {}
@@ -234,7 +232,6 @@ class BlockLoop:
             module,
             streams,
             lambda batch: bits.append(batch.encoded.stored_bits),
-            self.importance.get(layout.path, 1.0),
             f"{layout.path}, rehearsal",
         )
         # Sums of whole numbers: the same whichever process had which group.

@@ -11,7 +11,7 @@ embeddings; Hessians of one block, one for each distinct input; integers of one 
 
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,7 +22,6 @@ from qmoe.calib.batches import learnable
 from qmoe.calib.routing import second_moment
 from qmoe.calib.walk import Walk
 from qmoe.codec.format.geometry import MAX_COLS
-from qmoe.compression.allocation import dense_rates
 from qmoe.compression.coding import encode_planes, trial_bits
 from qmoe.compression.job import Job
 from qmoe.errors import NonFiniteError
@@ -37,7 +36,7 @@ from qmoe.types import QuantizedMatrix
 HEAD = "head"  # name of the unit of the container that holds an untied head
 _LEAST, _NARROWEST = 1 << 12, 16  # weights; rows or columns: below, side data would outweigh
 BAND = 1 << 22  # weights of a band
-_TRUST = 0.5  # in scores: they overstate by about two what differences are (docs/log-quant.md)
+_DIGITS = 3  # of a rate; further ones mean nothing
 _ENTRY = 65  # bytes that a tensor's entry in the header of its file takes beside its name
 _SAMPLE = 1 << 20  # weights on which a step is sought
 _TOLERANCE, _TRIES = 0.003, 8  # share of the bits; steps tried
@@ -51,25 +50,15 @@ class DenseCoder:
         """Args:
         job: its model with everything outside its blocks resident; its batches are those of the
             walks that are passed to the methods.
-        bits: stored bits per weight, of all matrices together; `rates` has each one's.
+        bits: stored bits per weight of every matrix: a split by what the loss feels was no better
+            (docs/log-quant.md).
         """
-        self.streamed, self.bits, self.device = job.streamed, bits, job.device
+        self.streamed, self.device = job.streamed, job.device
+        self.bits = round(bits, _DIGITS)
         self.learn_from(job)
         self._outside: list[tuple[Tensor, Tensor]] = []
         self._inside: list[tuple[Tensor, Tensor]] = []
         self._tied = {name for name, _ in tied_names(self.streamed.model)}
-        self.rates: dict[str, float] = {}
-        self.divide({})
-
-    def divide(self, scores: Mapping[str, float]) -> None:
-        """Divides the bits among the matrices.
-
-        Args:
-            scores: bits that each should have beyond a common number; those not named get none.
-        """
-        sizes = {n: m.get_parameter("weight").numel() for n, m in self.modules().items()}
-        trusted = {name: _TRUST * score for name, score in scores.items()}
-        self.rates = dense_rates(sizes, self.bits, trusted)
 
     def learn_from(self, job: Job) -> None:
         """Takes the tokens of a job's batches as those of the walks to come."""
@@ -79,23 +68,13 @@ class DenseCoder:
 
     def names(self) -> set[str]:
         """Parameters that will be coded; nothing has to be loaded."""
-        return set(self.modules())
-
-    def modules(self) -> dict[str, nn.Module]:
-        """The modules whose weights will be coded, by the weight's name; nothing has to be loaded.
-        A table that is the head as well is there as the head.
-        """
-        table = self.streamed.model.get_input_embeddings()
-        name, head = self._name(table.weight), self._head()
-        out: dict[str, nn.Module] = {}
-        if name is not None and self._worth(table.weight):
-            last = self.streamed.model.get_output_embeddings()
-            tied = isinstance(last, nn.Linear) and last.weight is table.weight
-            out[name] = last if tied else table
+        table = self.streamed.model.get_input_embeddings().weight
+        name, head = self._name(table), self._head()
+        out = {name} if name is not None and self._worth(table) else set()
         if head is not None:
-            out[head[0]] = head[1]
+            out.add(head[0])
         for block in self.streamed.blocks():
-            out |= dict(self._linears(block, self.streamed.encoded_names(block)))
+            out |= dict(self._linears(block, self.streamed.encoded_names(block))).keys()
         return out
 
     @contextmanager
@@ -254,11 +233,11 @@ class DenseCoder:
         """Codes one matrix and returns its decoded values."""
         if hessian is not None and not torch.isfinite(hessian).all():
             raise NonFiniteError(f"{name}: the Hessian of its inputs overflowed")
-        solver = DenseSolver(weight.float().to(self.device), hessian, self.rates[name])
+        solver = DenseSolver(weight.float().to(self.device), hessian, self.bits)
         rows, cols = weight.shape
         bands = -(-weight.numel() // BAND)
         geometry = DenseGeometry(name, rows, cols, -(-rows // min(bands, rows)), solver.planes)
-        delta = find_step(solver, geometry, self.rates[name])
+        delta = find_step(solver, geometry, self.bits)
         decoded = torch.empty_like(weight.data)
 
         def solve() -> Iterator[list[QuantizedMatrix]]:

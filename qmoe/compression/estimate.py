@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from qmoe.calib.importance import TOKENS
 from qmoe.calib.own_words import LENGTH
 from qmoe.compression import probe
 from qmoe.compression.coding import encode_experts
@@ -48,7 +47,6 @@ class Work:
         outside: parameters outside the blocks.
         source: bytes to be read.
         probed: a number of bits is aimed at.
-        gradient: layers are weighted by gradients of the whole model.
         coded: (rows, cols) of the dense matrices that are coded.
         own: of the tokens, those that the model says itself.
     """
@@ -64,7 +62,6 @@ class Work:
     outside: float
     source: int
     probed: bool
-    gradient: bool
     coded: Sequence[tuple[int, int]]
     own: int = 0
 
@@ -122,8 +119,6 @@ def seconds(work: Work, speed: Speeds) -> float:
     if work.own:  # pieces of one token, two, and so on
         said = work.own * (LENGTH - 1) // 2
         total += _walk(work, said, full=True) / speed.product
-    if work.gradient:
-        total += 2.0 * _walk(work, min(work.tokens, TOKENS), full=True) / speed.product
     if work.probed:
         total += _probe(work, speed)
         if last.weights > REHEARSE * sum(layout.weights for layout in work.layouts):

@@ -11,13 +11,12 @@ from qmoe.compression.job import Job
 from qmoe.version import __version__
 
 
-def identity(job: Job, by_gradient: bool) -> dict[str, Any]:
+def identity(job: Job) -> dict[str, Any]:
     """JSON values that name a run: settings, bytes and fingerprint of the source, sha256 of the
-    calibration tokens, versions, kind of device, how layers are weighed.
+    calibration tokens, versions, kind of device.
 
     Args:
         job: the run, before it has learned anything.
-        by_gradient: layers are weighed by gradients.
     """
     checkpoint = job.streamed.checkpoint
     source = {"bytes": checkpoint.source_bytes, "fingerprint": checkpoint.fingerprint()}
@@ -27,7 +26,6 @@ def identity(job: Job, by_gradient: bool) -> dict[str, Any]:
         "calib_sha256": _digest(job.batches[: len(job.batches) - job.own]),
         "versions": versions(),
         "device": job.device.type,
-        "layer_weights": "gradient" if by_gradient else "equal",
     }
 
 

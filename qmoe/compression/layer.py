@@ -89,7 +89,6 @@ def quantize_layer(
     module: nn.Module,
     streams: Sequence[Calibrated],
     on_encoded: OnEncoded | None,
-    importance: float = 1.0,
     title: str = "",
 ) -> Coverage:
     """Solves and encodes every expert of a module, and fills the outputs of all streams.
@@ -106,14 +105,13 @@ def quantize_layer(
         streams: the tokens whose inputs come from the quantized layers before this one and, if the
             method corrects drift, those of the source model.
         on_encoded: receives every group of every projection; None encodes nothing.
-        importance: of the layer, see `Problem`.
         title: of the bar, by default the module's path.
 
     Raises:
         NonFiniteError: NaN or Inf in weights, activations or Hessians; the text names the tensor.
     """
     world = job.world
-    work = _Work(job, layout, module, streams, importance)
+    work = _Work(job, layout, module, streams)
     tokens: dict[int, int] = {}
     notes: dict[int, str] = {}
     todo = list(groups(layout))
@@ -177,10 +175,9 @@ class _Work:
         layout: ExpertsLayout,
         module: nn.Module,
         streams: Sequence[Calibrated],
-        importance: float,
     ) -> None:
         self.streamed, self.layout, self.module = job.streamed, layout, module
-        self.method, self.device, self.importance = job.method, job.device, importance
+        self.method, self.device = job.method, job.device
         self.quantized = streams[0]
         self.original = streams[1] if len(streams) > 1 else None
         self.only_special: set[int] = set()  # experts that ordinary tokens never reached
@@ -294,7 +291,6 @@ class _Work:
             layer_tokens=layer_tokens,
             cross=crosses,
             owed=owed,
-            importance=self.importance,
         )
 
     def _owed(self, e: int, token: Tensor, gate: Tensor) -> Tensor:

@@ -25,9 +25,7 @@ from tqdm import tqdm
 from qmoe.calib import default_text
 from qmoe.calib.activations import ActivationStore
 from qmoe.calib.batches import check_tokens, described, inputs_only, prepare, split_batches
-from qmoe.calib.importance import fits, layer_importance
 from qmoe.calib.outputs import Durable, Sound, resume_point
-from qmoe.calib.sensitivity import dense_sensitivity
 from qmoe.compression import apart, unseen
 from qmoe.compression.blocks import BlockLoop
 from qmoe.compression.carried import account, write_carried
@@ -156,17 +154,13 @@ class Compression:
         self.out, self.say, self.first = out, say, job.world.first
         self.job = job
         self.blocks = list(streamed.blocks())
-        self.by_gradient = settings.by_gradient and fits(streamed, settings.memory)
         self.dense = DenseCoder(job, settings.dense_bits) if settings.dense_bits < 16 else None
-        self.plan = make_plan(job, out, self.dense, self.by_gradient)
+        self.plan = make_plan(job, out, self.dense)
         say(self.plan.text())
         self._say_what_is_not_asked(settings)
-        if settings.by_gradient and not self.by_gradient:
-            say("layers count alike: the gradients of the whole model do not fit in --memory")
-        self.identity = identity(job, self.by_gradient)
+        self.identity = identity(job)
         self.writer: ContainerWriter | None = None  # in the first process
         self.finished: dict[str, Any] = {}  # notes of finished blocks, by name
-        self.dense_scores: dict[str, float] = {}
         self.done = 0  # blocks of the model to go on after
 
     def _say_what_is_not_asked(self, settings: Settings) -> None:
@@ -256,30 +250,17 @@ class Compression:
         return finished, done
 
     def _learn(self) -> None:
-        """Learns what the model says by itself, how much each layer matters and what it will take,
-        or remembers it.
-        """
+        """Learns what the model says by itself and what each layer will take, or remembers it."""
         known = self.finished.get(_REST, {})
         self.job = job = unseen.with_own_words(self.job, known.get("own_words"))
         if self.dense is not None:
             self.dense.learn_from(job)
         self.loop = BlockLoop(job, self.kept, self.work / "exchange")
         self.loop.dense = self.dense
-        if self.by_gradient:
-            self.loop.importance = known.get("importance") or job.world.share(
-                lambda: layer_importance(job.streamed, job.batches), "importance of the layers"
-            )
-        if self.dense is not None and self.by_gradient:
-            coded = self.dense.modules()
-            self.dense_scores = known.get("dense_scores") or job.world.share(
-                lambda: dense_sensitivity(job.streamed, job.batches, coded),
-                "sensitivity of what is no expert",
-            )
-            self.dense.divide(self.dense_scores)
         bits = job.settings.target
         if bits is not None:
-            curves = known.get("curves") or probed(job, bits, self.loop.importance)
-            options = job.settings.for_solver()
+            curves = known.get("curves") or probed(job, bits)
+            options = job.settings.solver_options
             self.loop.rate = Controller(bits, [Curve(*c) for c in curves], options)
             self.loop.rate_after([self.finished[b.name] for b in self.blocks[: self.done]])
 
@@ -295,8 +276,6 @@ class Compression:
                 rest.add_tensors(
                     self.job.streamed.dense(lambda n: not n.startswith(inside) and n not in coded)
                 )
-                rest.note["importance"] = dict(self.loop.importance)
-                rest.note["dense_scores"] = self.dense_scores
                 rest.note["own_words"] = unseen.of(self.job)
                 if self.loop.rate is not None:
                     rest.note["curves"] = [c.as_list() for c in self.loop.rate.curves]

@@ -100,16 +100,13 @@ class _Model:
         self.coded = dense.names() if dense is not None else set()
 
 
-def make_plan(
-    job: Job, out: Path, dense: DenseCoder | None = None, gradient: bool = False
-) -> Needs:
+def make_plan(job: Job, out: Path, dense: DenseCoder | None = None) -> Needs:
     """Computes the plan from shapes, and the time from speeds that it measures.
 
     Args:
         job: the run, its model empty.
         out: where the result will be.
         dense: codes the matrices beside the experts; None leaves them as they are.
-        gradient: layers are weighted by gradients of the whole model.
 
     Raises:
         CapacityError: `--memory` is below what one group of experts needs, or the disk has less
@@ -142,7 +139,6 @@ def make_plan(
         outside=model.outside / 4,
         source=job.streamed.checkpoint.source_bytes,
         probed=job.settings.target is not None,
-        gradient=gradient,
         coded=[(model.shapes[n][0], model.shapes[n][1]) for n in model.coded],
         own=sum(tokens[len(tokens) - job.own :]),
     )

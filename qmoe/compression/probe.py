@@ -36,14 +36,13 @@ MAX_WALKS = 4  # of the probe at most, each around the step that the ones before
 PROBE_SHARE, PROBE_MIN_TOKENS = 4, 16384  # it sees 1 / PROBE_SHARE of the tokens, at least so many
 
 
-def probed(job: Job, target: float, importance: Mapping[str, float]) -> list[list[Any]]:
+def probed(job: Job, target: float) -> list[list[Any]]:
     """Curves of all modules that enclose the target.
 
     Args:
         job: the run; its model with everything outside its blocks resident. All processes call this
             in step.
         target: stored bits per expert weight.
-        importance: of the layers, by module path.
 
     Returns:
         `Curve.as_list` of every module, in order; the same bytes for every number of processes.
@@ -53,14 +52,13 @@ def probed(job: Job, target: float, importance: Mapping[str, float]) -> list[lis
     ratio = job.tokens() / part.tokens()
     blocks = list(job.streamed.blocks())
     layouts = [layout for block in blocks for layout, _ in job.streamed.experts_of(block)]
-    options = job.settings.for_solver()
+    options = job.settings.solver_options
     curves: list[Curve] = []
     delta: float | None = None
     for _ in range(MAX_WALKS):
         probe = Probe(target, ratio, layouts, options, delta, job.world)
         outputs = Resident(job.store)
         loop = BlockLoop(replace(part, method=probe.method), [outputs])
-        loop.importance = importance
         begin_walk(job.streamed, blocks, job.world)
         hidden = not job.progress
         for i, block in enumerate(tqdm(blocks, desc="probe", unit="block", disable=hidden)):
@@ -154,7 +152,6 @@ class Probe:
             tokens=problem.tokens[sample],
             layer_hessian=problem.layer_hessian,
             layer_tokens=problem.layer_tokens,
-            importance=problem.importance,
         )
         solved = cache(partial(rd.at_any_step, part, **self._solver_options))
 

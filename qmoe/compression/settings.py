@@ -26,8 +26,8 @@ class Settings:
         method: "rd", "qmoe", "rtn" or "gptq2" .. "gptq4".
         bits: stored bits per expert weight to hit, for rd; see `target`.
         delta: global step of rd, in place of a target.
-        dense_bits: stored bits per weight outside of the experts, 3 to 8, divided among its
-            matrices by one slope; 16 leaves it as it is.
+        dense_bits: stored bits per weight of every large matrix outside of the experts, 3 to 8; 16
+            leaves it as it is.
         model_bits: stored bits per weight of the whole file, instead of `bits` and `dense_bits`.
         calib: calibration text; None is the one that comes with the package.
         calib_tokens: at most this many tokens of it.
@@ -36,8 +36,7 @@ class Settings:
             text does not reach counts too: see `qmoe.calib.own_words`.
         ctx: tokens of a window, None for the model's own length, at most 2048.
         seed: of everything random.
-        solver_options: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`,
-            and `gradient`, 1 for layers weighted by the gradient of the loss.
+        solver_options: of rd, for experiments: parameters of `qmoe.quantize.rd.method` but `delta`.
         memory: bytes that a process may use; what activations find no room for goes to mapped
             files.
         source_cache: "keep" or "drop" downloaded source files when no block needs them any more.
@@ -72,15 +71,6 @@ class Settings:
         """Stored bits per expert weight to hit: 0.8 where rd is given no bits and no step."""
         plain = self.method == "rd" and self.delta is None and self.model_bits is None
         return DEFAULT_BITS if plain and self.bits is None else self.bits
-
-    @property
-    def by_gradient(self) -> bool:
-        """Whether layers are weighted by the loss's gradient where it can be had."""
-        return self.method == "rd" and bool(self.solver_options.get("gradient", False))
-
-    def for_solver(self) -> dict[str, float]:
-        """The options that the solver itself takes."""
-        return {name: value for name, value in self.solver_options.items() if name != "gradient"}
 
     def recorded(self) -> dict[str, Any]:
         """The part that decides the bytes, for the manifest and for resuming."""
@@ -158,7 +148,7 @@ class Settings:
             if self.delta is not None and not self.delta > 0:
                 raise QmoeError(f"--delta {self.delta:g}: give a positive number")
             step = {} if self.delta is None else {"delta": self.delta}
-            return self.for_solver() | step
+            return {**self.solver_options, **step}
         if self.solver_options:
             given = dict(self.solver_options)
             raise QmoeError(f"--method {self.method} has no solver options, got {given}")
