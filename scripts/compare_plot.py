@@ -17,6 +17,7 @@ COLOURS = {
     "hqq": "#bc6cd9",
 }
 MARKS = {"rd": "o", "qmoe": "s", "gptq": "D", "llama.cpp": "^", "hqq": "P"}
+PLACES = {"gptq": (-6, 5), "hqq": (3, 6)}  # of a name, in points: so that none meets another
 TICKS = (0.5, 0.65, 0.8, 1, 1.25, 1.6, 2, 2.5, 3, 4, 5, 6, 8)
 
 
@@ -51,10 +52,12 @@ def _panel(axes: Any, found: Sequence[tuple[Any, float]], label: str) -> None:
         for at, kl, name in own:
             if family != "rd":
                 axes.annotate(
-                    name, (at, kl), (5, 4), textcoords="offset points", fontsize=8, color=colour
-                )
+                    name, (at, kl), PLACES.get(family, (5, 4)), textcoords="offset points",
+                    fontsize=8, color=colour, ha="right" if family == "gptq" else "left",
+                )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.margins(x=0.12)  # room for the last name
     axes.xaxis.set_major_locator(FixedLocator(TICKS))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
