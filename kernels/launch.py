@@ -65,8 +65,8 @@ PLANS = {
     90: LaunchPlan(pdl=True),
     100: LaunchPlan(fill=148 * 24 * 32, pdl=True),
 }
-# the interpreter and AMD, whose programs have 64 KiB of shared memory
-PORTABLE = LaunchPlan(asm=False, shared=False, warps=1, float_stages=1)
+# the interpreter and AMD, whose programs have 64 KiB of shared memory; costs are guesses
+PORTABLE = LaunchPlan(asm=False, shared=False, warps=1, float_stages=1, tile_cost=(1.6, 0.4))
 
 
 def plan_for(capability: int) -> LaunchPlan:
