@@ -299,6 +299,8 @@ def windows(tokenizer: Any, path: Path, count: int, skip: int = 0) -> Tensor:
     """`count` windows of CTX tokens after the first `skip`, [count, CTX]."""
     text = path.read_text(encoding="utf-8")[: (skip + count) * CTX * 8]
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    if len(ids) < (skip + count) * CTX:
+        raise SystemExit(f"{path} has {len(ids)} tokens; {(skip + count) * CTX} are wanted of it")
     return ids[skip * CTX : (skip + count) * CTX].view(count, CTX)
 
 
