@@ -4,9 +4,9 @@
         --out DIR [--only "rd;damping 0.3"] [--bits 0.8] [--parts 2]
 
 Every variant is quantized to within 3 % of the bits that are asked for, with three calibration
-texts (parts of the mix, each with words of the model's own; the bundled mix has room for two); KL of every domain is brought to these
-bits by the slope of docs/log-quant.md and divided by that of `rd` with the same text. Measured runs
-lie in OUT/ingredients.jsonl. Ends in one JSON line.
+texts (parts of the mix, each with words of the model's own; the bundled mix has room for two); KL
+of every domain is brought to these bits by the slope of docs/log-quant.md and divided by that of
+`rd` with the same text. Measured runs lie in OUT/ingredients.jsonl. Ends in one JSON line.
 """
 
 import argparse
