@@ -19,7 +19,10 @@ from qmoe.kernels import selfcheck
 from qmoe.kernels.launch import plan_of
 from qmoe.measure.kernels import gpu as bench
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 GPU = "cuda"
 TOY = Path(__file__).parent.parent / "examples" / "tiny-domains"
 TEXT = Path(__file__).parent.parent / "examples" / "text" / "domains"
